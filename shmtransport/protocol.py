@@ -1,0 +1,298 @@
+"""The protocol after the handshake, without I/O: which bytes to send, and what received bytes mean.
+
+It knows correlation ids, pending replies and which tensors a message carries; it knows nothing of sockets or memory
+maps. Arenas come in through two small interfaces, so that a test can stand in for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from . import errors
+from .descriptor import TensorDescriptor
+from .errors import (
+    ArenaFull,
+    LocalProtocolError,
+    MessageTooLarge,
+    PeerDied,
+    PeerProtocolError,
+    RemoteError,
+    TensorTooLarge,
+    TransportError,
+)
+from .message import (
+    MAX_TENSORS,
+    AnyMessage,
+    Failure,
+    Goodbye,
+    Message,
+    Reply,
+    Request,
+    decode,
+    encode,
+    pack,
+    shorten,
+    unpack,
+)
+from .statistics import Counters
+
+HANDLER = "handler"
+_RAISED_BY_KIND: dict[str, type[TransportError]] = {
+    kind.__name__: kind for kind in (ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError)
+}
+
+
+class Exporter(Protocol):
+    """The side of a send arena that the protocol uses."""
+
+    def export(self, tensor: torch.Tensor) -> TensorDescriptor: ...
+
+    def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor: ...
+
+    def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None: ...
+
+
+class Importer(Protocol):
+    """The side of a receive arena that the protocol uses."""
+
+    def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor: ...
+
+
+class Codec:
+    """Turns values with tensors into messages and back, for either side of one connection."""
+
+    def __init__(
+        self,
+        exporter: Exporter,
+        importer: Importer,
+        counters: Counters,
+        max_message_bytes: int,
+        *,
+        snapshot: bool = False,
+    ) -> None:
+        self._exporter = exporter
+        self._importer = importer
+        self._counters = counters
+        self._max_message_bytes = max_message_bytes
+        self._snapshot = snapshot
+
+    def encode(self, value: Any, build: Callable[[Any, tuple[TensorDescriptor, ...]], Message]) -> bytes:
+        """The bytes of the message that ``build`` makes of the packed value; on any error no block stays held."""
+        started = time.perf_counter()
+        descriptors: list[TensorDescriptor] = []
+        sent_bytes = 0
+
+        def export(tensor: torch.Tensor | np.ndarray[Any, Any]) -> int:
+            nonlocal sent_bytes
+            if len(descriptors) == MAX_TENSORS:
+                raise LocalProtocolError(f"one message carries {MAX_TENSORS} tensors at most")
+            is_tensor = isinstance(tensor, torch.Tensor)
+            exporter = self._exporter
+            descriptors.append(exporter.export(tensor) if is_tensor else exporter.export_array(tensor))
+            sent_bytes += tensor.nbytes
+            return len(descriptors) - 1
+
+        try:
+            data = encode(build(pack(value, export), tuple(descriptors)), self._max_message_bytes)
+        except BaseException:
+            self._exporter.withdraw(descriptors)
+            raise
+        counters = self._counters
+        counters.tensor_bytes_sent += sent_bytes
+        counters.control_bytes_sent += len(data)
+        counters.serialize_seconds += time.perf_counter() - started
+        return data
+
+    def decode(self, data: bytes) -> AnyMessage:
+        self._counters.control_bytes_received += len(data)
+        return decode(data)
+
+    def values(self, packed: Any, descriptors: Sequence[TensorDescriptor]) -> Any:
+        """The received value with its tensors: borrowed views, or private copies for a snapshot."""
+        tensors = [self._importer.borrow(descriptor) for descriptor in descriptors]
+        self._counters.tensor_bytes_received += sum(tensor.nbytes for tensor in tensors)
+        if self._snapshot:
+            tensors = [tensor.clone() for tensor in tensors]
+        return unpack(packed, tensors)
+
+    def discard(self, descriptors: Sequence[TensorDescriptor]) -> None:
+        """Release tensors that nobody wants any more."""
+        for descriptor in descriptors:
+            self._importer.borrow(descriptor)
+
+
+class PendingReply:
+    """The client's handle on a call in flight; made by ``Client.submit``."""
+
+    __slots__ = ("_error", "_result", "_wait", "call_id", "done", "method", "submitted")
+
+    def __init__(self, call_id: int, method: str, wait: Callable[[PendingReply, float | None], None]) -> None:
+        self.call_id = call_id
+        self.method = method
+        self.done = False
+        self.submitted = time.perf_counter()
+        self._wait = wait
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """The call's result; waits for it up to ``timeout_s`` seconds (default: the client's).
+
+        Raises:
+            CallTimeout: no reply in time; a late one is thrown away.
+            RemoteError: the handler raised.
+            PeerDied, PeerProtocolError, Closed: the connection ended first.
+        """
+        if not self.done:
+            self._wait(self, timeout_s)
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def resolve(self, result: Any) -> None:
+        self._result = result
+        self.done = True
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self.done = True
+
+
+class ClientProtocol:
+    """The client's half: requests out, replies in, matched by correlation id."""
+
+    def __init__(self, codec: Codec, counters: Counters) -> None:
+        self._codec = codec
+        self._counters = counters
+        self._pending: dict[int, PendingReply] = {}
+        self._next_id = 0
+
+    def __len__(self) -> int:
+        """How many calls are in flight."""
+        return len(self._pending)
+
+    def request(
+        self,
+        method: str,
+        arguments: Sequence[Any],
+        keywords: Mapping[str, Any],
+        wait: Callable[[PendingReply, float | None], None],
+    ) -> tuple[PendingReply, bytes]:
+        """Start a call: its handle, and the bytes to send.
+
+        Raises:
+            ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing was started.
+        """
+        call_id = self._next_id
+        self._next_id += 1
+        data = self._codec.encode(
+            [list(arguments), dict(keywords)],
+            lambda packed, tensors: Request(call_id, method, packed[0], packed[1], tensors),
+        )
+        pending = PendingReply(call_id, method, wait)
+        self._pending[call_id] = pending
+        return pending, data
+
+    def receive(self, data: bytes) -> PendingReply | None:
+        """Take one message from the server; the call that it completed, if any.
+
+        Raises:
+            PeerProtocolError: the message is invalid.
+            PeerDied: the server ended the connection.
+        """
+        started = time.perf_counter()
+        message = self._codec.decode(data)
+        if isinstance(message, (Reply, Failure)):
+            pending = self._pending.pop(message.call_id, None)
+            if pending is not None:
+                self._complete(pending, message)
+            elif isinstance(message, Reply):
+                self._codec.discard(message.tensors)
+            self._counters.deserialize_seconds += time.perf_counter() - started
+            return pending
+        if isinstance(message, Goodbye):
+            raise PeerDied(f"the server ended the connection: {message.reason}")
+        raise PeerProtocolError(f"the server sent a {type(message).__name__} where only replies are valid")
+
+    def forget(self, pending: PendingReply) -> None:
+        """Give up on a call; when its reply comes, what it holds is released."""
+        self._pending.pop(pending.call_id, None)
+
+    def fail_all(self, error: TransportError) -> None:
+        """End every call in flight with the same error."""
+        pending = list(self._pending.values())
+        self._pending.clear()
+        for call in pending:
+            call.fail(error)
+
+    def _complete(self, pending: PendingReply, message: Reply | Failure) -> None:
+        counters = self._counters
+        counters.calls += 1
+        counters.call_seconds += time.perf_counter() - pending.submitted
+        if isinstance(message, Reply):
+            try:
+                pending.resolve(self._codec.values(message.result, message.tensors))
+            except PeerProtocolError as error:
+                pending.fail(error)
+                raise
+        else:
+            counters.failures += 1
+            pending.fail(_raised(message))
+
+
+def _raised(message: Failure) -> TransportError:
+    kind = _RAISED_BY_KIND.get(message.kind)
+    return RemoteError(message.type_name, message.text) if kind is None else kind(f"on the server: {message.text}")
+
+
+class Call(NamedTuple):
+    """One call to be handled: the tensors in it are borrowed views."""
+
+    call_id: int
+    method: str
+    arguments: list[Any]
+    keywords: dict[str, Any]
+
+
+class ServerProtocol:
+    """The server's half of one connection: requests in, replies out."""
+
+    def __init__(self, codec: Codec, counters: Counters) -> None:
+        self._codec = codec
+        self._counters = counters
+
+    def receive(self, data: bytes) -> Call | None:
+        """Take one message from the client: a call to handle, or None if the client said goodbye.
+
+        Raises:
+            PeerProtocolError: the message is invalid.
+        """
+        started = time.perf_counter()
+        message = self._codec.decode(data)
+        if isinstance(message, Goodbye):
+            return None
+        if not isinstance(message, Request):
+            raise PeerProtocolError(f"the client sent a {type(message).__name__} where only requests are valid")
+        arguments, keywords = self._codec.values([message.arguments, message.keywords], message.tensors)
+        self._counters.deserialize_seconds += time.perf_counter() - started
+        return Call(message.call_id, message.method, arguments, keywords)
+
+    def reply(self, call_id: int, result: Any) -> bytes:
+        """The bytes of a call's result.
+
+        Raises:
+            ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: the result can't be sent.
+        """
+        return self._codec.encode(result, lambda packed, tensors: Reply(call_id, packed, tensors))
+
+    def failure(self, call_id: int, error: BaseException) -> bytes:
+        """The bytes of a call's exception: its class name and text, without traceback or file paths."""
+        kind = type(error).__name__ if isinstance(error, errors.TransportError) else HANDLER
+        text = (error.strerror or "operating-system error") if isinstance(error, OSError) else str(error)
+        failure = Failure(call_id, kind, shorten(type(error).__name__, 256), shorten(text))
+        return self._codec.encode(None, lambda _packed, _tensors: failure)

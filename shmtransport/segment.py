@@ -1,0 +1,127 @@
+"""Creates, attaches and unlinks POSIX shared memory; knows nothing of tensors.
+
+Rules that it keeps:
+
+* names are random (128 bits) and segments have mode 0600;
+* every page is reserved at creation, so that a too small /dev/shm is an error here and never a SIGBUS later;
+* whoever creates a segment holds a POSIX record lock on it until the process ends: the kernel tells the peer who
+  that is (see ``liveness``). A forked child does not inherit it;
+* nothing is unlinked by an exit handler: the handshake unlinks a segment as soon as both sides have it mapped. What
+  a killed process maps goes with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import secrets
+
+import posix_ipc
+
+from . import liveness
+from .errors import PeerProtocolError, SegmentError
+from .layout import HEADER, Layout
+
+NAME_PREFIX = "/shmtransport-"
+_NAME = re.compile(rf"{NAME_PREFIX}[0-9a-f]{{32}}")
+MIB = 1 << 20
+
+
+def is_segment_name(name: str) -> bool:
+    """Whether a peer's string has the form of a segment's name; anything else is never opened."""
+    return _NAME.fullmatch(name) is not None
+
+
+class Segment:
+    """One mapped segment.
+
+    ``view`` covers all of its bytes; slices of it keep the mapping alive, also after ``close``.
+    """
+
+    def __init__(self, name: str, fd: int, layout: Layout, *, owned: bool) -> None:
+        self.name = name
+        self.fd = fd
+        self.layout = layout
+        self.owned = owned
+        self._linked = True
+        self.view = memoryview(mmap.mmap(fd, layout.total_bytes))
+
+    @classmethod
+    def create(cls, layout: Layout) -> Segment:
+        """Make a new segment with this layout and write its header.
+
+        Raises:
+            SegmentError: /dev/shm has too little room, or shared memory is not to be had.
+        """
+        name = NAME_PREFIX + secrets.token_hex(16)
+        try:
+            memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=layout.total_bytes)
+        except (OSError, ValueError, posix_ipc.Error) as error:
+            raise SegmentError(f"can't create a shared-memory segment: {error}") from error
+        try:
+            os.posix_fallocate(memory.fd, 0, layout.total_bytes)
+            liveness.hold(memory.fd)
+            segment = cls(name, memory.fd, layout, owned=True)
+        except OSError as error:
+            os.close(memory.fd)
+            posix_ipc.unlink_shared_memory(name)
+            raise SegmentError(_no_room(layout, error)) from error
+        segment.view[: HEADER.size] = layout.header()
+        return segment
+
+    @classmethod
+    def attach(cls, name: str) -> Segment:
+        """Map a peer's segment and check its header; both sides have it mapped now, so its name goes.
+
+        Raises:
+            PeerProtocolError: the name is none of ours, nothing is there, or the header is invalid.
+        """
+        if not is_segment_name(name):
+            raise PeerProtocolError("the peer gave a segment name that this protocol never makes")
+        try:
+            memory = posix_ipc.SharedMemory(name)
+        except (OSError, posix_ipc.Error) as error:
+            raise PeerProtocolError("the peer's segment can't be opened: does it run in another container?") from error
+        try:
+            header = os.pread(memory.fd, HEADER.size, 0)
+            layout = Layout.from_header(header, os.fstat(memory.fd).st_size)
+            segment = cls(name, memory.fd, layout, owned=False)
+        except OSError as error:
+            os.close(memory.fd)
+            raise SegmentError(f"the peer's segment can't be mapped: {os.strerror(error.errno or 0)}") from error
+        except PeerProtocolError:
+            os.close(memory.fd)
+            raise
+        segment.unlink()
+        return segment
+
+    def unlink(self) -> None:
+        """Remove the name; the memory lives until both sides have unmapped it. A second call does nothing."""
+        if self._linked:
+            self._linked = False
+            try:
+                posix_ipc.unlink_shared_memory(self.name)
+            except posix_ipc.ExistentialError:
+                pass  # the peer, which also unlinks once it has mapped, was faster
+
+    def close(self) -> None:
+        """Drop the name and this object's mapping; tensors that still look into it keep it alive."""
+        self.unlink()
+        if self.fd >= 0:
+            self.view = memoryview(b"")
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _no_room(layout: Layout, error: OSError) -> str:
+    needed = layout.total_bytes / MIB
+    if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINVAL):
+        return f"can't reserve {needed:.1f} MiB of shared memory: {os.strerror(error.errno or 0)}"
+    room = os.statvfs("/dev/shm")
+    return (
+        f"/dev/shm has {room.f_bavail * room.f_frsize / MIB:.1f} MiB free of "
+        f"{room.f_blocks * room.f_frsize / MIB:.1f} MiB; a segment of {needed:.1f} MiB was asked for: "
+        "lower arena_bytes, or enlarge it (mount -o remount,size=… /dev/shm; docker run --shm-size=…)"
+    )
