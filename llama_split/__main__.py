@@ -53,7 +53,9 @@ ModelOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16: weights, arithmetic and wire. Default: $LLAMA_DTYPE, then float32."),
+    typer.Option(
+        help="float32, bfloat16 or float16: weights, arithmetic and wire. Default: $LLAMA_DTYPE, then float32."
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where the worker computes: cpu, cuda:0. Default: $LLAMA_GPU_DEVICE, then cpu.")
@@ -65,7 +67,9 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log what both pr
 def generate(
     prompt: Annotated[str, typer.Option(help="What to answer or, with --no-chat, to continue.")],
     model: ModelOption = None,
-    mode: Annotated[str, typer.Option(help="fused (attention and KV stay here) or layer (they are the worker's).")] = "fused",
+    mode: Annotated[
+        str, typer.Option(help="fused (attention and KV stay here) or layer (they are the worker's).")
+    ] = "fused",
     dtype: DtypeOption = None,
     worker: Annotated[
         str | None,
@@ -234,10 +238,11 @@ def _result(llama: SplitLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, to
 
 
 def _table(statistics: Statistics) -> Table:
-    table = Table(title="transport", title_justify="left")
-    for title, _ in statistics.rows():
-        table.add_column(title, justify="right")
-    table.add_row(*(value for _, value in statistics.rows()))
+    table = Table(title="transport", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in statistics.rows():
+        table.add_row(*row)
     return table
 
 
@@ -255,7 +260,12 @@ def _log(verbose: bool) -> None:
 def _progress(what: str) -> Iterator[OnProgress]:
     """A progress bar on the terminal, as a function to call with how many are done, of how many."""
     with Progress(
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), console=notices, transient=True, disable=not notices.is_terminal
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=notices,
+        transient=True,
+        disable=not notices.is_terminal,
     ) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

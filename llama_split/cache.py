@@ -60,7 +60,8 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` positions."""
         self._length = length
-        self._show()
+        if self.is_initialized:
+            self._show()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` positions, as in transformers a number that is not positive."""

@@ -185,7 +185,9 @@ class GgufCheckpoint(Checkpoint):
 
         architecture = field("general.architecture")
         if architecture != "llama":
-            raise CheckpointError(f"{self._described(architecture)}; only Llama models (architecture llama) are supported")
+            raise CheckpointError(
+                f"{self._described(architecture)}; only Llama models (architecture llama) are supported"
+            )
         try:
             heads = field("llama.attention.head_count")
             hidden = field("llama.embedding_length")

@@ -71,7 +71,9 @@ def check_bind(address: str) -> str:
     if not os.path.isdir(directory):
         raise AddressError(f"the directory {directory} of the socket does not exist: create it, mode 0700")
     if os.stat(directory).st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not os.stat(directory).st_mode & stat.S_ISVTX:
-        logger.warning("directory %s is writable by others, who could replace the socket: use one of mode 0700", directory)
+        logger.warning(
+            "directory %s is writable by others, who could replace the socket: use one of mode 0700", directory
+        )
     if not os.path.lexists(path):
         return found
     if not stat.S_ISSOCK(os.lstat(path).st_mode):

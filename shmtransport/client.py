@@ -193,9 +193,7 @@ class Client:
         while self._ended is None and (data := self._channel.receive(0.0)) is not None:
             self._take(data)
 
-    def _connect(
-        self, sizes: tuple[int, int], snapshot: bool, deadline: float, connect_timeout_s: float
-    ) -> Connection:
+    def _connect(self, sizes: tuple[int, int], snapshot: bool, deadline: float, connect_timeout_s: float) -> Connection:
         def expect(kind: type[Any]) -> Any:
             return self._expect(kind, deadline, connect_timeout_s)
 

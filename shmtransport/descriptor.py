@@ -52,8 +52,7 @@ class TensorDescriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
             raise PeerProtocolError(f"descriptor offset {self.offset} is not aligned to {dtype.itemsize}-byte elements")
         if self.offset + nbytes > data_bytes:
             raise PeerProtocolError(
-                f"descriptor spans bytes {self.offset}..{self.offset + nbytes} "
-                f"of a data area of {data_bytes} bytes"
+                f"descriptor spans bytes {self.offset}..{self.offset + nbytes} of a data area of {data_bytes} bytes"
             )
         if self.slot >= release_slots or self.sequence == 0:
             raise PeerProtocolError(

@@ -106,9 +106,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             remote = Remote(client, checkpoint, chosen, arena_bytes)
             with torch.device("meta"):
                 model = cls(config, mode, remote)
-            weights = checkpoint.load(
-                TrustedPart.weight_names(config, mode), chosen, torch.device("cpu"), progress
-            )
+            weights = checkpoint.load(TrustedPart.weight_names(config, mode), chosen, torch.device("cpu"), progress)
             model.load_state_dict(weights, assign=True)
             model.model.rotary_emb = LlamaRotaryEmbedding(config)
         except BaseException:
@@ -128,7 +126,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         generation = kwargs.get("generation_config") or self.generation_config
         named = kwargs.get("cache_implementation", generation.cache_implementation)
         if named is not None and self.mode is not Mode.FUSED:
-            raise UnsupportedBySplit(f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV")
+            raise UnsupportedBySplit(
+                f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV"
+            )
         uses_cache = kwargs.get("use_cache", generation.use_cache) is not False
         if named is None and uses_cache and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = self.new_cache()
@@ -224,4 +224,3 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
-

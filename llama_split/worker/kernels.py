@@ -114,4 +114,3 @@ def result_shape(operation: Operation, weights: Weights, argument: torch.Tensor)
             f"{operation.name} takes [..., {width}] of {weights.dtype}, not {list(argument.shape)} of {argument.dtype}"
         )
     return (*argument.shape[:-1], operation.output_width(weights.geometry))
-

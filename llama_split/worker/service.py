@@ -65,9 +65,7 @@ class Service:
             opened.begin(hidden_BTD, **start)
         context = opened.enter(layer)
         return run(
-            self._weights.layers[layer].steps(
-                hidden_BTD, context, empty_on(self._weights.device), self._result(shape)
-            ),
+            self._weights.layers[layer].steps(hidden_BTD, context, empty_on(self._weights.device), self._result(shape)),
             self._weights.perform,
         )
 

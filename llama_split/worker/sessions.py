@@ -42,7 +42,9 @@ class Session:
         if not 0 <= past <= held:
             raise ValueError(f"the forward starts after {past} tokens; this session has {held}")
         if positions.shape not in ((batch, tokens), (1, tokens)) or positions.dtype != torch.int64:
-            raise ValueError(f"positions are {list(positions.shape)} of {positions.dtype}; the batch is {batch} × {tokens}")
+            raise ValueError(
+                f"positions are {list(positions.shape)} of {positions.dtype}; the batch is {batch} × {tokens}"
+            )
         if padding is not None and padding.shape != (batch, past + tokens):
             raise ValueError(f"the mask is {list(padding.shape)}, not {batch} × {past + tokens}")
         self.cache.truncate(past)

@@ -1,0 +1,133 @@
+"""Fixtures for all tests: own addresses, servers in a thread or a process, and a check that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from shmtransport import Server
+
+ROOT = Path(__file__).parent.parent
+_OURS_IN_SHM = "shmtransport-"
+_OURS_IN_TMP = ("llama-split-", "shmt-test-")
+
+
+def _traces() -> set[str]:
+    shm = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(_OURS_IN_SHM)}
+    tmp = {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith(_OURS_IN_TMP)}
+    return shm | tmp
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Every test leaves /dev/shm and /tmp as it found them."""
+    before = _traces()
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 2.0
+    while (left := _traces() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A private directory with a path short enough for a socket."""
+    path = Path(tempfile.mkdtemp(prefix="shmt-test-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def address(directory: Path) -> str:
+    """A ZeroMQ address of this test's own."""
+    return f"ipc://{directory}/server.ipc"
+
+
+@pytest.fixture
+def serve(address: str) -> Iterator[Callable[..., Server]]:
+    """Start a server of this process in a thread: ``serve(name=handler, …)``; options of Server go in ``options``."""
+    running: list[tuple[Server, threading.Thread]] = []
+
+    def start(options: dict[str, int] | None = None, **handlers: Callable[..., object]) -> Server:
+        server = Server(address, **(options or {}))
+        for name, handler in handlers.items():
+            server.register(name, handler)
+        thread = threading.Thread(target=server.serve, daemon=True)
+        thread.start()
+        running.append((server, thread))
+        return server
+
+    yield start
+    for server, thread in running:
+        server.stop()
+        thread.join(10.0)
+        assert not thread.is_alive(), "the server did not stop"
+        server.close()
+
+
+class Process:
+    """A Python child process that prints "ready" once it is."""
+
+    def __init__(self, script: str | Path, *arguments: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+        self.popen = subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def wait_until_ready(self) -> None:
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        assert line.startswith("ready"), f"the process said {line!r}, not ready"
+
+    def readline(self) -> str:
+        assert self.popen.stdout is not None
+        return self.popen.stdout.readline().rstrip("\n")
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        return self.popen.wait(timeout_s)
+
+    def signal(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    def end(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+        if self.popen.stdout is not None:
+            self.popen.stdout.close()
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Process]]:
+    """Start scripts as processes of their own; what still runs at the test's end is killed."""
+    started: list[Process] = []
+
+    def start(script: str | Path, *arguments: str, ready: bool = True) -> Process:
+        process = Process(script, *arguments)
+        started.append(process)
+        if ready:
+            process.wait_until_ready()
+        return process
+
+    yield start
+    for process in started:
+        process.end()
