@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import Checkpoint
     from .checkpoint import Progress as OnProgress
+    from .config import Settings
     from .trusted.model import SplitLlamaForCausalLM
 
 # Two processes compute in turn: a thread that spins while it has nothing to do would take the other's core.
@@ -159,20 +160,17 @@ def worker(
             with _progress("loading weights") as progress:
                 weights = Weights(checkpoint, chosen_dtype, chosen_device, progress)
             Service(server, weights, checkpoint)
-            print(
-                f"{READY}: {checkpoint.path} in {config.DTYPE_NAMES[chosen_dtype]} on {chosen_device} at {server.address}",
-                flush=True,
-            )
+            name = config.DTYPE_NAMES[chosen_dtype]
+            print(f"{READY}: {checkpoint.path} in {name} on {chosen_device} at {server.address}", flush=True)
             server.serve()
             if verbose:
                 notices.print(_table(server.statistics()))
 
 
-def _open(settings: object, model: str | None) -> Checkpoint:
+def _open(settings: Settings, model: str | None) -> Checkpoint:
     from . import config
     from .checkpoint import open_checkpoint
 
-    assert isinstance(settings, config.Settings)
     chosen = settings.pick(model, config.MODEL_VARIABLE)
     return open_checkpoint(chosen if chosen is not None else str(config.demo_model()))
 

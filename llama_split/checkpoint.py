@@ -86,7 +86,7 @@ class Checkpoint(ABC):
         return EMBEDDING if self.config.tie_word_embeddings or LM_HEAD not in self.names else LM_HEAD
 
     def fingerprint(self) -> str:
-        """Names the model whatever its file format: a digest of its sizes, all norms and a row of each layer's matrices.
+        """Names the model whatever its file format: a digest of its sizes, its norms and a row of each layer.
 
         Two checkpoints of one model at different quantisations differ.
         """
@@ -120,7 +120,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @staticmethod
     def _open(file: Path) -> Any:
-        return safe_open(str(file), framework="pt")  # type: ignore[no-untyped-call]
+        return safe_open(str(file), framework="pt")
 
     @property
     def names(self) -> frozenset[str]:
@@ -138,25 +138,26 @@ class SafetensorsCheckpoint(Checkpoint):
         return AutoTokenizer.from_pretrained(self.path)
 
 
+_GGUF_GLOBAL_NAMES = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": FINAL_NORM,
+    "output.weight": LM_HEAD,
+}
+_GGUF_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
 class GgufCheckpoint(Checkpoint):
     """One GGUF file of a Llama, of any quantisation that the gguf package can undo."""
-
-    _GLOBAL_NAMES = {
-        "token_embd.weight": EMBEDDING,
-        "output_norm.weight": FINAL_NORM,
-        "output.weight": LM_HEAD,
-    }
-    _LAYER_NAMES = {
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
 
     def __init__(self, path: Path) -> None:
         try:
@@ -166,14 +167,14 @@ class GgufCheckpoint(Checkpoint):
         self._tensors = {self._translate(tensor.name): tensor for tensor in reader.tensors}
         super().__init__(path, self._read_config(reader))
 
-    @classmethod
-    def _translate(cls, name: str) -> str:
-        """transformers' name of a GGUF tensor; names that it does not have stay as they are."""
-        if name in cls._GLOBAL_NAMES:
-            return cls._GLOBAL_NAMES[name]
+    @staticmethod
+    def _translate(name: str) -> str:
+        """The name that transformers gives a GGUF tensor; one that it does not have stays as it is."""
+        if name in _GGUF_GLOBAL_NAMES:
+            return _GGUF_GLOBAL_NAMES[name]
         parts = name.split(".")
-        if len(parts) == 4 and parts[0] == "blk" and parts[2] in cls._LAYER_NAMES:
-            return layer_name(int(parts[1]), f"{cls._LAYER_NAMES[parts[2]]}.{parts[3]}")
+        if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER_NAMES:
+            return layer_name(int(parts[1]), f"{_GGUF_LAYER_NAMES[parts[2]]}.{parts[3]}")
         return name
 
     def _read_config(self, reader: Any) -> LlamaConfig:
@@ -238,7 +239,7 @@ class GgufCheckpoint(Checkpoint):
     def _in_transformers_row_order(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
         """GGUF keeps the two halves of each rotary pair adjacent, transformers a head apart."""
         pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(values.shape)
+        return np.asarray(pairs.swapaxes(1, 2).reshape(values.shape))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
@@ -287,8 +288,8 @@ def _read_config(path: Path) -> LlamaConfig:
 
 def _fetch(hub_id: str) -> Path:
     """A hub model's directory in the local cache, fetched if it must be."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only a hub id needs it
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     if hub_id.count("/") == 1 and not hub_id.startswith((".", "/", "~")):

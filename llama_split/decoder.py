@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.index = index
         self.config = config
-        self.widths = (geometry.query_width, geometry.kv_width, geometry.kv_width)
+        self.widths = [geometry.query_width, geometry.kv_width, geometry.kv_width]
         self.head_dim = geometry.head_dim
         # Read by the attention functions of transformers.
         self.layer_idx = index
@@ -120,7 +120,7 @@ class DecoderLayer(nn.Module):
     def attend(self, qkv: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Rotary attention over the cache: [B, T, Q + 2 K] to [B, T, Q]."""
         heads = (*qkv.shape[:-1], -1, self.head_dim)
-        query_BTHd, key_BTGd, value_BTGd = (part.view(heads) for part in qkv.split(self.widths, dim=-1))
+        query_BTHd, key_BTGd, value_BTGd = (part.view(heads) for part in torch.split(qkv, self.widths, dim=-1))
         query_BHTd, key_BGTd = apply_rotary_pos_emb(
             query_BTHd.transpose(1, 2), key_BTGd.transpose(1, 2), *context.cos_sin
         )

@@ -42,16 +42,19 @@ class WorkerProcess:
     def __init__(self, options: Sequence[str], *, verbose: bool = False) -> None:
         self._directory = tempfile.mkdtemp(prefix="llama-split-")
         self.address = f"ipc://{self._directory}/worker.ipc"
-        self._log: IO[bytes] = tempfile.TemporaryFile()
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the worker runs
         command = [sys.executable, "-m", "llama_split", "worker", "--bind", self.address]
+        reading, writing = os.pipe()
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker in order.
         self._process = subprocess.Popen(
             [*command, "--parent", str(os.getpid()), *options],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=writing,
             stderr=None if verbose else self._log,
             start_new_session=True,
         )
+        os.close(writing)
+        self._stdout = os.fdopen(reading, "rb")
 
     def wait_until_ready(self) -> None:
         """Wait until the worker answers calls.
@@ -59,8 +62,7 @@ class WorkerProcess:
         Raises:
             WorkerFailed: it ended instead; with the last line that it logged.
         """
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._stdout.readline()
         if not line.startswith(READY.encode()):
             self._process.wait()
             self._log.seek(0)
@@ -77,8 +79,7 @@ class WorkerProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._stdout.close()
         self._log.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 

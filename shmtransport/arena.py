@@ -204,7 +204,7 @@ class SendArena:
         block = self._claim(nbytes)
         memory = self._data[block.offset : block.offset + nbytes]
         held = _HeldBlock(block)
-        held.anchor = _LoanAnchor(memory, self._ended.append)  # type: ignore[arg-type]
+        held.anchor = _LoanAnchor(memory, self._ended.append)
         held.anchor.held = held
         self._by_offset[block.offset] = held
         return memory
@@ -297,7 +297,7 @@ class ReceiveArena:
         if descriptor.sequence in self._borrows:
             raise PeerProtocolError(f"descriptor with sequence {descriptor.sequence} was sent before and is still held")
         memory = self._data[descriptor.offset : descriptor.offset + nbytes]
-        anchor = _BorrowAnchor(memory, self._end)  # type: ignore[arg-type]
+        anchor = _BorrowAnchor(memory, self._end)
         anchor.slot, anchor.sequence, anchor.since = descriptor.slot, descriptor.sequence, time.monotonic()
         self._borrows[descriptor.sequence] = anchor
         return _tensor(memory, row.torch, descriptor.shape)

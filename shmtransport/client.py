@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,22 +13,12 @@ import torch
 
 from . import address as addresses
 from .channel import Channel, ZmqChannel, deadline_in
-from .connection import Connection, attach_peer, segment_layout
-from .errors import CallTimeout, Closed, ConnectRefused, ConnectTimeout, PeerDied, PeerProtocolError, TransportError
-from .message import (
-    DEFAULT_MAX_MESSAGE_BYTES,
-    AnyMessage,
-    Attach,
-    Goodbye,
-    Hello,
-    Offer,
-    Refused,
-    Welcome,
-    decode,
-    encode,
-)
+from .connection import Connection
+from .errors import CallTimeout, Closed, ConnectTimeout, PeerDied, PeerProtocolError, TransportError
+from .handshake import Sizes, client_handshake
+from .message import DEFAULT_MAX_MESSAGE_BYTES, Goodbye, encode
 from .protocol import ClientProtocol, PendingReply
-from .segment import MIB, Segment
+from .segment import MIB
 from .statistics import Counters, Statistics
 
 logger = logging.getLogger("shmtransport")
@@ -70,11 +59,12 @@ class Client:
         self._counters = Counters()
         self._lock = threading.RLock()
         self._ended: TransportError | None = None
-        self._connection: Connection | None = None
+        sizes = Sizes(arena_bytes, arena_bytes if reply_arena_bytes is None else reply_arena_bytes)
         self._channel: Channel = ZmqChannel(address, DEFAULT_MAX_MESSAGE_BYTES)
-        sizes = (arena_bytes, arena_bytes if reply_arena_bytes is None else reply_arena_bytes)
         try:
-            self._connection = self._connect(sizes, snapshot, deadline_in(connect_timeout_s), connect_timeout_s)
+            self._connection = self._connect(
+                client_handshake(sizes, self._counters, snapshot=snapshot), connect_timeout_s
+            )
         except BaseException:
             self._channel.close()
             raise
@@ -84,8 +74,8 @@ class Client:
             address,
             self.transport,
             self._channel.kind,
-            sizes[0] / MIB,
-            sizes[1] / MIB,
+            sizes.request_arena_bytes / MIB,
+            sizes.reply_arena_bytes / MIB,
             self._connection.watch.pid,
         )
 
@@ -135,7 +125,7 @@ class Client:
     def close(self) -> None:
         """End the connection; calls in flight fail with ``Closed``. Results stay valid. A second call does nothing."""
         with self._lock:
-            if self._connection is not None and self._ended is None:
+            if self._ended is None:
                 self._channel.send(encode(Goodbye("the client closed the connection")))
             self._end(Closed("this client was closed"))
 
@@ -148,7 +138,6 @@ class Client:
     def _live(self) -> Connection:
         if self._ended is not None:
             raise type(self._ended)(*self._ended.args)
-        assert self._connection is not None
         return self._connection
 
     def _end(self, error: TransportError) -> None:
@@ -157,9 +146,8 @@ class Client:
             return
         self._ended = error
         self._channel.close()
-        if self._connection is not None:
-            self._connection.close()
-            self._protocol.fail_all(error)
+        self._connection.close()
+        self._protocol.fail_all(error)
 
     def _wait(self, pending: PendingReply, timeout_s: float | None) -> None:
         """Receive until this call is done, its time is up, or the server is dead."""
@@ -193,35 +181,20 @@ class Client:
         while self._ended is None and (data := self._channel.receive(0.0)) is not None:
             self._take(data)
 
-    def _connect(self, sizes: tuple[int, int], snapshot: bool, deadline: float, connect_timeout_s: float) -> Connection:
-        def expect(kind: type[Any]) -> Any:
-            return self._expect(kind, deadline, connect_timeout_s)
-
-        self._channel.send(encode(Hello(*sizes)))
-        offer: Offer = expect(Offer)
-        own = Segment.create(segment_layout(sizes[0]))
-        peer: Segment | None = None
-        try:
-            self._channel.send(encode(Attach(own.name, os.getpid())))
-            welcome: Welcome = expect(Welcome)
-            peer = attach_peer(welcome.segment, sizes[1])
-            own.unlink()
-            return Connection(own, peer, welcome.pid, self._counters, offer.max_message_bytes, snapshot=snapshot)
-        except BaseException:
-            own.close()
-            if peer is not None:
-                peer.close()
-            raise
-
-    def _expect(self, kind: type[Any], deadline: float, connect_timeout_s: float) -> AnyMessage:
-        data = self._channel.receive(max(deadline - time.monotonic(), 0.0))
-        if data is None:
-            raise ConnectTimeout(
-                f"no server answered at {self.address} within {connect_timeout_s:g} s: start one, or check the address"
-            )
-        message = decode(data)
-        if isinstance(message, Refused):
-            raise ConnectRefused(f"the server at {self.address} refused: {message.reason}")
-        if not isinstance(message, kind):
-            raise PeerProtocolError(f"the server sent a {type(message).__name__} where {kind.__name__} is due")
-        return message
+    def _connect(self, handshake: Generator[bytes, bytes, Connection], timeout_s: float) -> Connection:
+        deadline = deadline_in(timeout_s)
+        data = next(handshake)
+        while True:
+            self._channel.send(data)
+            answer = self._channel.receive(max(deadline - time.monotonic(), 0.0))
+            if answer is None:
+                handshake.close()
+                raise ConnectTimeout(
+                    f"no server answered at {self.address} within {timeout_s:g} s: start one, check the address, "
+                    "or raise connect_timeout_s if it is still starting"
+                )
+            try:
+                data = handshake.send(answer)
+            except StopIteration as end:
+                connection: Connection = end.value
+                return connection

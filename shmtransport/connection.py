@@ -1,15 +1,4 @@
-"""What one established connection owns, on either side: two segments, two arenas, and the watch on its peer.
-
-The handshake, each side allocating only after the other has committed to as much::
-
-    client                                   server
-      Hello(sizes)                 ──►         within the limits?
-                                   ◄──       Offer, or Refused(figures)
-      creates its segment
-      Attach(name)                 ──►         maps it and unlinks its name, learns the client's process
-                                               from the kernel, creates its own segment
-      maps it, unlinks its name    ◄──       Welcome(name)
-"""
+"""What one established connection owns, on either side: two segments, two arenas, and the watch on its peer."""
 
 from __future__ import annotations
 
@@ -25,6 +14,24 @@ from .statistics import Counters
 def segment_layout(arena_bytes: int) -> Layout:
     """The layout of a segment whose data area has at least ``arena_bytes`` bytes."""
     return Layout(data_bytes=round_up(max(arena_bytes, 1), PAGE_BYTES))
+
+
+def attach_peer(name: str, expected_arena_bytes: int) -> Segment:
+    """Map the segment that a peer has named, which must have the size that was agreed.
+
+    Raises:
+        PeerProtocolError: it has not, or it is no segment of ours.
+    """
+    segment = Segment.attach(name)
+    expected = segment_layout(expected_arena_bytes)
+    if segment.layout != expected:
+        found = segment.layout
+        segment.close()
+        raise PeerProtocolError(
+            f"the peer's segment has {found.data_bytes} data bytes and {found.release_slots} release slots; "
+            f"{expected.data_bytes} and {expected.release_slots} were agreed"
+        )
+    return segment
 
 
 class Connection:
@@ -52,21 +59,3 @@ class Connection:
         self.watch.close()
         self._own.close()
         self._peer.close()
-
-
-def attach_peer(name: str, expected_arena_bytes: int) -> Segment:
-    """Map the segment that a peer has named, which must have the size that was agreed.
-
-    Raises:
-        PeerProtocolError: it has not, or it is no segment of ours.
-    """
-    segment = Segment.attach(name)
-    expected = segment_layout(expected_arena_bytes)
-    if segment.layout != expected:
-        found = segment.layout
-        segment.close()
-        raise PeerProtocolError(
-            f"the peer's segment has {found.data_bytes} data bytes and {found.release_slots} release slots; "
-            f"{expected.data_bytes} and {expected.release_slots} were agreed"
-        )
-    return segment

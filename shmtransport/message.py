@@ -101,7 +101,7 @@ class Reply(Message, frozen=True, array_like=True, tag=7):
 
 
 class Failure(Message, frozen=True, array_like=True, tag=8):
-    """A call's exception: its class name and text. ``kind`` is "handler" or the name of one of this package's errors."""
+    """A call's exception: class name and text. ``kind`` is "handler" or the name of one of this package's errors."""
 
     call_id: _Count
     kind: _ShortText
@@ -153,9 +153,10 @@ def decode(data: bytes) -> AnyMessage:
                 "install the same shmtransport on both sides"
             ) from None
     try:
-        return _decoder.decode(body)
+        message: AnyMessage = _decoder.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise PeerProtocolError(f"the peer sent an invalid message: {error}") from None
+    return message
 
 
 def shorten(text: str, limit: int = 4096) -> str:
@@ -219,8 +220,9 @@ def unpack(value: Any, tensors: Sequence[torch.Tensor], depth: int = 0) -> Any:
 
 
 def _unpack_tensor(extension: Ext, tensors: Sequence[torch.Tensor]) -> Any:
-    index = int.from_bytes(extension.data, "little")
-    if extension.code not in (_EXT_TENSOR, _EXT_ARRAY) or len(extension.data) != 2 or index >= len(tensors):
+    data = bytes(extension.data)
+    index = int.from_bytes(data, "little")
+    if extension.code not in (_EXT_TENSOR, _EXT_ARRAY) or len(data) != 2 or index >= len(tensors):
         raise PeerProtocolError(f"the peer sent an extension of code {extension.code} that names no tensor")
     tensor = tensors[index]
     if extension.code == _EXT_TENSOR:

@@ -91,9 +91,10 @@ class Codec:
             nonlocal sent_bytes
             if len(descriptors) == MAX_TENSORS:
                 raise LocalProtocolError(f"one message carries {MAX_TENSORS} tensors at most")
-            is_tensor = isinstance(tensor, torch.Tensor)
-            exporter = self._exporter
-            descriptors.append(exporter.export(tensor) if is_tensor else exporter.export_array(tensor))
+            if isinstance(tensor, torch.Tensor):
+                descriptors.append(self._exporter.export(tensor))
+            else:
+                descriptors.append(self._exporter.export_array(tensor))
             sent_bytes += tensor.nbytes
             return len(descriptors) - 1
 

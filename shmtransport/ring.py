@@ -18,7 +18,7 @@ from .layout import BLOCK_ALIGNMENT, round_up
 
 @dataclass(frozen=True)
 class Block:
-    """A claimed byte range: ``offset`` and ``nbytes`` (rounded up to the alignment) in the area, ``position`` for ever."""
+    """A claimed byte range: ``offset``, ``nbytes`` (a multiple of the alignment); a ``position`` is never reused."""
 
     position: int
     offset: int

@@ -12,6 +12,7 @@ Rules that it keeps:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -101,10 +102,8 @@ class Segment:
         """Remove the name; the memory lives until both sides have unmapped it. A second call does nothing."""
         if self._linked:
             self._linked = False
-            try:
+            with contextlib.suppress(posix_ipc.ExistentialError):  # the peer, which unlinks as well, was faster
                 posix_ipc.unlink_shared_memory(self.name)
-            except posix_ipc.ExistentialError:
-                pass  # the peer, which also unlinks once it has mapped, was faster
 
     def close(self) -> None:
         """Drop the name and this object's mapping; tensors that still look into it keep it alive."""

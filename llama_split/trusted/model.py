@@ -7,7 +7,8 @@ the embedding and the norms; every product with a weight matrix, or every whole 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.remote = remote
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         path_or_hub_id: str | os.PathLike[str] | Checkpoint,
         *,
@@ -193,7 +194,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             position_ids=position_ids,
         )
         context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache)
-        return run(decoder(self.model.layers, hidden_BTD, context, self.remote.empty), self.remote.perform)
+        layers = cast("Sequence[DecoderLayer]", self.model.layers)
+        return run(decoder(layers, hidden_BTD, context, self.remote.empty), self.remote.perform)
 
     def _layers(
         self,

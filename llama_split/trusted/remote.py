@@ -54,7 +54,7 @@ class Remote:
         if rows_BD.shape[0] * rows_BD.shape[1] <= limit:
             return self._call(step.operation, step.layer, rows_BD)
         flat = rows_BD.reshape(1, -1, rows_BD.shape[-1])
-        parts = [self._call(step.operation, step.layer, part).clone() for part in flat.split(limit, dim=1)]
+        parts = [self._call(step.operation, step.layer, part).clone() for part in torch.split(flat, limit, dim=1)]
         return torch.cat(parts, dim=1).view(*rows_BD.shape[:-1], -1)
 
     def lm_head(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -108,7 +108,7 @@ class Remote:
             )
         if found["fingerprint"] != checkpoint.fingerprint():
             raise WorkerMismatch(
-                f"the worker at {address} has a model of the same shape but other weights: start it with the same --model"
+                f"the worker at {address} has a model of this shape but other weights: start it with the same --model"
             )
         wanted = DTYPE_NAMES[self._dtype]
         if found["dtype"] != wanted:

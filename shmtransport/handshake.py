@@ -1,0 +1,168 @@
+"""How a connection comes about, without I/O: which bytes to send, and what the answers mean.
+
+Each side allocates only after the other has committed to as much::
+
+    client                                   server
+      Hello(sizes)                 ──►         within the limits?
+                                   ◄──       Offer, or Refused(figures)
+      creates its segment
+      Attach(name)                 ──►         maps it and unlinks its name, learns the client's process
+                                               from the kernel, creates its own segment
+      maps it, unlinks its name    ◄──       Welcome(name)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from .connection import Connection, attach_peer, segment_layout
+from .errors import ConnectRefused, PeerProtocolError, SegmentError
+from .message import Attach, Goodbye, Hello, Message, Offer, Refused, Welcome, decode, encode, shorten
+from .segment import MIB, Segment
+from .statistics import Counters
+
+Expected = TypeVar("Expected", bound=Message)
+
+
+class Sizes(NamedTuple):
+    """Data bytes of the two arenas of one connection, seen from the client."""
+
+    request_arena_bytes: int
+    reply_arena_bytes: int
+
+
+def client_handshake(sizes: Sizes, counters: Counters, *, snapshot: bool) -> Generator[bytes, bytes, Connection]:
+    """The client's half: yields bytes to send, is sent the server's answer to them, returns the connection.
+
+    Raises:
+        ConnectRefused: the server said no.
+        PeerProtocolError: it answered something invalid.
+        SegmentError: no shared memory.
+    """
+    offer = _expect(Offer, (yield encode(Hello(*sizes))))
+    with ExitStack() as undo:
+        own = Segment.create(segment_layout(sizes.request_arena_bytes))
+        undo.callback(own.close)
+        welcome = _expect(Welcome, (yield encode(Attach(own.name, os.getpid()))))
+        peer = attach_peer(welcome.segment, sizes.reply_arena_bytes)
+        undo.callback(peer.close)
+        own.unlink()
+        connection = Connection(own, peer, welcome.pid, counters, offer.max_message_bytes, snapshot=snapshot)
+        undo.pop_all()
+        return connection
+
+
+def _expect(kind: type[Expected], data: bytes) -> Expected:
+    message = decode(data)
+    if isinstance(message, Refused):
+        raise ConnectRefused(f"the server refused: {message.reason}")
+    if not isinstance(message, kind):
+        raise PeerProtocolError(f"the server sent a {type(message).__name__} where {kind.__name__} is due")
+    return message
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server grants. ``max_arena_bytes`` bounds both arenas of one client together."""
+
+    max_arena_bytes: int
+    max_total_arena_bytes: int
+    max_clients: int
+    max_message_bytes: int
+    handshake_timeout_s: float = 10.0
+
+
+class Admitted(NamedTuple):
+    """A client whose segments are mapped on this side."""
+
+    sizes: Sizes
+    connection: Connection
+
+
+class _Newcomer(NamedTuple):
+    sizes: Sizes
+    since: float
+
+
+class Admission:
+    """The server's half, for all clients that are not connected yet."""
+
+    def __init__(self, limits: Limits, counters: Counters) -> None:
+        self._limits = limits
+        self._counters = counters
+        self._newcomers: dict[bytes, _Newcomer] = {}
+        self._admitted_sizes: dict[bytes, Sizes] = {}
+
+    def receive(self, identity: bytes, data: bytes) -> tuple[Message | None, Admitted | None]:
+        """Take one message of a client that is not connected: the answer, and the connection if it now stands.
+
+        Raises:
+            PeerProtocolError: the message is invalid; the client is forgotten.
+        """
+        self._forget_unfinished()
+        newcomer = self._newcomers.pop(identity, None)
+        message = decode(data)
+        if isinstance(message, Goodbye):
+            return None, None
+        if newcomer is not None:
+            if not isinstance(message, Attach):
+                raise PeerProtocolError(f"the client sent a {type(message).__name__} where Attach is due")
+            return self._attach(identity, newcomer.sizes, message)
+        if not isinstance(message, Hello):
+            return Goodbye("this server does not know the connection; it may have been restarted"), None
+        sizes = Sizes(message.request_arena_bytes, message.reply_arena_bytes)
+        refusal = self._refusal(sizes)
+        if refusal is not None:
+            return Refused(refusal), None
+        self._newcomers[identity] = _Newcomer(sizes, time.monotonic())
+        return Offer(self._limits.max_message_bytes), None
+
+    def forget(self, identity: bytes) -> None:
+        """An admitted client has gone: what it took counts no more."""
+        self._admitted_sizes.pop(identity, None)
+
+    def _refusal(self, sizes: Sizes) -> str | None:
+        """Why these sizes are not granted, or None."""
+        limits = self._limits
+        granted = [*self._admitted_sizes.values(), *(newcomer.sizes for newcomer in self._newcomers.values())]
+        asked = sum(sizes)
+        taken = sum(map(sum, granted))
+        if len(granted) >= limits.max_clients:
+            return f"it serves {len(granted)} clients already; its max_clients is {limits.max_clients}"
+        if asked > limits.max_arena_bytes:
+            return (
+                f"{asked / MIB:.1f} MiB of arenas were asked for (requests and replies together); "
+                f"its max_arena_bytes is {limits.max_arena_bytes / MIB:.1f} MiB"
+            )
+        if asked + taken > limits.max_total_arena_bytes:
+            return (
+                f"{asked / MIB:.1f} MiB of arenas were asked for; its {len(granted)} clients hold "
+                f"{taken / MIB:.1f} MiB of the {limits.max_total_arena_bytes / MIB:.1f} MiB of max_total_arena_bytes"
+            )
+        return None
+
+    def _attach(self, identity: bytes, sizes: Sizes, attach: Attach) -> tuple[Message, Admitted | None]:
+        with ExitStack() as undo:
+            peer = attach_peer(attach.segment, sizes.request_arena_bytes)
+            undo.callback(peer.close)
+            try:
+                own = Segment.create(segment_layout(sizes.reply_arena_bytes))
+            except SegmentError as error:
+                return Refused(shorten(str(error))), None
+            undo.callback(own.close)
+            limit = self._limits.max_message_bytes
+            connection = Connection(own, peer, attach.pid, self._counters, limit)
+            undo.pop_all()
+        self._admitted_sizes[identity] = sizes
+        return Welcome(own.name, os.getpid()), Admitted(sizes, connection)
+
+    def _forget_unfinished(self) -> None:
+        """Forget clients that said Hello and then nothing."""
+        limit = time.monotonic() - self._limits.handshake_timeout_s
+        for identity in [identity for identity, newcomer in self._newcomers.items() if newcomer.since < limit]:
+            del self._newcomers[identity]
