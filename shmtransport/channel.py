@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import zmq
 
 from . import address as addresses
-from .errors import AddressError, Closed
+from .errors import AddressError, CallTimeout, Closed
 
 _GOODBYE_LINGER_MS = 500
 _QUEUE_LIMIT = 10_000
@@ -28,15 +28,19 @@ class Channel(ABC):
 
     @abstractmethod
     def send(self, data: bytes) -> None:
-        """Queue one message; never blocks for the peer."""
+        """Queue one message; never blocks for the peer.
+
+        Raises:
+            CallTimeout: the peer reads nothing, and the queue is full.
+        """
 
     @abstractmethod
     def receive(self, timeout_s: float) -> bytes | None:
         """The next message, or None after ``timeout_s`` seconds without one."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Give the channel back; what was queued may still go out for a moment. A second call does nothing."""
+    def close(self, *, flush: bool) -> None:
+        """Give the channel back; with ``flush``, let what is queued go out for a moment. A second call does nothing."""
 
 
 class ServerChannel(ABC):
@@ -74,17 +78,19 @@ class ZmqChannel(Channel):
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.maxmsgsize = max_message_bytes
-        self._socket.linger = _GOODBYE_LINGER_MS
+        self._socket.sndhwm = self._socket.rcvhwm = _QUEUE_LIMIT
         self._timeout_ms = -1
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
-            self.close()
+            self.close(flush=False)
             raise AddressError(f"can't connect to {address}: {error.strerror}") from error
 
     def send(self, data: bytes) -> None:
         try:
-            self._socket.send(data)
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            raise CallTimeout(f"{_QUEUE_LIMIT} messages are queued and the server reads none: is it stopped?") from None
         except zmq.ZMQError as error:
             raise Closed(f"the channel is closed: {error.strerror}") from error
 
@@ -99,8 +105,8 @@ class ZmqChannel(Channel):
         except zmq.ZMQError as error:
             raise Closed(f"the channel is closed: {error.strerror}") from error
 
-    def close(self) -> None:
-        self._socket.close()
+    def close(self, *, flush: bool) -> None:
+        self._socket.close(_GOODBYE_LINGER_MS if flush else 0)
         self._context.term()
 
 
@@ -110,6 +116,7 @@ class ZmqServerChannel(ServerChannel):
     kind = "zmq"
 
     def __init__(self, address: str, max_message_bytes: int) -> None:
+        transport = addresses.check_bind(address)
         self._address = address
         self._bound = False
         self._closed = False
@@ -120,7 +127,6 @@ class ZmqServerChannel(ServerChannel):
         self._socket.router_mandatory = True
         self._socket.sndhwm = self._socket.rcvhwm = _QUEUE_LIMIT
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        transport = addresses.check_bind(address)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:

@@ -14,7 +14,7 @@ import torch
 from . import address as addresses
 from .channel import Channel, ZmqChannel, deadline_in
 from .connection import Connection
-from .errors import CallTimeout, Closed, ConnectTimeout, PeerDied, PeerProtocolError, TransportError
+from .errors import CallTimeout, Closed, ConnectTimeout, LocalProtocolError, PeerDied, PeerProtocolError, TransportError
 from .handshake import Sizes, client_handshake
 from .message import DEFAULT_MAX_MESSAGE_BYTES, Goodbye, encode
 from .protocol import ClientProtocol, PendingReply
@@ -31,7 +31,8 @@ class Client:
     """A connection to a ``Server`` on this machine.
 
     ``arena_bytes`` is the size of the data area for what this side sends, ``reply_arena_bytes`` (default: the same)
-    of the one for what it receives. ``timeout_s`` is how long a call may take unless it says otherwise. With
+    of the one for what it receives. ``timeout_s`` is how long a call may take unless it says otherwise.
+    ``max_message_bytes`` bounds the plain values of a call or result; the server's own bound counts as well. With
     ``snapshot`` results are private copies rather than borrowed views: for a caller that checks a result before it
     uses it, since a hostile server could change a view in between.
 
@@ -52,6 +53,7 @@ class Client:
         timeout_s: float = 60.0,
         connect_timeout_s: float = 5.0,
         snapshot: bool = False,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self.address = address
         self.transport = addresses.check_connect(address)
@@ -60,13 +62,15 @@ class Client:
         self._lock = threading.RLock()
         self._ended: TransportError | None = None
         sizes = Sizes(arena_bytes, arena_bytes if reply_arena_bytes is None else reply_arena_bytes)
-        self._channel: Channel = ZmqChannel(address, DEFAULT_MAX_MESSAGE_BYTES)
+        if min(sizes) < 1:
+            raise LocalProtocolError(f"arenas need at least one byte each; {tuple(sizes)} were asked for")
+        self._channel: Channel = ZmqChannel(address, max_message_bytes)
+        handshake = client_handshake(sizes, max_message_bytes, self._counters, snapshot=snapshot)
         try:
-            self._connection = self._connect(
-                client_handshake(sizes, self._counters, snapshot=snapshot), connect_timeout_s
-            )
+            self._connection = self._connect(handshake, connect_timeout_s)
         except BaseException:
-            self._channel.close()
+            handshake.close()
+            self._channel.close(flush=False)
             raise
         self._protocol = ClientProtocol(self._connection.codec, self._counters)
         logger.info(
@@ -145,7 +149,7 @@ class Client:
         if self._ended is not None:
             return
         self._ended = error
-        self._channel.close()
+        self._channel.close(flush=isinstance(error, Closed))
         self._connection.close()
         self._protocol.fail_all(error)
 
@@ -188,7 +192,6 @@ class Client:
             self._channel.send(data)
             answer = self._channel.receive(max(deadline - time.monotonic(), 0.0))
             if answer is None:
-                handshake.close()
                 raise ConnectTimeout(
                     f"no server answered at {self.address} within {timeout_s:g} s: start one, check the address, "
                     "or raise connect_timeout_s if it is still starting"

@@ -36,7 +36,9 @@ class Sizes(NamedTuple):
     reply_arena_bytes: int
 
 
-def client_handshake(sizes: Sizes, counters: Counters, *, snapshot: bool) -> Generator[bytes, bytes, Connection]:
+def client_handshake(
+    sizes: Sizes, max_message_bytes: int, counters: Counters, *, snapshot: bool
+) -> Generator[bytes, bytes, Connection]:
     """The client's half: yields bytes to send, is sent the server's answer to them, returns the connection.
 
     Raises:
@@ -44,7 +46,7 @@ def client_handshake(sizes: Sizes, counters: Counters, *, snapshot: bool) -> Gen
         PeerProtocolError: it answered something invalid.
         SegmentError: no shared memory.
     """
-    offer = _expect(Offer, (yield encode(Hello(*sizes))))
+    offer = _expect(Offer, (yield encode(Hello(*sizes, max_message_bytes))))
     with ExitStack() as undo:
         own = Segment.create(segment_layout(sizes.request_arena_bytes))
         undo.callback(own.close)
@@ -86,6 +88,7 @@ class Admitted(NamedTuple):
 
 class _Newcomer(NamedTuple):
     sizes: Sizes
+    max_message_bytes: int
     since: float
 
 
@@ -112,15 +115,16 @@ class Admission:
         if newcomer is not None:
             if not isinstance(message, Attach):
                 raise PeerProtocolError(f"the client sent a {type(message).__name__} where Attach is due")
-            return self._attach(identity, newcomer.sizes, message)
+            return self._attach(identity, newcomer, message)
         if not isinstance(message, Hello):
             return Goodbye("this server does not know the connection; it may have been restarted"), None
         sizes = Sizes(message.request_arena_bytes, message.reply_arena_bytes)
         refusal = self._refusal(sizes)
         if refusal is not None:
             return Refused(refusal), None
-        self._newcomers[identity] = _Newcomer(sizes, time.monotonic())
-        return Offer(self._limits.max_message_bytes), None
+        max_message_bytes = min(message.max_message_bytes, self._limits.max_message_bytes)
+        self._newcomers[identity] = _Newcomer(sizes, max_message_bytes, time.monotonic())
+        return Offer(max_message_bytes), None
 
     def forget(self, identity: bytes) -> None:
         """An admitted client has gone: what it took counts no more."""
@@ -146,7 +150,8 @@ class Admission:
             )
         return None
 
-    def _attach(self, identity: bytes, sizes: Sizes, attach: Attach) -> tuple[Message, Admitted | None]:
+    def _attach(self, identity: bytes, newcomer: _Newcomer, attach: Attach) -> tuple[Message, Admitted | None]:
+        sizes = newcomer.sizes
         with ExitStack() as undo:
             peer = attach_peer(attach.segment, sizes.request_arena_bytes)
             undo.callback(peer.close)
@@ -155,8 +160,7 @@ class Admission:
             except SegmentError as error:
                 return Refused(shorten(str(error))), None
             undo.callback(own.close)
-            limit = self._limits.max_message_bytes
-            connection = Connection(own, peer, attach.pid, self._counters, limit)
+            connection = Connection(own, peer, attach.pid, self._counters, newcomer.max_message_bytes)
             undo.pop_all()
         self._admitted_sizes[identity] = sizes
         return Welcome(own.name, os.getpid()), Admitted(sizes, connection)

@@ -48,6 +48,7 @@ class Hello(Message, frozen=True, array_like=True, tag=0):
 
     request_arena_bytes: _Count
     reply_arena_bytes: _Count
+    max_message_bytes: _Count
 
 
 class Refused(Message, frozen=True, array_like=True, tag=1):
@@ -57,7 +58,7 @@ class Refused(Message, frozen=True, array_like=True, tag=1):
 
 
 class Offer(Message, frozen=True, array_like=True, tag=2):
-    """Server, second: what it grants, before either side has allocated anything."""
+    """Server, second: the sizes are granted; neither side has allocated anything yet."""
 
     max_message_bytes: _Count
 

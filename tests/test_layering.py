@@ -1,0 +1,170 @@
+"""Which module may import which, and what no module may use; read from the sources with ``ast``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module imports only from levels below its own. A new module must be given its place here.
+LEVELS: dict[str, int] = {
+    "errors": 0,
+    "version": 0,
+    "statistics": 0,
+    "layout": 1,
+    "dtypes": 1,
+    "address": 1,
+    "liveness": 1,
+    "segment": 2,
+    "ring": 2,
+    "descriptor": 2,
+    "arena": 3,
+    "message": 3,
+    "protocol": 4,
+    "channel": 4,
+    "handshake": 4,
+    "connection": 5,
+    "doorbell": 5,
+    "client": 6,
+    "server": 6,
+    "aio": 7,
+    "doctor": 7,
+    "cuda": 7,
+    "__init__": 8,
+    "__main__": 9,
+}
+PURE = ("protocol", "ring")
+IMPURE_PACKAGES = {"zmq", "mmap", "posix_ipc"}
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"eval", "exec"}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """The dotted name; a package's ``__init__`` keeps that as its last part."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted absolute names of all that a module imports, wherever the import stands; names from packages too."""
+    package = module_name(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*base, *(node.module.split(".") if node.module else [])]
+            yield ".".join(parts)
+            for alias in node.names:
+                yield ".".join([*parts, alias.name])
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def siblings(path: Path) -> set[str]:
+    """The modules of shmtransport that a module of it imports."""
+    known = {source.stem for source in sources("shmtransport")} - {"__init__"}
+    found: set[str] = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "shmtransport":
+            found.add(parts[1] if len(parts) > 1 and parts[1] in known else "__init__" if len(parts) == 1 else "")
+    # "from . import address" names the package itself as well; that alone is no import of its contents.
+    return found - {"", "__init__"} if found - {"", "__init__"} else found - {""}
+
+
+def test_shmtransport_never_imports_llama_split() -> None:
+    """The transport knows nothing of what is built on it."""
+    found = [(str(p), n) for p in sources("shmtransport") for n in imported(p) if is_within(n, "llama_split")]
+    assert not found
+
+
+def test_the_trusted_side_never_imports_the_worker() -> None:
+    """Nothing of the worker's code runs where the prompt is."""
+    paths = sources("llama_split/trusted")
+    assert paths
+    found = [(str(p), n) for p in paths for n in imported(p) if is_within(n, "llama_split.worker")]
+    assert not found
+
+
+def test_what_the_trusted_side_imports_does_not_import_the_worker_either() -> None:
+    """Not even by way of the modules that both sides share."""
+    modules = {module_name(path).removesuffix(".__init__"): path for path in sources("llama_split")}
+    reached = {name for name in modules if is_within(name, "llama_split.trusted")}
+    frontier = set(reached)
+    while frontier:
+        name = frontier.pop()
+        for target in imported(modules[name]):
+            if target in modules and target not in reached and target != "llama_split":
+                reached.add(target)
+                frontier.add(target)
+    assert len(reached) > 3
+    assert not [name for name in reached if is_within(name, "llama_split.worker")]
+
+
+def test_the_worker_never_imports_the_trusted_side() -> None:
+    """The worker needs none of the code that sees the prompt."""
+    paths = sources("llama_split/worker")
+    assert paths
+    found = [(str(p), n) for p in paths for n in imported(p) if is_within(n, "llama_split.trusted")]
+    assert not found
+
+
+def test_every_module_of_shmtransport_has_its_level() -> None:
+    """An unknown module fails: whoever adds one decides where it stands."""
+    assert {path.stem for path in sources("shmtransport")} <= LEVELS.keys()
+
+
+@pytest.mark.parametrize("path", sources("shmtransport"), ids=lambda path: path.stem)
+def test_imports_within_shmtransport_run_downwards(path: Path) -> None:
+    """A module imports only modules of lower levels."""
+    level = LEVELS[path.stem]
+    upward = {name for name in siblings(path) if LEVELS.get(name, 99) >= level}
+    assert not upward, f"{path.stem} (level {level}) imports {upward}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_import_no_input_or_output(name: str) -> None:
+    """protocol and ring decide; they neither send nor map."""
+    roots = {found.split(".")[0] for found in imported(ROOT / "shmtransport" / f"{name}.py")}
+    assert not roots & IMPURE_PACKAGES
+
+
+@pytest.mark.parametrize("path", [*sources("shmtransport"), *sources("llama_split")], ids=module_name)
+def test_no_module_can_run_what_a_peer_or_a_file_says(path: Path) -> None:
+    """No pickle, no eval, no exec, no trust_remote_code; torch.load is pickle too."""
+    assert not {name.split(".")[0] for name in imported(path)} & FORBIDDEN_MODULES
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = called.id if isinstance(called, ast.Name) else None
+            assert name not in FORBIDDEN_CALLS, f"line {node.lineno} calls {name}"
+            assert "trust_remote_code" not in {keyword.arg for keyword in node.keywords}, f"line {node.lineno}"
+            assert ast.unparse(called) not in {"torch.load", "builtins.eval", "builtins.exec", "np.load", "numpy.load"}
+        elif isinstance(node, ast.Constant):
+            assert node.value != "trust_remote_code", f"line {node.lineno}"
+
+
+def test_the_check_sees_an_upward_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules above would fail on a breach, in each way of writing it."""
+    monkeypatch.setattr("tests.test_layering.ROOT", tmp_path)
+    package = tmp_path / "shmtransport"
+    package.mkdir()
+    (package / "client.py").write_text("")
+    for text in ("from .client import Client", "from . import client", "import shmtransport.client"):
+        (package / "ring.py").write_text(f"def f():\n    {text}\n")
+        assert siblings(package / "ring.py") == {"client"}
+    (package / "ring.py").write_text("import shmtransport\n")
+    assert siblings(package / "ring.py") == {"__init__"}
+    (package / "ring.py").write_text("from llama_split.worker import kernels")
+    assert "llama_split.worker.kernels" in set(imported(package / "ring.py"))
