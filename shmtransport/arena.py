@@ -16,6 +16,7 @@ Rules that they keep:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -27,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .descriptor import MAX_DIMENSIONS, TensorDescriptor
-from .dtypes import BY_NAME, BY_TORCH
+from .descriptor import MAX_DIMENSIONS, TensorDescriptor, representable
+from .dtypes import BY_NAME, BY_TORCH, DType
 from .errors import ArenaFull, LocalProtocolError, PeerProtocolError, TensorTooLarge
 from .layout import PAGE_BYTES
 from .ring import Block, Ring
@@ -87,6 +88,18 @@ def _tensor(memory: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> t
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
+def _row(dtype: torch.dtype) -> DType:
+    row = BY_TORCH.get(dtype)
+    if row is None:
+        raise LocalProtocolError(f"tensors of {dtype} can't be sent; known dtypes: {', '.join(map(str, BY_TORCH))}")
+    return row
+
+
+def _check_dimensions(count: int) -> None:
+    if count > MAX_DIMENSIONS:
+        raise LocalProtocolError(f"a tensor of {count} dimensions can't be sent; the limit is {MAX_DIMENSIONS}")
+
+
 class SendArena:
     """This process's own segment, seen as tensors to send.
 
@@ -121,11 +134,10 @@ class SendArena:
             LocalProtocolError: the dtype or shape can't be sent.
         """
         sizes = tuple(shape)
-        if any(size < 0 for size in sizes) or len(sizes) > MAX_DIMENSIONS:
-            raise LocalProtocolError(f"shape {sizes} has a negative size or more than {MAX_DIMENSIONS} dimensions")
-        row = BY_TORCH.get(dtype)
-        if row is None:
-            raise LocalProtocolError(f"tensors of {dtype} can't be sent; known dtypes: {', '.join(map(str, BY_TORCH))}")
+        row = _row(dtype)
+        if any(size < 0 for size in sizes) or not representable(sizes, row.itemsize):
+            raise LocalProtocolError(f"no tensor can have the shape {sizes}")
+        _check_dimensions(len(sizes))
         nbytes = math.prod(sizes) * row.itemsize
         if nbytes == 0:
             return torch.empty(sizes, dtype=dtype)
@@ -140,12 +152,13 @@ class SendArena:
         Raises:
             As ``empty``.
         """
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             raise LocalProtocolError("only dense, unquantised tensors with storage can be sent")
-        row = BY_TORCH.get(tensor.dtype)
-        if row is not None and tensor.numel() == 0:
+        row = _row(tensor.dtype)
+        _check_dimensions(tensor.dim())
+        if tensor.numel() == 0:
             return TensorDescriptor(0, tuple(tensor.shape), row.name, 0, 0)
-        if row is not None and self._in_place(tensor):
+        if self._in_place(tensor):
             with self._lock:
                 held = self._by_offset.get(tensor.untyped_storage().data_ptr() - self._address)
                 if held is not None:
@@ -158,10 +171,13 @@ class SendArena:
     def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor:
         """As ``export``, for a numpy array of any strides and byte order, read-only or not."""
         row = BY_NAME.get(array.dtype.name)
-        if row is None:
-            raise LocalProtocolError(f"numpy arrays of {array.dtype} can't be sent")
+        if row is None or isinstance(array, np.ma.MaskedArray):
+            raise LocalProtocolError(f"a {type(array).__name__} of {array.dtype} can't be sent")
         if array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative:
-            return self.export(torch.from_numpy(array))
+            with contextlib.suppress(
+                TypeError, ValueError
+            ):  # strides that numpy allows in such arrays and torch doesn't
+                return self.export(torch.from_numpy(array))
         loan = self.empty(array.shape, row.torch)
         np.copyto(loan.numpy(), array)
         return self._export_copy(loan)

@@ -41,7 +41,6 @@ class Connection:
         self,
         own: Segment,
         peer: Segment,
-        peer_pid: int,
         counters: Counters,
         max_message_bytes: int,
         *,
@@ -49,7 +48,7 @@ class Connection:
     ) -> None:
         self._own = own
         self._peer = peer
-        self.watch = PeerWatch(peer.fd, peer_pid)
+        self.watch = PeerWatch(peer.fd)
         self.send_arena = SendArena(own, release_cells(peer), counters)
         self.receive_arena = ReceiveArena(peer, release_cells(own))
         self.codec = Codec(self.send_arena, self.receive_arena, counters, max_message_bytes, snapshot=snapshot)

@@ -7,6 +7,7 @@ product can't overflow.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -16,6 +17,11 @@ from .errors import PeerProtocolError
 
 MAX_DIMENSIONS = 16
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+def representable(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether torch can make a tensor of this shape: its strides must fit 64 bits even where a size is 0."""
+    return math.prod(max(size, 1) for size in shape) * itemsize < 2**63
 
 
 class TensorDescriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -45,6 +51,8 @@ class TensorDescriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
             raise PeerProtocolError(f"descriptor has the unknown dtype {self.dtype[:32]!r}")
         nbytes = math.prod(self.shape) * dtype.itemsize
         if nbytes == 0:
+            if not representable(self.shape, dtype.itemsize):
+                raise PeerProtocolError(f"descriptor of an empty tensor has the impossible shape {self.shape}")
             if self.sequence != 0:
                 raise PeerProtocolError("descriptor of an empty tensor asks for a release")
             return dtype, 0

@@ -13,7 +13,6 @@ Each side allocates only after the other has committed to as much::
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator
 from contextlib import ExitStack
@@ -50,11 +49,11 @@ def client_handshake(
     with ExitStack() as undo:
         own = Segment.create(segment_layout(sizes.request_arena_bytes))
         undo.callback(own.close)
-        welcome = _expect(Welcome, (yield encode(Attach(own.name, os.getpid()))))
+        welcome = _expect(Welcome, (yield encode(Attach(own.name))))
         peer = attach_peer(welcome.segment, sizes.reply_arena_bytes)
         undo.callback(peer.close)
         own.unlink()
-        connection = Connection(own, peer, welcome.pid, counters, offer.max_message_bytes, snapshot=snapshot)
+        connection = Connection(own, peer, counters, offer.max_message_bytes, snapshot=snapshot)
         undo.pop_all()
         return connection
 
@@ -160,10 +159,10 @@ class Admission:
             except SegmentError as error:
                 return Refused(shorten(str(error))), None
             undo.callback(own.close)
-            connection = Connection(own, peer, attach.pid, self._counters, newcomer.max_message_bytes)
+            connection = Connection(own, peer, self._counters, newcomer.max_message_bytes)
             undo.pop_all()
         self._admitted_sizes[identity] = sizes
-        return Welcome(own.name, os.getpid()), Admitted(sizes, connection)
+        return Welcome(own.name), Admitted(sizes, connection)
 
     def _forget_unfinished(self) -> None:
         """Forget clients that said Hello and then nothing."""

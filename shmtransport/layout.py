@@ -104,6 +104,8 @@ class Layout:
                 f"the peer's segment has format version {version}; this side speaks {FORMAT_VERSION}: "
                 "install the same shmtransport on both sides"
             )
+        if max(data_bytes, slots, ring_bytes) > segment_bytes:
+            raise PeerProtocolError(f"the peer's segment header names areas beyond its {segment_bytes} bytes")
         layout = cls(data_bytes=data_bytes, release_slots=slots, message_ring_bytes=ring_bytes)
         if layout.header() != header or layout.total_bytes != segment_bytes:
             raise PeerProtocolError(

@@ -19,13 +19,28 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence,
 _OWNER_BYTE = 1
 
 
-def hold(fd: int) -> None:
+_made_here: set[tuple[int, int]] = set()
+"""Device and inode of segments that this process has made; its own locks are invisible to it."""
+
+
+def claim_ownership(fd: int) -> None:
     """Take the owner's lock on a segment that this process has just made."""
     fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, _OWNER_BYTE)
+    _made_here.add(_identity(fd))
+
+
+def end_ownership(fd: int) -> None:
+    """Forget a segment that is about to be closed; the lock goes with its file descriptor."""
+    _made_here.discard(_identity(fd))
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def holder(fd: int) -> int | None:
-    """The process id that holds the owner's lock; None if nobody but perhaps this process itself does.
+    """The process id that holds the owner's lock; None if no other process does.
 
     0 or a negative number: a process that this one can't see (another pid namespace).
     """
@@ -35,7 +50,7 @@ def holder(fd: int) -> int | None:
 
 
 class PeerWatch:
-    """Watches the process that owns an attached segment.
+    """Watches the process that owns an attached segment; ``pid`` is its id, 0 or less if it can't be seen from here.
 
     ``fileno()`` becomes readable when that process ends; it is None where the process can't be seen and where the
     peer is this very process.
@@ -44,18 +59,15 @@ class PeerWatch:
         PeerProtocolError: the owner's lock is not held, so nobody could be watched.
     """
 
-    def __init__(self, fd: int, claimed_pid: int) -> None:
+    def __init__(self, fd: int) -> None:
         self._lock_fd = fd
         self._pidfd: int | None = None
-        self.pid = claimed_pid
-        self._in_process = claimed_pid == os.getpid()
-        if self._in_process:
-            return
         pid = holder(fd)
-        if pid is None:
+        self._in_process = pid is None and _identity(fd) in _made_here
+        if pid is None and not self._in_process:
             raise PeerProtocolError("the peer does not hold the lock on its own segment, or died meanwhile")
-        if pid > 0:
-            self.pid = pid
+        self.pid = os.getpid() if pid is None else pid
+        if pid is not None and pid > 0:
             try:
                 self._pidfd = os.pidfd_open(pid)
             except ProcessLookupError as error:

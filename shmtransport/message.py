@@ -67,14 +67,12 @@ class Attach(Message, frozen=True, array_like=True, tag=3):
     """Client, third: the segment that it has made."""
 
     segment: _ShortText
-    pid: _Count
 
 
 class Welcome(Message, frozen=True, array_like=True, tag=4):
     """Server, last: the segment that it has made; it has mapped the client's."""
 
     segment: _ShortText
-    pid: _Count
 
 
 class Goodbye(Message, frozen=True, array_like=True, tag=5):
@@ -111,6 +109,8 @@ class Failure(Message, frozen=True, array_like=True, tag=8):
 
 
 AnyMessage = Hello | Refused | Offer | Attach | Welcome | Goodbye | Request | Reply | Failure
+_PLAIN_TYPES = frozenset({type(None), bool, int, float, str, bytes})
+_KEY_TYPES = frozenset({str, int})
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)
@@ -172,14 +172,14 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
         LocalProtocolError: a value of a type that can't be sent, or nesting beyond ``MAX_DEPTH``.
     """
     kind = type(value)
-    if value is None or kind in (bool, int, float, str, bytes):
+    if kind in _PLAIN_TYPES:
         return value
     if isinstance(value, torch.Tensor):
         return Ext(_EXT_TENSOR, export(value).to_bytes(2, "little"))
     if isinstance(value, np.ndarray):
         return Ext(_EXT_ARRAY, export(value).to_bytes(2, "little"))
-    if isinstance(value, np.generic):
-        return pack(value.item(), export, depth)
+    if isinstance(value, np.generic) and type(value.item()) in _PLAIN_TYPES:
+        return value.item()
     if depth >= MAX_DEPTH:
         raise LocalProtocolError(f"arguments and results may be nested {MAX_DEPTH} deep at most")
     if isinstance(value, (list, tuple)):
@@ -187,7 +187,7 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
         return [_TUPLE_MARKER, *items] if isinstance(value, tuple) else items
     if isinstance(value, dict):
         for key in value:
-            if not isinstance(key, (str, int)):
+            if type(key) not in _KEY_TYPES:
                 raise LocalProtocolError(f"dict keys must be str or int, not {type(key).__name__}")
         return {key: pack(item, export, depth + 1) for key, item in value.items()}
     raise LocalProtocolError(
@@ -203,7 +203,7 @@ def unpack(value: Any, tensors: Sequence[torch.Tensor], depth: int = 0) -> Any:
         PeerProtocolError: an extension, index, type or depth that ``pack`` never makes.
     """
     kind = type(value)
-    if value is None or kind in (bool, int, float, str, bytes):
+    if kind in _PLAIN_TYPES:
         return value
     if depth >= MAX_DEPTH + 1:
         raise PeerProtocolError(f"the peer sent values nested more than {MAX_DEPTH} deep")
@@ -214,7 +214,7 @@ def unpack(value: Any, tensors: Sequence[torch.Tensor], depth: int = 0) -> Any:
             return tuple([unpack(item, tensors, depth + 1) for item in value[1:]])
         return [unpack(item, tensors, depth + 1) for item in value]
     if kind is dict:
-        if not all(type(key) in (str, int) for key in value):
+        if not all(type(key) in _KEY_TYPES for key in value):
             raise PeerProtocolError("the peer sent a dict key that is neither str nor int")
         return {key: unpack(item, tensors, depth + 1) for key, item in value.items()}
     raise PeerProtocolError(f"the peer sent a value of type {kind.__name__}")

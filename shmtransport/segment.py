@@ -18,6 +18,7 @@ import mmap
 import os
 import re
 import secrets
+import sys
 
 import posix_ipc
 
@@ -56,14 +57,18 @@ class Segment:
         Raises:
             SegmentError: /dev/shm has too little room, or shared memory is not to be had.
         """
+        if layout.total_bytes > sys.maxsize:
+            raise SegmentError(_no_room(layout, OSError(errno.EFBIG, "")))
         name = NAME_PREFIX + secrets.token_hex(16)
         try:
             memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=layout.total_bytes)
         except (OSError, ValueError, posix_ipc.Error) as error:
+            with contextlib.suppress(posix_ipc.ExistentialError):
+                posix_ipc.unlink_shared_memory(name)
             raise SegmentError(f"can't create a shared-memory segment: {error}") from error
         try:
             os.posix_fallocate(memory.fd, 0, layout.total_bytes)
-            liveness.hold(memory.fd)
+            liveness.claim_ownership(memory.fd)
             segment = cls(name, memory.fd, layout, owned=True)
         except OSError as error:
             os.close(memory.fd)
@@ -109,6 +114,8 @@ class Segment:
         """Drop the name and this object's mapping; tensors that still look into it keep it alive."""
         self.unlink()
         if self.fd >= 0:
+            if self.owned:
+                liveness.end_ownership(self.fd)
             self.view = memoryview(b"")
             os.close(self.fd)
             self.fd = -1

@@ -58,6 +58,7 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
         self._go_on_with(torch.arange(self.batch)[indices.cpu()])
 
     def _go_on_with(self, rows: torch.Tensor) -> None:
+        rows = rows.to(torch.int64)
         if self.length:
             self.select = rows if self.select is None else self.select[rows]
             self.batch = rows.shape[0]

@@ -155,24 +155,40 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(overrides: dict[str, Any],
         assert getattr(file.config, field) == getattr(directory.config, field), field
 
 
-def test_the_demo_models_configuration_is_the_one_that_transformers_reads(unsplit_smollm2: LlamaForCausalLM) -> None:
+@pytest.fixture(scope="module")
+def demo() -> Checkpoint:
+    """The demo model's file, opened once: that takes seconds."""
+    return open_checkpoint(str(demo_model()))
+
+
+def test_the_demo_models_configuration_is_the_one_that_transformers_reads(
+    demo: Checkpoint, unsplit_smollm2: LlamaForCausalLM
+) -> None:
     """Every field of the configuration that transformers makes of the GGUF file, but for its own bookkeeping."""
-    mine = open_checkpoint(str(demo_model())).config.to_dict()
+    mine = demo.config.to_dict()
     theirs = unsplit_smollm2.config.to_dict()
-    bookkeeping = {"_name_or_path", "quantization_config", "dtype", "transformers_version", "architectures"}
+    bookkeeping = {
+        "_name_or_path",
+        "_model_name_or_path",
+        "quantization_config",
+        "dtype",
+        "transformers_version",
+        "architectures",
+    }
     compared = (set(mine) | set(theirs)) - bookkeeping
     assert {key: mine.get(key) for key in compared} == {key: theirs.get(key) for key in compared}
 
 
-def test_the_demo_models_tensors_are_those_that_transformers_reads(unsplit_smollm2: LlamaForCausalLM) -> None:
+def test_the_demo_models_tensors_are_those_that_transformers_reads(
+    demo: Checkpoint, unsplit_smollm2: LlamaForCausalLM
+) -> None:
     """Bit for bit, after undoing quantisation and row order, in the first, a middle and the last layer."""
-    checkpoint = open_checkpoint(str(demo_model()))
     state = unsplit_smollm2.state_dict()
     layers = tuple(f"model.layers.{index}." for index in (0, 13, 29))
     names = [EMBEDDING, FINAL_NORM, *(name for name in state if name.startswith(layers))]
     assert len(names) == 2 + 3 * 9
     for name in names:
-        assert torch.equal(checkpoint.load([name], torch.float32, CPU)[name], state[name]), name
+        assert torch.equal(demo.load([name], torch.float32, CPU)[name], state[name]), name
 
 
 class Recording(SafetensorsCheckpoint):
@@ -226,7 +242,9 @@ def test_a_missing_tensor_is_named(plain: Small, tmp_path: Path, name: str) -> N
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [EMBEDDING, "model.layers.0.mlp.down_proj.weight", "model.layers.2.input_layernorm.weight"])
+@pytest.mark.parametrize(
+    "name", [EMBEDDING, "model.layers.0.mlp.down_proj.weight", "model.layers.2.input_layernorm.weight"]
+)
 def test_a_tensor_of_another_shape_than_the_configuration_is_refused(plain: Small, tmp_path: Path, name: str) -> None:
     """A config.json that belongs to other weights is a checkpoint error, not a wrong product later."""
     shutil.copytree(plain.path, tmp_path, dirs_exist_ok=True)

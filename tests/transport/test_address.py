@@ -1,0 +1,178 @@
+"""Addresses: only ipc paths and loopback, checked before use; the living are never displaced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from shmtransport.address import MAX_IPC_PATH_BYTES, check_bind, check_connect, is_served, kind
+from shmtransport.errors import AddressError
+
+
+def _ipc(path: Path) -> str:
+    return f"ipc://{path}"
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(1)
+    return listener
+
+
+@pytest.mark.parametrize("address", ["ipc:///tmp/worker.ipc", "ipc:///a", "ipc:///tmp/a b.ipc"])
+def test_an_absolute_path_is_ipc(address: str) -> None:
+    """ipc:// with an absolute path is the transport "ipc", for both sides."""
+    assert kind(address) == check_connect(address) == "ipc"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://127.0.0.1:5555", "tcp://localhost:1", "tcp://[::1]:5555", "tcp://127.8.9.10:80", "tcp://LOCALHOST:9"],
+)
+def test_loopback_is_tcp(address: str) -> None:
+    """Loopback addresses are the transport "tcp", for both sides."""
+    assert kind(address) == check_connect(address) == check_bind(address) == "tcp"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "worker.ipc",
+        "/tmp/worker.ipc",
+        "ipc://worker.ipc",
+        "ipc://",
+        "ipc://@abstract",
+        "ipc://*",
+        "ipc:/tmp/a",
+        "IPC:///tmp/a",
+        "inproc://a",
+        "pgm://127.0.0.1:5",
+        "udp://127.0.0.1:5",
+        "http://127.0.0.1:5",
+    ],
+)
+def test_anything_else_is_refused(address: str) -> None:
+    """Relative paths, abstract sockets and other transports are refused by all three checks."""
+    for check in (kind, check_connect, check_bind):
+        with pytest.raises(AddressError):
+            check(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://127.0.0.1", "tcp://:5555", "tcp://", "tcp://127.0.0.1:x", "tcp://127.0.0.1:65536", "tcp://[::1:5"],
+)
+def test_a_malformed_tcp_address_is_refused(address: str) -> None:
+    """Host and a port of 16 bits are both needed."""
+    with pytest.raises(AddressError):
+        kind(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://*:5555",
+        "tcp://0.0.0.0:5555",
+        "tcp://[::]:5555",
+        "tcp://192.168.0.1:5555",
+        "tcp://example.org:80",
+        "tcp://eth0:5555",
+        "tcp://eth0;127.0.0.1:5555",
+        "tcp://localhost.example.org:80",
+        "tcp://127.0.0.1.example.org:80",
+    ],
+)
+def test_only_loopback_is_bound_or_connected(address: str) -> None:
+    """All interfaces, other machines and interface names are refused on both sides."""
+    for check in (check_bind, check_connect):
+        with pytest.raises(AddressError, match="loopback"):
+            check(address)
+
+
+def test_a_path_may_have_107_bytes() -> None:
+    """107 bytes are the system's limit; one more is refused with both numbers."""
+    assert kind("ipc:///" + "a" * (MAX_IPC_PATH_BYTES - 1)) == "ipc"
+    with pytest.raises(AddressError, match="108 bytes; the system's limit is 107"):
+        kind("ipc:///" + "a" * MAX_IPC_PATH_BYTES)
+
+
+def test_the_limit_counts_bytes() -> None:
+    """A path of 60 characters can have more than 107 bytes."""
+    with pytest.raises(AddressError, match="121 bytes"):
+        kind("ipc:///" + "é" * 60)
+
+
+def test_a_free_path_can_be_bound(directory: Path) -> None:
+    """Checking makes nothing."""
+    assert check_bind(_ipc(directory / "a.ipc")) == "ipc"
+    assert os.listdir(directory) == []
+
+
+def test_a_missing_directory_is_named(directory: Path) -> None:
+    """The error names the directory and the remedy."""
+    with pytest.raises(AddressError, match=f"{directory}/none.*create it, mode 0700"):
+        check_bind(_ipc(directory / "none" / "a.ipc"))
+
+
+def test_a_living_server_is_not_displaced(directory: Path) -> None:
+    """Where somebody listens, binding is refused and the socket stays."""
+    path = directory / "a.ipc"
+    with _listen(path):
+        assert is_served(str(path))
+        with pytest.raises(AddressError, match="already listening"):
+            check_bind(_ipc(path))
+        assert path.exists()
+
+
+def test_a_dead_servers_socket_is_cleared_away(directory: Path) -> None:
+    """A socket file that nobody listens on is removed."""
+    path = directory / "a.ipc"
+    _listen(path).close()
+    assert path.is_socket()
+    assert not is_served(str(path))
+    assert check_bind(_ipc(path)) == "ipc"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "link to a socket", "dangling link"])
+def test_what_is_no_socket_is_never_removed(directory: Path, what: str) -> None:
+    """A file, a directory or a symbolic link at the path is somebody else's: refused, and left alone."""
+    path = directory / "a.ipc"
+    if what == "file":
+        path.write_text("precious")
+    elif what == "directory":
+        path.mkdir()
+    else:
+        if what == "link to a socket":
+            _listen(directory / "real.ipc").close()
+        path.symlink_to(directory / "real.ipc")
+    before = sorted(os.listdir(directory))
+    with pytest.raises(AddressError, match="no socket"):
+        check_bind(_ipc(path))
+    assert sorted(os.listdir(directory)) == before
+
+
+def test_nothing_at_a_path_is_not_served(directory: Path) -> None:
+    """A missing socket file is no server."""
+    assert not is_served(str(directory / "a.ipc"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "warned"), [(0o700, False), (0o755, False), (0o770, True), (0o777, True), (0o1777, False)]
+)
+def test_a_directory_that_others_can_write_is_warned_of(
+    directory: Path, mode: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever can write the directory can replace the socket; a sticky directory such as /tmp prevents that."""
+    shared = directory / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    with caplog.at_level(logging.WARNING, logger="shmtransport"):
+        check_bind(_ipc(shared / "a.ipc"))
+    assert ("writable by others" in caplog.text) == warned
