@@ -140,22 +140,26 @@ def worker(
     with _one_line_errors():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         _log(verbose)
-        from shmtransport import Server
-
-        from . import config
-        from .launcher import READY, end_with_parent
-        from .worker.kernels import Weights
-        from .worker.service import Service
+        from .launcher import READY, end_with_parent, remove_directory_of
 
         if parent is not None:
             end_with_parent(parent)
+        from shmtransport import Server
+
+        from . import config
+        from .worker.kernels import Weights
+        from .worker.service import Service
+
         settings = config.Settings(report=_notice)
         address = settings.pick(bind, config.ADDRESS_VARIABLE)
         if address is None:
             raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {config.ADDRESS_VARIABLE}")
         chosen_dtype = config.parse_dtype(settings.pick(dtype, config.DTYPE_VARIABLE, "float32") or "")
         chosen_device = config.parse_device(settings.pick(device, config.DEVICE_VARIABLE, "cpu") or "")
-        with Server(config.parse_address(address)) as server:
+        with contextlib.ExitStack() as stack:
+            if parent is not None:
+                stack.callback(remove_directory_of, address)
+            server = stack.enter_context(Server(config.parse_address(address)))
             checkpoint = _open(settings, model)
             with _progress("loading weights") as progress:
                 weights = Weights(checkpoint, chosen_dtype, chosen_device, progress)

@@ -21,6 +21,8 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_croppable = True
     is_sliding = False
+    keys: Any
+    values: Any
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,6 +40,8 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self._key_buffer.shape[0]:
+            raise ValueError(f"the cache holds a batch of {self._key_buffer.shape[0]}, not of {key_states.shape[0]}")
         end = self._length + key_states.shape[2]
         if end > self._key_buffer.shape[2]:
             capacity = max(_FIRST_CAPACITY, end, 2 * self._length)
@@ -58,9 +62,13 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._length + query_length, 0
 
     def truncate(self, length: int) -> None:
-        """Keep the first ``length`` positions."""
+        """Keep the first ``length`` positions; after none, a batch of any size may follow."""
         self._length = length
-        if self.is_initialized:
+        if length == 0:
+            self.is_initialized = False
+            self._key_buffer = self._value_buffer = torch.empty(0)
+            self.keys = self.values = None
+        else:
             self._show()
 
     def crop(self, tokens_to_remove: int) -> None:

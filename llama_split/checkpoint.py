@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from .errors import CheckpointError
 from .operations import Geometry
@@ -27,6 +28,8 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 LAYER_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+_LAYER_PREFIX = re.compile(r"^model\.layers\.\d+\.")
 
 Progress = Callable[[int, int], None]
 """Called with how many tensors are loaded, of how many."""
@@ -68,7 +71,7 @@ class Checkpoint(ABC):
         """The named parameters, converted and in contiguous memory of their own.
 
         Raises:
-            CheckpointError: one is missing.
+            CheckpointError: one is missing, or not of the shape that the configuration says.
         """
         wanted = list(names)
         missing = [name for name in wanted if name not in self.names]
@@ -76,21 +79,53 @@ class Checkpoint(ABC):
             raise CheckpointError(f"{self.path} lacks {len(missing)} tensors that a Llama needs, {missing[0]} first")
         loaded: dict[str, torch.Tensor] = {}
         for count, name in enumerate(wanted, start=1):
-            loaded[name] = self.read(name).to(device=device, dtype=dtype, copy=True).contiguous()
+            stored = self.read(name)
+            if stored.shape != self.shape(name):
+                raise CheckpointError(
+                    f"{self.path} has {name} of shape {list(stored.shape)}; by its configuration it is "
+                    f"{list(self.shape(name))}"
+                )
+            loaded[name] = stored.to(device=device, dtype=dtype, copy=True).contiguous()
             if progress is not None:
                 progress(count, len(wanted))
         return loaded
 
     def lm_head_name(self) -> str:
         """The output matrix's name: the embedding's if the two are tied."""
-        return EMBEDDING if self.config.tie_word_embeddings or LM_HEAD not in self.names else LM_HEAD
+        return EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
+
+    def generation_config(self) -> GenerationConfig:
+        """How the model's makers want it to generate: its end tokens, above all."""
+        return GenerationConfig.from_model_config(self.config)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a parameter must have by the configuration."""
+        g = self.geometry
+        shapes: dict[str, tuple[int, ...]] = {
+            EMBEDDING: (g.vocab, g.hidden),
+            LM_HEAD: (g.vocab, g.hidden),
+            FINAL_NORM: (g.hidden,),
+            "input_layernorm.weight": (g.hidden,),
+            "post_attention_layernorm.weight": (g.hidden,),
+            "self_attn.q_proj.weight": (g.query_width, g.hidden),
+            "self_attn.k_proj.weight": (g.kv_width, g.hidden),
+            "self_attn.v_proj.weight": (g.kv_width, g.hidden),
+            "self_attn.o_proj.weight": (g.hidden, g.query_width),
+            "mlp.gate_proj.weight": (g.intermediate, g.hidden),
+            "mlp.up_proj.weight": (g.intermediate, g.hidden),
+            "mlp.down_proj.weight": (g.hidden, g.intermediate),
+        }
+        within_layer = _LAYER_PREFIX.sub("", name)
+        if within_layer.endswith(".bias"):
+            return shapes[within_layer.removesuffix("bias") + "weight"][:1]
+        return shapes[within_layer]
 
     def fingerprint(self) -> str:
         """Names the model whatever its file format: a digest of its sizes, its norms and a row of each layer.
 
         Two checkpoints of one model at different quantisations differ.
         """
-        digest = hashlib.sha256(repr(self.geometry).encode())
+        digest = hashlib.sha256(repr((self.geometry, self._arithmetic())).encode())
         layers = range(self.geometry.layers)
         norms = [layer_name(index, norm) for index in layers for norm in LAYER_NORMS]
         rows = [layer_name(index, "mlp.down_proj.weight") for index in layers]
@@ -99,6 +134,14 @@ class Checkpoint(ABC):
         for name in [EMBEDDING, *rows]:
             digest.update(self.read_first_row(name).to(torch.float32).numpy().tobytes())
         return digest.hexdigest()[:32]
+
+    def _arithmetic(self) -> list[tuple[str, str]]:
+        """What the configuration says beside sizes, with numbers as exact as every file format keeps them."""
+        rope = self.config.rope_parameters
+        values = {"act": self.config.hidden_act, "eps": self.config.rms_norm_eps, **rope}
+        return [
+            (key, f"{value:.6g}" if isinstance(value, float) else str(value)) for key, value in sorted(values.items())
+        ]
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -115,7 +158,7 @@ class SafetensorsCheckpoint(Checkpoint):
             else:
                 file = self._open(path / "model.safetensors")
                 self._files = dict.fromkeys(file.keys(), file)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the safetensors files in {path} can't be read: {error}") from error
 
     @staticmethod
@@ -136,6 +179,11 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path)
+
+    def generation_config(self) -> GenerationConfig:
+        if (self.path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.path)
+        return super().generation_config()
 
 
 _GGUF_GLOBAL_NAMES = {
@@ -275,8 +323,9 @@ def _read_config(path: Path) -> LlamaConfig:
         raise CheckpointError(f"{path} holds neither config.json nor a .gguf file: is it a model's directory?")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the config.json in {path} can't be used: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers raises whatever a wrong file leads it to
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the config.json in {path} can't be used: {reason}") from error
     if type(config) is not LlamaConfig:
         raise CheckpointError(
             f"{path} holds a model of type {config.model_type!r}; only Llama models (model_type llama) are supported"

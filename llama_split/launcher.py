@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -31,6 +32,12 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         raise WorkerFailed("the process that started this worker has ended")
+
+
+def remove_directory_of(address: str) -> None:
+    """Remove the private directory of a worker's address, for a parent that could not do so itself."""
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(address.removeprefix("ipc://")))
 
 
 class WorkerProcess:

@@ -33,7 +33,8 @@ from .dtypes import BY_NAME, BY_TORCH, DType
 from .errors import ArenaFull, LocalProtocolError, PeerProtocolError, TensorTooLarge
 from .layout import PAGE_BYTES
 from .ring import Block, Ring
-from .segment import MIB, Segment
+from .segment import Segment
+from .units import size_text
 
 if TYPE_CHECKING:
     from .statistics import Counters
@@ -228,7 +229,7 @@ class SendArena:
     def _claim(self, nbytes: int) -> Block:
         if nbytes > self._ring.capacity:
             raise TensorTooLarge(
-                f"a tensor of {nbytes / MIB:.1f} MiB can't fit an arena of {self._ring.capacity / MIB:.1f} MiB: "
+                f"a tensor of {size_text(nbytes)} can't fit an arena of {size_text(self._ring.capacity)}: "
                 f"raise arena_bytes to {nbytes + PAGE_BYTES} or more"
             )
         self._collect_oldest()
@@ -238,8 +239,8 @@ class SendArena:
             block = self._ring.claim(nbytes)
         if block is None:
             raise ArenaFull(
-                f"requested {nbytes / MIB:.1f} MiB; arena is {self._ring.capacity / MIB:.1f} MiB with "
-                f"{self._ring.largest_gap() / MIB:.1f} MiB in its largest gap; {len(self._by_offset)} blocks held, "
+                f"requested {size_text(nbytes)}; arena is {size_text(self._ring.capacity)} with "
+                f"{size_text(self._ring.largest_gap())} in its largest gap; {len(self._by_offset)} blocks held, "
                 f"{self._peer_facts()}; drop tensors made by empty(), release results or raise arena_bytes"
             )
         return block

@@ -18,8 +18,8 @@ from .errors import CallTimeout, Closed, ConnectTimeout, LocalProtocolError, Pee
 from .handshake import Sizes, client_handshake
 from .message import DEFAULT_MAX_MESSAGE_BYTES, Goodbye, encode
 from .protocol import ClientProtocol, PendingReply
-from .segment import MIB
 from .statistics import Counters, Statistics
+from .units import MIB, size_text
 
 logger = logging.getLogger("shmtransport")
 
@@ -68,18 +68,21 @@ class Client:
         handshake = client_handshake(sizes, max_message_bytes, self._counters, snapshot=snapshot)
         try:
             self._connection = self._connect(handshake, connect_timeout_s)
-        except BaseException:
+        except BaseException as error:
             handshake.close()
-            self._channel.close(flush=False)
+            answered = not isinstance(error, ConnectTimeout)
+            if answered:  # the server counts this client as coming
+                self._channel.send(encode(Goodbye("connecting failed")))
+            self._channel.close(flush=answered)
             raise
         self._protocol = ClientProtocol(self._connection.codec, self._counters)
         logger.info(
-            "connected to %s (%s, %s channel): request arena %.1f MiB, reply arena %.1f MiB, server process %d",
+            "connected to %s (%s, %s channel): request arena %s, reply arena %s, server process %d",
             address,
             self.transport,
             self._channel.kind,
-            sizes.request_arena_bytes / MIB,
-            sizes.reply_arena_bytes / MIB,
+            size_text(sizes.request_arena_bytes),
+            size_text(sizes.reply_arena_bytes),
             self._connection.watch.pid,
         )
 
@@ -168,11 +171,13 @@ class Client:
                     self._drain()
                     self._end(PeerDied(f"the server at {self.address} (process {self.server_pid}) has ended"))
                 elif left <= 0:
-                    self._protocol.forget(pending)
-                    raise CallTimeout(
-                        f"no reply to {pending.method!r} within {timeout_s:g} s; {len(self._protocol)} other calls in "
-                        f"flight; the server (process {self.server_pid}) is alive: raise timeout_s or look at its log"
-                    )
+                    self._protocol.give_up(pending, self._timeout_error(pending, timeout_s))
+
+    def _timeout_error(self, pending: PendingReply, timeout_s: float) -> CallTimeout:
+        return CallTimeout(
+            f"no reply to {pending.method!r} within {timeout_s:g} s; {len(self._protocol) - 1} other calls in flight; "
+            f"the server (process {self.server_pid}) is alive: raise timeout_s or look at its log"
+        )
 
     def _take(self, data: bytes) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .arena import ReceiveArena, SendArena, release_cells
-from .errors import PeerProtocolError
 from .layout import PAGE_BYTES, Layout, round_up
 from .liveness import PeerWatch
 from .protocol import Codec
@@ -14,24 +13,6 @@ from .statistics import Counters
 def segment_layout(arena_bytes: int) -> Layout:
     """The layout of a segment whose data area has at least ``arena_bytes`` bytes."""
     return Layout(data_bytes=round_up(max(arena_bytes, 1), PAGE_BYTES))
-
-
-def attach_peer(name: str, expected_arena_bytes: int) -> Segment:
-    """Map the segment that a peer has named, which must have the size that was agreed.
-
-    Raises:
-        PeerProtocolError: it has not, or it is no segment of ours.
-    """
-    segment = Segment.attach(name)
-    expected = segment_layout(expected_arena_bytes)
-    if segment.layout != expected:
-        found = segment.layout
-        segment.close()
-        raise PeerProtocolError(
-            f"the peer's segment has {found.data_bytes} data bytes and {found.release_slots} release slots; "
-            f"{expected.data_bytes} and {expected.release_slots} were agreed"
-        )
-    return segment
 
 
 class Connection:

@@ -19,11 +19,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from .connection import Connection, attach_peer, segment_layout
+from .connection import Connection, segment_layout
 from .errors import ConnectRefused, PeerProtocolError, SegmentError
-from .message import Attach, Goodbye, Hello, Message, Offer, Refused, Welcome, decode, encode, shorten
-from .segment import MIB, Segment
+from .message import (
+    MIN_MESSAGE_BYTES,
+    Attach,
+    Goodbye,
+    Hello,
+    Message,
+    Offer,
+    Refused,
+    Welcome,
+    decode,
+    encode,
+    shorten,
+)
+from .segment import Segment
 from .statistics import Counters
+from .units import size_text
 
 Expected = TypeVar("Expected", bound=Message)
 
@@ -50,7 +63,7 @@ def client_handshake(
         own = Segment.create(segment_layout(sizes.request_arena_bytes))
         undo.callback(own.close)
         welcome = _expect(Welcome, (yield encode(Attach(own.name))))
-        peer = attach_peer(welcome.segment, sizes.reply_arena_bytes)
+        peer = Segment.attach(welcome.segment, segment_layout(sizes.reply_arena_bytes))
         undo.callback(peer.close)
         own.unlink()
         connection = Connection(own, peer, counters, offer.max_message_bytes, snapshot=snapshot)
@@ -118,7 +131,7 @@ class Admission:
         if not isinstance(message, Hello):
             return Goodbye("this server does not know the connection; it may have been restarted"), None
         sizes = Sizes(message.request_arena_bytes, message.reply_arena_bytes)
-        refusal = self._refusal(sizes)
+        refusal = self._refusal(sizes, message.max_message_bytes)
         if refusal is not None:
             return Refused(refusal), None
         max_message_bytes = min(message.max_message_bytes, self._limits.max_message_bytes)
@@ -126,11 +139,14 @@ class Admission:
         return Offer(max_message_bytes), None
 
     def forget(self, identity: bytes) -> None:
-        """An admitted client has gone: what it took counts no more."""
+        """A client has gone, admitted or not: what it took counts no more."""
+        self._newcomers.pop(identity, None)
         self._admitted_sizes.pop(identity, None)
 
-    def _refusal(self, sizes: Sizes) -> str | None:
+    def _refusal(self, sizes: Sizes, max_message_bytes: int) -> str | None:
         """Why these sizes are not granted, or None."""
+        if max_message_bytes < MIN_MESSAGE_BYTES:
+            return f"max_message_bytes is {max_message_bytes}; it must be {MIN_MESSAGE_BYTES} or more"
         limits = self._limits
         granted = [*self._admitted_sizes.values(), *(newcomer.sizes for newcomer in self._newcomers.values())]
         asked = sum(sizes)
@@ -139,26 +155,26 @@ class Admission:
             return f"it serves {len(granted)} clients already; its max_clients is {limits.max_clients}"
         if asked > limits.max_arena_bytes:
             return (
-                f"{asked / MIB:.1f} MiB of arenas were asked for (requests and replies together); "
-                f"its max_arena_bytes is {limits.max_arena_bytes / MIB:.1f} MiB"
+                f"{size_text(asked)} of arenas were asked for (requests and replies together); "
+                f"its max_arena_bytes is {size_text(limits.max_arena_bytes)}"
             )
         if asked + taken > limits.max_total_arena_bytes:
             return (
-                f"{asked / MIB:.1f} MiB of arenas were asked for; its {len(granted)} clients hold "
-                f"{taken / MIB:.1f} MiB of the {limits.max_total_arena_bytes / MIB:.1f} MiB of max_total_arena_bytes"
+                f"{size_text(asked)} of arenas were asked for; its {len(granted)} clients hold "
+                f"{size_text(taken)} of the {size_text(limits.max_total_arena_bytes)} of max_total_arena_bytes"
             )
         return None
 
     def _attach(self, identity: bytes, newcomer: _Newcomer, attach: Attach) -> tuple[Message, Admitted | None]:
         sizes = newcomer.sizes
         with ExitStack() as undo:
-            peer = attach_peer(attach.segment, sizes.request_arena_bytes)
-            undo.callback(peer.close)
             try:
+                peer = Segment.attach(attach.segment, segment_layout(sizes.request_arena_bytes))
+                undo.callback(peer.close)
                 own = Segment.create(segment_layout(sizes.reply_arena_bytes))
+                undo.callback(own.close)
             except SegmentError as error:
                 return Refused(shorten(str(error))), None
-            undo.callback(own.close)
             connection = Connection(own, peer, self._counters, newcomer.max_message_bytes)
             undo.pop_all()
         self._admitted_sizes[identity] = sizes

@@ -25,8 +25,10 @@ from .layout import FORMAT_VERSION
 MAGIC_BYTE = 0xD5
 PREAMBLE = bytes((MAGIC_BYTE, FORMAT_VERSION))
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024
+MIN_MESSAGE_BYTES = 1024  # holds every message of the handshake, and a failure with some text
 MAX_TENSORS = 1024
 MAX_DEPTH = 32
+MAX_NAME_CHARACTERS = 256
 
 _EXT_TENSOR = 1
 _EXT_ARRAY = 2
@@ -34,7 +36,7 @@ _EXT_TUPLE = 3
 _TUPLE_MARKER = Ext(_EXT_TUPLE, b"")
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_ShortText = Annotated[str, msgspec.Meta(max_length=256)]
+_ShortText = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARACTERS)]
 _LongText = Annotated[str, msgspec.Meta(max_length=4096)]
 _Descriptors = Annotated[tuple[TensorDescriptor, ...], msgspec.Meta(max_length=MAX_TENSORS)]
 
@@ -131,7 +133,7 @@ def encode(message: Message, max_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> byte
     if len(data) > max_bytes:
         raise MessageTooLarge(
             f"the plain values of this message take {len(data)} bytes; the limit is {max_bytes}: "
-            "send large data as tensors, or raise the server's max_message_bytes"
+            "send large data as tensors, or raise max_message_bytes on both sides"
         )
     return data
 
@@ -148,7 +150,7 @@ def decode(data: bytes) -> AnyMessage:
     if data[1] != FORMAT_VERSION:
         try:
             return _refused_decoder.decode(body)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             raise PeerProtocolError(
                 f"the peer speaks format version {data[1]}, this side {FORMAT_VERSION}: "
                 "install the same shmtransport on both sides"

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from . import errors
 from .descriptor import TensorDescriptor
 from .errors import (
     ArenaFull,
@@ -26,6 +25,7 @@ from .errors import (
     TransportError,
 )
 from .message import (
+    MAX_NAME_CHARACTERS,
     MAX_TENSORS,
     AnyMessage,
     Failure,
@@ -189,6 +189,10 @@ class ClientProtocol:
         Raises:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing was started.
         """
+        if len(method) > MAX_NAME_CHARACTERS:
+            raise LocalProtocolError(
+                f"a method's name has {len(method)} characters; the limit is {MAX_NAME_CHARACTERS}"
+            )
         call_id = self._next_id
         self._next_id += 1
         data = self._codec.encode(
@@ -220,9 +224,10 @@ class ClientProtocol:
             raise PeerDied(f"the server ended the connection: {message.reason}")
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where only replies are valid")
 
-    def forget(self, pending: PendingReply) -> None:
-        """Give up on a call; when its reply comes, what it holds is released."""
+    def give_up(self, pending: PendingReply, error: TransportError) -> None:
+        """End a call with an error; when its reply comes after all, what it holds is released."""
         self._pending.pop(pending.call_id, None)
+        pending.fail(error)
 
     def fail_all(self, error: TransportError) -> None:
         """End every call in flight with the same error."""
@@ -292,8 +297,26 @@ class ServerProtocol:
         return self._codec.encode(result, lambda packed, tensors: Reply(call_id, packed, tensors))
 
     def failure(self, call_id: int, error: BaseException) -> bytes:
-        """The bytes of a call's exception: its class name and text, without traceback or file paths."""
-        kind = type(error).__name__ if isinstance(error, errors.TransportError) else HANDLER
-        text = (error.strerror or "operating-system error") if isinstance(error, OSError) else str(error)
-        failure = Failure(call_id, kind, shorten(type(error).__name__, 256), shorten(text))
+        """The bytes of a call's exception: its class name and text, without traceback or file paths; never fails."""
+        name = type(error).__name__
+        kind = name if isinstance(error, TransportError) else HANDLER
+        try:
+            return self._failure(call_id, kind, name, _text_of(error))
+        except MessageTooLarge:
+            return self._failure(call_id, kind, name, "its text is too long to be sent")
+
+    def _failure(self, call_id: int, kind: str, name: str, text: str) -> bytes:
+        failure = Failure(call_id, kind, shorten(name, MAX_NAME_CHARACTERS), shorten(text))
         return self._codec.encode(None, lambda _packed, _tensors: failure)
+
+
+def _text_of(error: BaseException) -> str:
+    """An exception's own words; without the file names that Python adds to those of the system and of imports."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or "operating-system error"
+    if isinstance(error, ImportError):
+        return f"can't import {error.name}"
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception:  # noqa: BLE001 - a handler's exception may fail at anything
+        return "its text can't be shown"

@@ -25,10 +25,10 @@ import posix_ipc
 from . import liveness
 from .errors import PeerProtocolError, SegmentError
 from .layout import HEADER, Layout
+from .units import size_text
 
 NAME_PREFIX = "/shmtransport-"
 _NAME = re.compile(rf"{NAME_PREFIX}[0-9a-f]{{32}}")
-MIB = 1 << 20
 
 
 def is_segment_name(name: str) -> bool:
@@ -78,11 +78,14 @@ class Segment:
         return segment
 
     @classmethod
-    def attach(cls, name: str) -> Segment:
-        """Map a peer's segment and check its header; both sides have it mapped now, so its name goes.
+    def attach(cls, name: str, layout: Layout) -> Segment:
+        """Map a peer's segment, which must have this layout; both sides have it mapped now, so its name goes.
+
+        Nothing is mapped before the segment's size and header are known to be right.
 
         Raises:
-            PeerProtocolError: the name is none of ours, nothing is there, or the header is invalid.
+            PeerProtocolError: the name is none of ours, nothing is there, or size or header are not as agreed.
+            SegmentError: it can't be mapped.
         """
         if not is_segment_name(name):
             raise PeerProtocolError("the peer gave a segment name that this protocol never makes")
@@ -91,8 +94,9 @@ class Segment:
         except (OSError, posix_ipc.Error) as error:
             raise PeerProtocolError("the peer's segment can't be opened: does it run in another container?") from error
         try:
-            header = os.pread(memory.fd, HEADER.size, 0)
-            layout = Layout.from_header(header, os.fstat(memory.fd).st_size)
+            found = Layout.from_header(os.pread(memory.fd, HEADER.size, 0), os.fstat(memory.fd).st_size)
+            if found != layout:
+                raise PeerProtocolError(f"the peer's segment has {found}; {layout} was agreed")
             segment = cls(name, memory.fd, layout, owned=False)
         except OSError as error:
             os.close(memory.fd)
@@ -122,12 +126,12 @@ class Segment:
 
 
 def _no_room(layout: Layout, error: OSError) -> str:
-    needed = layout.total_bytes / MIB
+    needed = size_text(layout.total_bytes)
     if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINVAL):
-        return f"can't reserve {needed:.1f} MiB of shared memory: {os.strerror(error.errno or 0)}"
+        return f"can't reserve {needed} of shared memory: {os.strerror(error.errno or 0)}"
     room = os.statvfs("/dev/shm")
     return (
-        f"/dev/shm has {room.f_bavail * room.f_frsize / MIB:.1f} MiB free of "
-        f"{room.f_blocks * room.f_frsize / MIB:.1f} MiB; a segment of {needed:.1f} MiB was asked for: "
+        f"/dev/shm has {size_text(room.f_bavail * room.f_frsize)} free of {size_text(room.f_blocks * room.f_frsize)}; "
+        f"a segment of {needed} was asked for: "
         "lower arena_bytes, or enlarge it (mount -o remount,size=… /dev/shm; docker run --shm-size=…)"
     )

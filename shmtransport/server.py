@@ -20,10 +20,10 @@ from .channel import ServerChannel, ZmqServerChannel
 from .connection import Connection
 from .errors import LocalProtocolError, PeerProtocolError, TransportError
 from .handshake import Admission, Limits
-from .message import DEFAULT_MAX_MESSAGE_BYTES, Goodbye, Message, Refused, encode, shorten
+from .message import DEFAULT_MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Goodbye, Message, Refused, encode, shorten
 from .protocol import Call, ServerProtocol
-from .segment import MIB
 from .statistics import Counters, Statistics
+from .units import size_text
 
 logger = logging.getLogger("shmtransport")
 
@@ -71,8 +71,11 @@ class Server:
         self._admission = Admission(limits, self._counters)
         self._clients: dict[bytes, _Client] = {}
         self._connected = 0
+        self._last_refused = b""
         self._current: ContextVar[_Client] = ContextVar("current client")
         self._stopping = threading.Event()
+        if max_message_bytes < MIN_MESSAGE_BYTES:
+            raise LocalProtocolError(f"max_message_bytes must be {MIN_MESSAGE_BYTES} or more, not {max_message_bytes}")
         self._channel: ServerChannel = ZmqServerChannel(address, max_message_bytes)
 
     def method(self, handler: Handler) -> Handler:
@@ -181,58 +184,66 @@ class Server:
             self._admit(identity, data)
             return
         try:
-            call = client.protocol.receive(data)
+            answer = self._answer(client, data)
         except PeerProtocolError as error:
             logger.warning("client %d: %s", client.number, error)
             self._send(identity, Goodbye(shorten(f"protocol error: {error}")))
             self._drop(client, "protocol error")
             return
-        if call is None:
+        if answer is None:
             self._drop(client, "it said goodbye")
-        else:
-            self._answer(client, call)
+        elif not self._channel.send(identity, answer):
+            self._drop(client, "it no longer reads its replies")
 
     def _admit(self, identity: bytes, data: bytes) -> None:
         try:
             answer, admitted = self._admission.receive(identity, data)
         except PeerProtocolError as error:
             answer, admitted = Refused(shorten(str(error))), None
-        if isinstance(answer, Refused):
+        if isinstance(answer, Refused) and identity != self._last_refused:
+            self._last_refused = identity  # one that goes on sending is not logged again
             logger.warning("a client was refused: %s", answer.reason)
         if admitted is not None:
             self._connected += 1
             client = _Client(identity, self._connected, admitted.connection, self._counters)
             self._clients[identity] = client
             logger.info(
-                "client %d connected at %s (%s, %s channel): request arena %.1f MiB, reply arena %.1f MiB, process %d",
+                "client %d connected at %s (%s, %s channel): request arena %s, reply arena %s, process %d",
                 client.number,
                 self.address,
                 self.transport,
                 self._channel.kind,
-                admitted.sizes.request_arena_bytes / MIB,
-                admitted.sizes.reply_arena_bytes / MIB,
+                size_text(admitted.sizes.request_arena_bytes),
+                size_text(admitted.sizes.reply_arena_bytes),
                 client.connection.watch.pid,
             )
-        if answer is not None:
-            self._send(identity, answer)
+        if answer is not None and not self._send(identity, answer):
+            if identity in self._clients:
+                self._drop(self._clients[identity], "it went away while connecting")
+            self._admission.forget(identity)
 
-    def _answer(self, client: _Client, call: Call) -> None:
-        protocol = client.protocol
+    def _answer(self, client: _Client, data: bytes) -> bytes | None:
+        """The bytes of the answer to a client's message; None if it said goodbye.
+
+        By the time it returns, neither arguments nor result are held here any more: whoever has the reply may count
+        on the room that they took.
+        """
+        call = client.protocol.receive(data)
+        if call is None:
+            return None
         started = time.perf_counter()
         token = self._current.set(client)
         try:
-            data = protocol.reply(call.call_id, self._handle(call))
+            return client.protocol.reply(call.call_id, self._handle(call))
         except Exception as error:  # whatever a handler raises is its caller's to know
             self._counters.failures += 1
             if not isinstance(error, TransportError):
                 logger.exception("handler %r raised", call.method)
-            data = protocol.failure(call.call_id, error)
+            return client.protocol.failure(call.call_id, error)
         finally:
             self._current.reset(token)
             self._counters.calls += 1
             self._counters.call_seconds += time.perf_counter() - started
-        if not self._channel.send(client.identity, data):
-            self._drop(client, "it no longer reads its replies")
 
     def _handle(self, call: Call) -> Any:
         handler = self._handlers.get(call.method)
@@ -249,8 +260,11 @@ class Server:
         client.connection.close()
         logger.info("client %d disconnected: %s", client.number, reason)
         for callback in self._on_disconnect:
-            callback(client.number)
+            try:
+                callback(client.number)
+            except Exception:  # noqa: PERF203 - one service's mistake must not end the others' clients
+                logger.exception("an on_disconnect callback raised")
 
-    def _send(self, identity: bytes, message: Message) -> None:
-        """Send a message of the handshake; a client that is gone misses it."""
-        self._channel.send(identity, encode(message))
+    def _send(self, identity: bytes, message: Message) -> bool:
+        """Send a message that is no reply; False if the client is gone."""
+        return self._channel.send(identity, encode(message))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-MIB = 1 << 20
+from .units import KIB, MIB
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Statistics:
             ("tensors sent", f"{self.tensor_bytes_sent / MIB:.1f} MiB"),
             ("tensors received", f"{self.tensor_bytes_received / MIB:.1f} MiB"),
             ("copied in", f"{self.bytes_copied / MIB:.1f} MiB"),
-            ("control sent", f"{self.control_bytes_sent / 1024:.1f} KiB"),
-            ("control received", f"{self.control_bytes_received / 1024:.1f} KiB"),
+            ("control sent", f"{self.control_bytes_sent / KIB:.1f} KiB"),
+            ("control received", f"{self.control_bytes_received / KIB:.1f} KiB"),
         ]
 
     def __str__(self) -> str:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS: dict[str, int] = {
     "errors": 0,
     "version": 0,
-    "statistics": 0,
+    "units": 0,
+    "statistics": 1,
     "layout": 1,
     "dtypes": 1,
     "address": 1,

@@ -43,10 +43,10 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
-        self.length = max(self.length + tokens_to_remove, 0)
+        self._keep(max(self.length + tokens_to_remove, 0))
 
     def reset(self) -> None:
-        self.length = 0
+        self._keep(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._go_on_with(beam_idx.cpu())
@@ -56,6 +56,11 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._go_on_with(torch.arange(self.batch)[indices.cpu()])
+
+    def _keep(self, length: int) -> None:
+        self.length = length
+        if length == 0:  # the next forward starts anew, with a batch of any size
+            self.select = None
 
     def _go_on_with(self, rows: torch.Tensor) -> None:
         rows = rows.to(torch.int64)
@@ -74,7 +79,18 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self._state = _RemoteLayer()
         super().__init__(layers=[self._state])
         self.session = session
+        self._ended = ended
         weakref.finalize(self, ended.append, session).atexit = False
+
+    def is_of(self, ended: deque[int]) -> bool:
+        """Whether the session is one of the connection whose ended sessions go here."""
+        return self._ended is ended
+
+    def __copy__(self) -> RemoteCache:
+        raise UnsupportedBySplit("the KV is the worker's and can't be copied; generate each continuation from its text")
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> RemoteCache:
+        return self.__copy__()
 
     def start(self, positions: torch.Tensor, padding: torch.Tensor | None) -> dict[str, Any]:
         """What the worker must know to start a forward; the edits in it are then done."""

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple
 
 from shmtransport import Client, Statistics
 
@@ -115,16 +116,22 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             raise
         model.requires_grad_(requires_grad=False)
         model.eval()
-        model.generation_config = GenerationConfig.from_model_config(config)
+        model.generation_config = checkpoint.generation_config()
         return model
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *arguments: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As transformers' ``generate``; the KV cache is this split's unless one is given.
 
         Raises:
             UnsupportedBySplit: a ``cache_implementation`` where the worker keeps the KV.
         """
-        generation = kwargs.get("generation_config") or self.generation_config
+        generation = generation_config or self.generation_config
         named = kwargs.get("cache_implementation", generation.cache_implementation)
         if named is not None and self.mode is not Mode.FUSED:
             raise UnsupportedBySplit(
@@ -134,7 +141,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if named is None and uses_cache and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = self.new_cache()
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(inputs, generation_config, *arguments, **kwargs)
         finally:
             kwargs.clear()
             self.remote.end_sessions()
@@ -145,6 +152,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             return GrowingCache(self.config.num_hidden_layers)
         return self.remote.new_cache()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -155,9 +163,16 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As ``LlamaForCausalLM.forward``: logits [B, T or ``logits_to_keep``, V]."""
+        """As ``LlamaForCausalLM.forward``: logits [B, T or ``logits_to_keep``, V].
+
+        Raises:
+            UnsupportedBySplit: hidden states or attentions are asked for.
+        """
+        for unsupported in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(unsupported):
+                raise UnsupportedBySplit(f"{unsupported}: a split model gives logits only")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

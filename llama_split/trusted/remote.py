@@ -14,7 +14,7 @@ from shmtransport import Client, PeerDied, Statistics
 from ..checkpoint import Checkpoint
 from ..config import DTYPE_NAMES
 from ..decoder import Step
-from ..errors import WorkerMismatch
+from ..errors import UnsupportedBySplit, WorkerMismatch
 from ..operations import LAYER, LM_HEAD, Operation
 from .cache import RemoteCache
 
@@ -64,7 +64,13 @@ class Remote:
     def layers(
         self, hidden_BTD: torch.Tensor, cache: RemoteCache, positions: torch.Tensor, padding: torch.Tensor | None
     ) -> torch.Tensor:
-        """All decoder layers on the worker, one call each, over the session's KV."""
+        """All decoder layers on the worker, one call each, over the session's KV.
+
+        Raises:
+            UnsupportedBySplit: the cache is another connection's.
+        """
+        if not cache.is_of(self._ended_sessions):
+            raise UnsupportedBySplit("past_key_values belongs to another model's connection; its KV is not there")
         self.end_sessions()
         start: dict[str, Any] | None = cache.start(positions, padding)
         batch, tokens = hidden_BTD.shape[:2]

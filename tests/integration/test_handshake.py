@@ -513,7 +513,7 @@ class Intruder(Stranger):
         self.send(Attach(self.segment.name))
         welcome = self.receive()
         assert isinstance(welcome, Welcome)
-        self.replies = Segment.attach(welcome.segment)
+        self.replies = Segment.attach(welcome.segment, segment_layout(arena_bytes))
 
     def close(self) -> None:
         self.segment.close()

@@ -37,7 +37,12 @@ class Pair:
         self.data_bytes = data_bytes
         layout = Layout(data_bytes=data_bytes, release_slots=slots)
         self.owner, self.reader = Segment.create(layout), Segment.create(layout)
-        self._segments = [self.owner, self.reader, Segment.attach(self.owner.name), Segment.attach(self.reader.name)]
+        self._segments = [
+            self.owner,
+            self.reader,
+            Segment.attach(self.owner.name, self.owner.layout),
+            Segment.attach(self.reader.name, self.reader.layout),
+        ]
         self.counters = Counters()
         self.cells = release_cells(self.reader)
         self.send = SendArena(self.owner, release_cells(self._segments[3]), self.counters)

@@ -17,6 +17,7 @@ from shmtransport.segment import Segment
 from tests.conftest import Process
 
 # Makes a segment as a peer would and says its name; on "fork" leaves it to a child that outlives it.
+LAYOUT = Layout(data_bytes=4096, release_slots=8)
 _OWNER = """
 import os, sys, time
 from shmtransport.layout import Layout
@@ -44,14 +45,14 @@ def owner(directory: Path, spawn: Callable[..., Process]) -> Callable[..., tuple
         script = directory / "owner.py"
         script.write_text(_OWNER)
         process = spawn(script, *arguments)
-        return process, Segment.attach(process.readline())
+        return process, Segment.attach(process.readline(), LAYOUT)
 
     return start
 
 
 @pytest.fixture
 def own_segment() -> Iterator[Segment]:
-    segment = Segment.create(Layout(data_bytes=4096, release_slots=8))
+    segment = Segment.create(LAYOUT)
     yield segment
     segment.close()
 
@@ -143,7 +144,7 @@ def test_a_segment_that_nobody_holds_can_not_be_watched() -> None:
 
 def test_a_closed_segment_is_no_longer_this_processs_own(own_segment: Segment) -> None:
     """Once the owner has closed its segment, nobody holds it, and it can't be watched any more."""
-    peer = Segment.attach(own_segment.name)
+    peer = Segment.attach(own_segment.name, LAYOUT)
     assert PeerWatch(peer.fd).alive()
     own_segment.close()
     with pytest.raises(PeerProtocolError, match="does not hold the lock"):

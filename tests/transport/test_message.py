@@ -420,9 +420,6 @@ def test_a_refusal_of_another_version_can_be_read(version: int) -> None:
             decode(bytes(other))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UnicodeDecodeError, reason="bug: decode() of another version's Refused doesn't expect bad UTF-8"
-)
 def test_a_refusal_of_another_version_with_bad_text_is_the_peers_error() -> None:
     """Bytes of another version are as untrusted as one's own."""
     with pytest.raises(PeerProtocolError):

@@ -70,7 +70,7 @@ def test_other_names_are_never_opened(name: str) -> None:
     """A peer can't make this side open anything but a segment of ours."""
     assert not is_segment_name(name)
     with pytest.raises(PeerProtocolError, match="never makes"):
-        Segment.attach(name)
+        Segment.attach(name, LAYOUT)
 
 
 def test_all_bytes_are_reserved_at_creation(segment: Segment) -> None:
@@ -90,7 +90,7 @@ def test_the_header_stands_at_offset_0(segment: Segment) -> None:
 def test_attaching_removes_the_name(segment: Segment) -> None:
     """Once both sides have it mapped, nothing of it is left in /dev/shm, so that a kill leaves no trace."""
     assert segment.name[1:] in _ours()
-    peer = Segment.attach(segment.name)
+    peer = Segment.attach(segment.name, LAYOUT)
     try:
         assert segment.name[1:] not in _ours()
         assert peer.layout == LAYOUT
@@ -101,7 +101,7 @@ def test_attaching_removes_the_name(segment: Segment) -> None:
 
 def test_both_sides_see_the_same_bytes(segment: Segment) -> None:
     """What one side writes, the other reads at the same offset."""
-    peer = Segment.attach(segment.name)
+    peer = Segment.attach(segment.name, LAYOUT)
     segment.view[LAYOUT.data_offset : LAYOUT.data_offset + 5] = b"hello"
     assert bytes(peer.view[LAYOUT.data_offset : LAYOUT.data_offset + 5]) == b"hello"
     peer.view[-3:] = b"end"
@@ -111,16 +111,16 @@ def test_both_sides_see_the_same_bytes(segment: Segment) -> None:
 
 def test_a_segment_can_be_attached_once_only(segment: Segment) -> None:
     """After its name is gone, nobody else can map it; the error does not repeat the name."""
-    peer = Segment.attach(segment.name)
+    peer = Segment.attach(segment.name, LAYOUT)
     with pytest.raises(PeerProtocolError, match="can't be opened") as caught:
-        Segment.attach(segment.name)
+        Segment.attach(segment.name, LAYOUT)
     assert segment.name not in str(caught.value)
     peer.close()
 
 
 def test_closing_and_unlinking_twice_does_nothing(segment: Segment) -> None:
     """Close and unlink are idempotent, in any order and on both sides; every file descriptor is given back."""
-    peer = Segment.attach(segment.name)
+    peer = Segment.attach(segment.name, LAYOUT)
     fds = _open_fds()
     for _ in range(2):
         segment.unlink()
@@ -157,7 +157,7 @@ def test_a_view_outlives_close(segment: Segment) -> None:
 def test_a_missing_segment_is_the_peers_error() -> None:
     """A well-formed name of nothing is refused."""
     with pytest.raises(PeerProtocolError, match="can't be opened"):
-        Segment.attach(NAME_PREFIX + "0" * 32)
+        Segment.attach(NAME_PREFIX + "0" * 32, LAYOUT)
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\0" * 4096, b"x" * 4096])
@@ -170,7 +170,7 @@ def test_a_foreign_header_is_refused_and_nothing_stays_open(content: bytes) -> N
         os.pwrite(memory.fd, content, 0)
         fds = _open_fds()
         with pytest.raises(PeerProtocolError):
-            Segment.attach(name)
+            Segment.attach(name, LAYOUT)
         assert _open_fds() == fds
     finally:
         os.close(memory.fd)
@@ -182,7 +182,7 @@ def test_a_segment_shorter_than_its_header_says_is_refused(segment: Segment) -> 
     os.ftruncate(segment.fd, LAYOUT.total_bytes - 4096)
     fds = _open_fds()
     with pytest.raises(PeerProtocolError, match="contradicts"):
-        Segment.attach(segment.name)
+        Segment.attach(segment.name, LAYOUT)
     assert _open_fds() == fds
 
 
