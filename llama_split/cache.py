@@ -38,7 +38,7 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
+        if self._length == 0 and self._key_buffer.shape[:1] != key_states.shape[:1]:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self._key_buffer.shape[0]:
             raise ValueError(f"the cache holds a batch of {self._key_buffer.shape[0]}, not of {key_states.shape[0]}")
@@ -64,11 +64,7 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` positions; after none, a batch of any size may follow."""
         self._length = length
-        if length == 0:
-            self.is_initialized = False
-            self._key_buffer = self._value_buffer = torch.empty(0)
-            self.keys = self.values = None
-        else:
+        if self.is_initialized:
             self._show()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -78,7 +74,10 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
         self.truncate(max(self._length + tokens_to_remove, 0))
 
     def reset(self) -> None:
-        self.truncate(0)
+        self._length = 0
+        self._key_buffer = self._value_buffer = torch.empty(0)
+        self.keys = self.values = None
+        self.is_initialized = False
 
     def select(self, rows: torch.Tensor) -> None:
         """Make the batch of these rows of the present one."""

@@ -87,6 +87,7 @@ def check_bind(address: str) -> str:
 def is_served(path: str) -> bool:
     """Whether a process listens on the socket file."""
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    probe.setblocking(False)  # a stopped server with a full backlog is a server, and must not stop this one
     try:
         probe.connect(path)
     except (ConnectionRefusedError, FileNotFoundError):

@@ -16,7 +16,6 @@ Rules that they keep:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
@@ -175,10 +174,12 @@ class SendArena:
         if row is None or isinstance(array, np.ma.MaskedArray):
             raise LocalProtocolError(f"a {type(array).__name__} of {array.dtype} can't be sent")
         if array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative:
-            with contextlib.suppress(
-                TypeError, ValueError
-            ):  # strides that numpy allows in such arrays and torch doesn't
-                return self.export(torch.from_numpy(array))
+            try:
+                tensor = torch.from_numpy(array)
+            except ValueError:  # strides that numpy allows in such arrays and torch doesn't
+                pass
+            else:
+                return self.export(tensor)
         loan = self.empty(array.shape, row.torch)
         np.copyto(loan.numpy(), array)
         return self._export_copy(loan)

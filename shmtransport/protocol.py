@@ -299,11 +299,11 @@ class ServerProtocol:
     def failure(self, call_id: int, error: BaseException) -> bytes:
         """The bytes of a call's exception: its class name and text, without traceback or file paths; never fails."""
         name = type(error).__name__
-        kind = name if isinstance(error, TransportError) else HANDLER
+        kind = name if name in _RAISED_BY_KIND and isinstance(error, TransportError) else HANDLER
         try:
             return self._failure(call_id, kind, name, _text_of(error))
         except MessageTooLarge:
-            return self._failure(call_id, kind, name, "its text is too long to be sent")
+            return self._failure(call_id, kind, "Exception", "its text is too long to be sent")
 
     def _failure(self, call_id: int, kind: str, name: str, text: str) -> bytes:
         failure = Failure(call_id, kind, shorten(name, MAX_NAME_CHARACTERS), shorten(text))

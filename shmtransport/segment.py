@@ -71,6 +71,7 @@ class Segment:
             liveness.claim_ownership(memory.fd)
             segment = cls(name, memory.fd, layout, owned=True)
         except OSError as error:
+            liveness.end_ownership(memory.fd)
             os.close(memory.fd)
             posix_ipc.unlink_shared_memory(name)
             raise SegmentError(_no_room(layout, error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
@@ -16,21 +17,42 @@ from pathlib import Path
 import pytest
 
 from shmtransport import Server
+from shmtransport.liveness import holder
 
 ROOT = Path(__file__).parent.parent
 _OURS_IN_SHM = "shmtransport-"
-_OURS_IN_TMP = ("llama-split-", "shmt-test-")
+
+# All temporary files of this run, its children's too, go here: other runs on the machine are none of its business.
+_TEMPORARY = tempfile.mkdtemp(prefix="shmt-")
+os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the run's own temporary directory."""
+    shutil.rmtree(_TEMPORARY, ignore_errors=True)
 
 
 def _traces() -> set[str]:
-    shm = {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(_OURS_IN_SHM)}
-    tmp = {f"/tmp/{name}" for name in os.listdir("/tmp") if name.startswith(_OURS_IN_TMP)}
-    return shm | tmp
+    """Segments that no other living process holds, and temporary files."""
+    traces = {name for name in os.listdir(_TEMPORARY) if not name.startswith("pytest-of-")}  # pytest's own tmp_path
+    for name in os.listdir("/dev/shm"):
+        if name.startswith(_OURS_IN_SHM):
+            with contextlib.suppress(FileNotFoundError), open(f"/dev/shm/{name}", "rb") as segment:
+                if holder(segment.fileno()) is None:
+                    traces.add(name)
+    return traces
+
+
+@pytest.fixture(autouse=True, scope="session")
+def collect_quickly() -> None:
+    """Take what the imports have made out of every later collection: they cost seconds in all otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
-    """Every test leaves /dev/shm and /tmp as it found them."""
+    """Every test leaves /dev/shm and the temporary directory as it found them."""
     before = _traces()
     yield
     gc.collect()

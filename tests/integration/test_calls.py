@@ -418,7 +418,7 @@ def test_held_results_fill_the_arena_and_dropping_them_makes_room(worker: str) -
     """ArenaFull says count, limit and remedy; the connection goes on, and recovers once results are dropped."""
     with Client(worker, arena_bytes=MIB) as client:
         held = [client.call("fill", 64 * 1024, float(i)) for i in range(4)]
-        with pytest.raises(ArenaFull, match=r"requested 0\.2.*MiB.*arena is 1\.0 MiB.*release results"):
+        with pytest.raises(ArenaFull, match=r"requested 256\.0 KiB.*arena is 1\.0 MiB.*release results"):
             client.call("fill", 64 * 1024, 9.0)
         assert [int(result[0]) for result in held] == [0, 1, 2, 3]
         part = held.pop(1)[1000:1001]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,24 @@ def test_what_is_no_socket_is_never_removed(directory: Path, what: str) -> None:
 def test_nothing_at_a_path_is_not_served(directory: Path) -> None:
     """A missing socket file is no server."""
     assert not is_served(str(directory / "a.ipc"))
+
+
+def test_a_server_that_accepts_nobody_is_served_all_the_same(directory: Path) -> None:
+    """Where a stopped server's backlog is full, the probe doesn't wait for room in it."""
+    path = directory / "a.ipc"
+    found: list[bool] = []
+    with _listen(path), contextlib.ExitStack() as clients:
+        for _ in range(4):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.connect(str(path))
+        probe = threading.Thread(target=lambda: found.append(is_served(str(path))), daemon=True)
+        probe.start()
+        probe.join(2.0)
+        answer = list(found)
+    probe.join(30.0)
+    assert answer == [True]
 
 
 @pytest.mark.parametrize(

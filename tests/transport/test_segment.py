@@ -177,6 +177,19 @@ def test_a_foreign_header_is_refused_and_nothing_stays_open(content: bytes) -> N
         posix_ipc.unlink_shared_memory(name)
 
 
+@pytest.mark.parametrize(
+    "agreed",
+    [Layout(data_bytes=4096, release_slots=16), Layout(data_bytes=8192, release_slots=8)],
+    ids=["data", "slots"],
+)
+def test_a_segment_of_another_layout_than_agreed_is_refused(segment: Segment, agreed: Layout) -> None:
+    """Even a sound segment is mapped only if it has the sizes that the handshake granted."""
+    fds = _open_fds()
+    with pytest.raises(PeerProtocolError, match=f"data_bytes={LAYOUT.data_bytes}.*was agreed"):
+        Segment.attach(segment.name, agreed)
+    assert _open_fds() == fds
+
+
 def test_a_segment_shorter_than_its_header_says_is_refused(segment: Segment) -> None:
     """A peer that cut its segment short gets an error instead of making this side die of SIGBUS."""
     os.ftruncate(segment.fd, LAYOUT.total_bytes - 4096)
