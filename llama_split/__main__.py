@@ -21,6 +21,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from .errors import LlamaSplitError
+from .launcher import READY, WorkerProcess, end_with_parent, remove_directory_of
+from .settings import (
+    ADDRESS_VARIABLE,
+    DEVICE_VARIABLE,
+    DTYPE_VARIABLE,
+    MODEL_VARIABLE,
+    Settings,
+    demo_model,
+    parse_address,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +40,6 @@ if TYPE_CHECKING:
 
     from .checkpoint import Checkpoint
     from .checkpoint import Progress as OnProgress
-    from .config import Settings
     from .trusted.model import SplitLlamaForCausalLM
 
 # Two processes compute in turn: a thread that spins while it has nothing to do would take the other's core.
@@ -84,45 +93,47 @@ def generate(
     verbose: VerboseOption = False,
 ) -> None:
     """Generate text greedily; streams it as it comes, then prints what the transport did."""
-    with _one_line_errors():
+    with _one_line_errors(), contextlib.ExitStack() as stack:
         _log(verbose)
-        from . import config
-        from .launcher import WorkerProcess
+        settings = Settings(report=_notice)
+        dtype_name = settings.pick(dtype, DTYPE_VARIABLE, "float32")
+        model_name = settings.pick(model, MODEL_VARIABLE, None) or str(demo_model())
+        address = settings.pick(worker, ADDRESS_VARIABLE, None)
+        own: WorkerProcess | None = None
+        if address is None:  # started first, so that both processes import and load at the same time
+            device_name = settings.pick(device, DEVICE_VARIABLE, "cpu")
+            options = ["--model", model_name, "--dtype", dtype_name, "--device", device_name]
+            own = stack.enter_context(WorkerProcess(options, verbose=verbose))
+            address = own.address
+        from .checkpoint import open_checkpoint
+        from .config import parse_dtype, parse_mode
         from .trusted.model import SplitLlamaForCausalLM
 
-        settings = config.Settings(report=_notice)
-        chosen_mode = config.parse_mode(mode)
-        chosen_dtype = config.parse_dtype(settings.pick(dtype, config.DTYPE_VARIABLE, "float32") or "")
-        address = settings.pick(worker, config.ADDRESS_VARIABLE)
-        checkpoint = _open(settings, model)
-        with contextlib.ExitStack() as stack:
-            if address is None:
-                chosen_device = settings.pick(device, config.DEVICE_VARIABLE, "cpu") or "cpu"
-                options = ["--model", str(checkpoint.path), "--dtype", config.DTYPE_NAMES[chosen_dtype]]
-                own = stack.enter_context(WorkerProcess([*options, "--device", chosen_device], verbose=verbose))
-            tokenizer = checkpoint.tokenizer()
-            ids = _encode(tokenizer, prompt, chat=chat)
-            _check_length(ids.shape[1], checkpoint)
-            if address is None:
-                with notices.status("the worker is loading its weights"):
-                    own.wait_until_ready()
-            with _progress("loading the trusted part") as progress:
-                llama = stack.enter_context(
-                    SplitLlamaForCausalLM.from_pretrained(
-                        checkpoint,
-                        worker=own.address if address is None else config.parse_address(address),
-                        mode=chosen_mode,
-                        dtype=chosen_dtype,
-                        arena_bytes=arena_bytes,
-                        progress=progress,
-                    )
+        chosen_mode, chosen_dtype = parse_mode(mode), parse_dtype(dtype_name)
+        checkpoint = open_checkpoint(model_name)
+        tokenizer = checkpoint.tokenizer()
+        ids = _encode(tokenizer, prompt, chat=chat)
+        _check_length(ids.shape[1], checkpoint)
+        if own is not None:
+            with notices.status("the worker is loading its weights"):
+                own.wait_until_ready()
+        with _progress("loading the trusted part") as progress:
+            llama = stack.enter_context(
+                SplitLlamaForCausalLM.from_pretrained(
+                    checkpoint,
+                    worker=parse_address(address),
+                    mode=chosen_mode,
+                    dtype=chosen_dtype,
+                    arena_bytes=arena_bytes,
+                    progress=progress,
                 )
-            room = checkpoint.config.max_position_embeddings - ids.shape[1]
-            tokens = _stream(llama, tokenizer, ids, min(max_new_tokens, room), quiet=as_json)
-            if as_json:
-                print(json.dumps(_result(llama, tokenizer, tokens)))
-            else:
-                Console(highlight=False).print(_table(llama.statistics()))
+            )
+        room = checkpoint.config.max_position_embeddings - ids.shape[1]
+        tokens = _stream(llama, tokenizer, ids, min(max_new_tokens, room), quiet=as_json)
+        if as_json:
+            print(json.dumps(_result(llama, tokenizer, tokens)))
+        else:
+            Console(highlight=False).print(_table(llama.statistics()))
 
 
 @app.command()
@@ -137,46 +148,36 @@ def worker(
     parent: Annotated[int | None, typer.Option(hidden=True, help="End with this process.")] = None,
 ) -> None:
     """Hold the weight matrices and answer trusted sides until SIGINT or SIGTERM."""
-    with _one_line_errors():
+    with _one_line_errors(), contextlib.ExitStack() as stack:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         _log(verbose)
-        from .launcher import READY, end_with_parent, remove_directory_of
-
         if parent is not None:
+            stack.callback(remove_directory_of, bind or "")
             end_with_parent(parent)
+        settings = Settings(report=_notice)
+        address = settings.pick(bind, ADDRESS_VARIABLE, None)
+        if address is None:
+            raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {ADDRESS_VARIABLE}")
+        model_name = settings.pick(model, MODEL_VARIABLE, None) or str(demo_model())
+        dtype_name = settings.pick(dtype, DTYPE_VARIABLE, "float32")
+        device_name = settings.pick(device, DEVICE_VARIABLE, "cpu")
         from shmtransport import Server
 
-        from . import config
+        from .checkpoint import open_checkpoint
+        from .config import parse_device, parse_dtype
         from .worker.kernels import Weights
         from .worker.service import Service
 
-        settings = config.Settings(report=_notice)
-        address = settings.pick(bind, config.ADDRESS_VARIABLE)
-        if address is None:
-            raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {config.ADDRESS_VARIABLE}")
-        chosen_dtype = config.parse_dtype(settings.pick(dtype, config.DTYPE_VARIABLE, "float32") or "")
-        chosen_device = config.parse_device(settings.pick(device, config.DEVICE_VARIABLE, "cpu") or "")
-        with contextlib.ExitStack() as stack:
-            if parent is not None:
-                stack.callback(remove_directory_of, address)
-            server = stack.enter_context(Server(config.parse_address(address)))
-            checkpoint = _open(settings, model)
-            with _progress("loading weights") as progress:
-                weights = Weights(checkpoint, chosen_dtype, chosen_device, progress)
-            Service(server, weights, checkpoint)
-            name = config.DTYPE_NAMES[chosen_dtype]
-            print(f"{READY}: {checkpoint.path} in {name} on {chosen_device} at {server.address}", flush=True)
-            server.serve()
-            if verbose:
-                notices.print(_table(server.statistics()))
-
-
-def _open(settings: Settings, model: str | None) -> Checkpoint:
-    from . import config
-    from .checkpoint import open_checkpoint
-
-    chosen = settings.pick(model, config.MODEL_VARIABLE)
-    return open_checkpoint(chosen if chosen is not None else str(config.demo_model()))
+        chosen_dtype, chosen_device = parse_dtype(dtype_name), parse_device(device_name)
+        server = stack.enter_context(Server(parse_address(address)))
+        checkpoint = open_checkpoint(model_name)
+        with _progress("loading weights") as progress:
+            weights = Weights(checkpoint, chosen_dtype, chosen_device, progress)
+        Service(server, weights, checkpoint)
+        print(f"{READY}: {checkpoint.path} in {dtype_name} on {chosen_device} at {server.address}", flush=True)
+        server.serve()
+        if verbose:
+            notices.print(_table(server.statistics()))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> torch.Tensor:
@@ -276,16 +277,18 @@ def _progress(what: str) -> Iterator[OnProgress]:
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
     """Turn what a user can mend into one line and exit code 2."""
-    from shmtransport import TransportError
-
     try:
         yield
-    except (LlamaSplitError, TransportError) as error:
-        notices.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         notices.print("interrupted", markup=False)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except Exception as error:
+        from shmtransport import TransportError  # imports torch: not before there is an error
+
+        if not isinstance(error, (LlamaSplitError, TransportError)):
+            raise
+        notices.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(EXIT_ERROR) from None
 
 
 def main() -> None:

