@@ -20,7 +20,7 @@ import math
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +65,9 @@ class _LoanAnchor(_Reference):
 class _BorrowAnchor(_Reference):
     """Weak reference to a borrow's memory; its death is what releases the borrow."""
 
-    __slots__ = ("sequence", "since", "slot")
+    __slots__ = ("sequence", "slot")
     slot: int
     sequence: int
-    since: float
 
 
 class _HeldBlock:
@@ -95,9 +94,13 @@ def _row(dtype: torch.dtype) -> DType:
     return row
 
 
-def _check_dimensions(count: int) -> None:
-    if count > MAX_DIMENSIONS:
-        raise LocalProtocolError(f"a tensor of {count} dimensions can't be sent; the limit is {MAX_DIMENSIONS}")
+def _without_bytes(sizes: tuple[int, ...], row: DType) -> torch.Tensor:
+    """A tensor without elements; the error for a shape that none can have."""
+    if len(sizes) > MAX_DIMENSIONS:
+        raise LocalProtocolError(f"a tensor of {len(sizes)} dimensions can't be sent; the limit is {MAX_DIMENSIONS}")
+    if min(sizes, default=0) < 0 or not representable(sizes, row.itemsize):
+        raise LocalProtocolError(f"no tensor can have the shape {sizes}")
+    return torch.empty(sizes, dtype=row.torch)
 
 
 class SendArena:
@@ -116,14 +119,11 @@ class SendArena:
         self._counters = counters
         self._lock = threading.Lock()
         self._by_offset: dict[int, _HeldBlock] = {}
-        self._held_by_peer: dict[int, tuple[int, _HeldBlock, float]] = {}
+        # Ordered by age, with a first item that is found at once however many were taken out before it.
+        self._held_by_peer: OrderedDict[int, tuple[int, _HeldBlock, float]] = OrderedDict()
         self._free_slots = list(range(len(peer_released) - 1, -1, -1))
         self._sequence = 0
         self._ended: deque[_LoanAnchor] = deque()
-
-    @property
-    def arena_bytes(self) -> int:
-        return self._ring.capacity
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A loan: an uninitialised, contiguous CPU tensor of ``shape`` in this arena.
@@ -135,12 +135,9 @@ class SendArena:
         """
         sizes = tuple(shape)
         row = _row(dtype)
-        if any(size < 0 for size in sizes) or not representable(sizes, row.itemsize):
-            raise LocalProtocolError(f"no tensor can have the shape {sizes}")
-        _check_dimensions(len(sizes))
         nbytes = math.prod(sizes) * row.itemsize
-        if nbytes == 0:
-            return torch.empty(sizes, dtype=dtype)
+        if nbytes <= 0 or min(sizes, default=0) < 0 or len(sizes) > MAX_DIMENSIONS:
+            return _without_bytes(sizes, row)
         with self._lock:
             return _tensor(self._loan(nbytes), dtype, sizes)
 
@@ -152,19 +149,22 @@ class SendArena:
         Raises:
             As ``empty``.
         """
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
-            raise LocalProtocolError("only dense, unquantised tensors with storage can be sent")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise LocalProtocolError("only dense tensors can be sent")
         row = _row(tensor.dtype)
-        _check_dimensions(tensor.dim())
-        if tensor.numel() == 0:
-            return TensorDescriptor(0, tuple(tensor.shape), row.name, 0, 0)
-        if self._in_place(tensor):
-            with self._lock:
-                held = self._by_offset.get(tensor.untyped_storage().data_ptr() - self._address)
-                if held is not None:
-                    offset = tensor.data_ptr() - self._address
-                    return TensorDescriptor(offset, tuple(tensor.shape), row.name, *self._hold(held))
-        loan = self.empty(tensor.shape, tensor.dtype)
+        shape = tuple(tensor.shape)
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and len(shape) <= MAX_DIMENSIONS:
+            offset = tensor.data_ptr() - self._address
+            if 0 <= offset < self._ring.capacity and not tensor.is_conj() and not tensor.is_neg():
+                with self._lock:
+                    held = self._by_offset.get(tensor.untyped_storage().data_ptr() - self._address)
+                    if held is not None:
+                        return TensorDescriptor(offset, shape, row.name, *self._hold(held))
+        if tensor.is_meta:
+            raise LocalProtocolError("a meta tensor has no content and can't be sent")
+        loan = self.empty(shape, tensor.dtype)
+        if loan.numel() == 0:
+            return TensorDescriptor(0, shape, row.name, 0, 0)
         loan.copy_(tensor.detach())
         return self._export_copy(loan)
 
@@ -190,12 +190,6 @@ class SendArena:
             for descriptor in descriptors:
                 if descriptor.sequence:
                     self._end_hold(descriptor.slot)
-
-    def _in_place(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's bytes lie in this arena just as they would be sent."""
-        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            return False
-        return 0 <= tensor.data_ptr() - self._address < self._ring.capacity
 
     def _export_copy(self, loan: torch.Tensor) -> TensorDescriptor:
         with self._lock:
@@ -316,7 +310,7 @@ class ReceiveArena:
             raise PeerProtocolError(f"descriptor with sequence {descriptor.sequence} was sent before and is still held")
         memory = self._data[descriptor.offset : descriptor.offset + nbytes]
         anchor = _BorrowAnchor(memory, self._end)
-        anchor.slot, anchor.sequence, anchor.since = descriptor.slot, descriptor.sequence, time.monotonic()
+        anchor.slot, anchor.sequence = descriptor.slot, descriptor.sequence
         self._borrows[descriptor.sequence] = anchor
         return _tensor(memory, row.torch, descriptor.shape)
 

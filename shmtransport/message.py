@@ -176,12 +176,8 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
     kind = type(value)
     if kind in _PLAIN_TYPES:
         return value
-    if isinstance(value, torch.Tensor):
-        return Ext(_EXT_TENSOR, export(value).to_bytes(2, "little"))
-    if isinstance(value, np.ndarray):
-        return Ext(_EXT_ARRAY, export(value).to_bytes(2, "little"))
-    if isinstance(value, np.generic) and type(value.item()) in _PLAIN_TYPES:
-        return value.item()
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return Ext(_EXT_TENSOR if isinstance(value, torch.Tensor) else _EXT_ARRAY, export(value).to_bytes(2, "little"))
     if depth >= MAX_DEPTH:
         raise LocalProtocolError(f"arguments and results may be nested {MAX_DEPTH} deep at most")
     if isinstance(value, (list, tuple)):
@@ -192,6 +188,8 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
             if type(key) not in _KEY_TYPES:
                 raise LocalProtocolError(f"dict keys must be str or int, not {type(key).__name__}")
         return {key: pack(item, export, depth + 1) for key, item in value.items()}
+    if isinstance(value, np.generic) and type(value.item()) in _PLAIN_TYPES:
+        return value.item()
     raise LocalProtocolError(
         f"an object of type {kind.__name__} can't be sent; tensors, numpy arrays, None, bool, int, float, str, bytes, "
         "and lists, tuples and dicts of these can"

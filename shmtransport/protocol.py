@@ -115,8 +115,11 @@ class Codec:
 
     def values(self, packed: Any, descriptors: Sequence[TensorDescriptor]) -> Any:
         """The received value with its tensors: borrowed views, or private copies for a snapshot."""
-        tensors = [self._importer.borrow(descriptor) for descriptor in descriptors]
-        self._counters.tensor_bytes_received += sum(tensor.nbytes for tensor in tensors)
+        tensors = []
+        for descriptor in descriptors:
+            tensor = self._importer.borrow(descriptor)
+            self._counters.tensor_bytes_received += tensor.nbytes
+            tensors.append(tensor)
         if self._snapshot:
             tensors = [tensor.clone() for tensor in tensors]
         return unpack(packed, tensors)

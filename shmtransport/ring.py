@@ -11,13 +11,12 @@ Rules that it keeps:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .layout import BLOCK_ALIGNMENT, round_up
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A claimed byte range: ``offset``, ``nbytes`` (a multiple of the alignment); a ``position`` is never reused."""
 
     position: int

@@ -11,13 +11,11 @@ import torch
 class Contender(ABC):
     """One way of calling another process with a tensor.
 
-    ``copies`` says how often one round trip copies the tensor's bytes, ``carries_tensor`` is False for a floor that
-    measures the signalling alone.
+    ``copies`` says how often one round trip copies the tensor's bytes, kernel included.
     """
 
     name: ClassVar[str]
     copies: ClassVar[str]
-    carries_tensor: ClassVar[bool] = True
 
     @staticmethod
     @abstractmethod

@@ -13,7 +13,6 @@ class RawSocket(Contender):
 
     name = "pyzmq REQ/REP, no tensor"
     copies = "–"
-    carries_tensor = False
 
     @staticmethod
     def serve(address: str, nbytes: int) -> None:
