@@ -35,6 +35,10 @@ Progress = Callable[[int, int], None]
 """Called with how many tensors are loaded, of how many."""
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def layer_name(index: int, rest: str) -> str:
     """The full name of a layer's parameter."""
     return f"model.layers.{index}.{rest}"
@@ -62,8 +66,18 @@ class Checkpoint(ABC):
         """A matrix's first row, without reading the others."""
 
     @abstractmethod
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase: ...
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, through transformers."""
+        """The model's tokenizer, through transformers.
+
+        Raises:
+            CheckpointError: there is none, or it can't be used.
+        """
+        try:
+            return self._load_tokenizer()
+        except Exception as error:  # transformers raises whatever a wrong file leads it to
+            raise CheckpointError(f"the tokenizer of {self.path} can't be used: {_one_line(error)}") from error
 
     def load(
         self, names: Iterable[str], dtype: torch.dtype, device: torch.device, progress: Progress | None = None
@@ -177,7 +191,7 @@ class SafetensorsCheckpoint(Checkpoint):
         row: torch.Tensor = self._files[name].get_slice(name)[0:1]
         return row
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path)
 
     def generation_config(self) -> GenerationConfig:
@@ -289,7 +303,7 @@ class GgufCheckpoint(Checkpoint):
         pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
         return np.asarray(pairs.swapaxes(1, 2).reshape(values.shape))
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
 
 
@@ -324,8 +338,7 @@ def _read_config(path: Path) -> LlamaConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises whatever a wrong file leads it to
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the config.json in {path} can't be used: {reason}") from error
+        raise CheckpointError(f"the config.json in {path} can't be used: {_one_line(error)}") from error
     if type(config) is not LlamaConfig:
         raise CheckpointError(
             f"{path} holds a model of type {config.model_type!r}; only Llama models (model_type llama) are supported"

@@ -201,6 +201,14 @@ def plain_split(plain: Small, plain_worker: Worker, mode: str) -> Iterator[Split
         yield model
 
 
+@pytest.fixture
+def layer_split(plain: Small, plain_worker: Worker) -> Iterator[SplitLlamaForCausalLM]:
+    """The small model in layer mode, on a worker that has no sessions."""
+    assert plain_worker.sessions_become(0)
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode="layer") as model:
+        yield model
+
+
 @pytest.fixture(scope="session")
 def smollm2_starting() -> Iterator[WorkerProcess]:
     """A worker process for the demo model; it loads while this process goes on."""

@@ -1,0 +1,207 @@
+"""Small random models: split or not, what ``generate`` gives is the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+
+from llama_split import SplitLlamaForCausalLM
+
+from .conftest import Small, Worker, worker_in_thread
+from .prompts import LONG, NEW_TOKENS, SHARED, STATIC, Spelled, difference, padded_prompts, prompt, single_prompt
+
+
+@pytest.mark.parametrize("prompts", [single_prompt, padded_prompts])
+def test_greedy_tokens_are_those_of_the_unsplit_model(
+    small: Small, split: SplitLlamaForCausalLM, prompts: Callable[[], dict[str, torch.Tensor]]
+) -> None:
+    """For each kind of model, split and batch, every token of 40 is the same, padding on the left or not."""
+    expected = small.unsplit.generate(**prompts(), **LONG, do_sample=False)
+    tokens = split.generate(**prompts(), **LONG, do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert len(set(expected[0, -NEW_TOKENS:].tolist())) > 3, "the random model repeats itself; nothing was tested"
+
+
+@pytest.mark.parametrize("prompts", [single_prompt, padded_prompts])
+def test_sampled_tokens_are_those_of_the_unsplit_model(
+    plain: Small, plain_split: SplitLlamaForCausalLM, prompts: Callable[[], dict[str, torch.Tensor]]
+) -> None:
+    """With the same seed, sampling takes the same tokens."""
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95}
+    torch.manual_seed(7)
+    expected = plain.unsplit.generate(**prompts(), **SHARED, **options)
+    torch.manual_seed(7)
+    assert torch.equal(plain_split.generate(**prompts(), **SHARED, **options), expected)
+
+
+@pytest.mark.parametrize("prompts", [single_prompt, padded_prompts])
+def test_beam_search_finds_the_unsplit_models_sequences(
+    plain: Small, plain_split: SplitLlamaForCausalLM, prompts: Callable[[], dict[str, torch.Tensor]]
+) -> None:
+    """Beams reorder the cache after every token, wherever it lives."""
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    expected = plain.unsplit.generate(**prompts(), **SHARED, **options)
+    assert torch.equal(plain_split.generate(**prompts(), **SHARED, **options), expected)
+
+
+def test_several_sequences_of_a_prompt_are_the_unsplit_models(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """``num_return_sequences`` samples a prompt several times."""
+    options: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3}
+    torch.manual_seed(3)
+    expected = plain.unsplit.generate(**padded_prompts(), **SHARED, **options)
+    torch.manual_seed(3)
+    assert torch.equal(plain_split.generate(**padded_prompts(), **SHARED, **options), expected)
+
+
+def test_prompt_lookup_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """Guessed tokens are checked several at a time and the wrong ones cropped from the cache: the tokens stay."""
+    ids = prompt(6).repeat(1, 4)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    expected = plain.unsplit.generate(ids, **options, **SHARED)
+    assert torch.equal(plain_split.generate(ids, **options, **SHARED, prompt_lookup_num_tokens=3), expected)
+
+
+def test_an_assistant_model_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """A smaller model here may guess for the split one."""
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    assert torch.equal(
+        plain_split.generate(**single_prompt(), **SHARED, do_sample=False, assistant_model=plain.unsplit), expected
+    )
+
+
+def test_generation_without_a_cache_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """``use_cache=False`` computes everything anew for each token."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+    expected = plain.unsplit.generate(**padded_prompts(), **options)
+    assert torch.equal(plain_split.generate(**padded_prompts(), **options, use_cache=False), expected)
+
+
+def test_chunked_prefill_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """A prompt may be taken in pieces."""
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    tokens = plain_split.generate(**single_prompt(), **SHARED, do_sample=False, prefill_chunk_size=4)
+    assert torch.equal(tokens, expected)
+
+
+def test_generation_stops_where_the_unsplit_model_does(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """An end-of-text token ends a row, and the other rows go on with padding for it."""
+    free = plain.unsplit.generate(**padded_prompts(), **SHARED, do_sample=False)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": int(free[1, 12 + 6])}
+    expected = plain.unsplit.generate(**padded_prompts(), **SHARED, **options)
+    assert torch.equal(plain_split.generate(**padded_prompts(), **SHARED, **options), expected)
+    assert not torch.equal(expected, free)
+
+
+class AfterTokens(StoppingCriteria):  # type: ignore[misc]
+    """Stops at a length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+def test_a_stopping_criterion_of_ones_own_is_asked(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """``stopping_criteria`` end generation at the same token."""
+    options: dict[str, Any] = {"do_sample": False, "stopping_criteria": StoppingCriteriaList([AfterTokens(20)])}
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, **options)
+    tokens = plain_split.generate(**single_prompt(), **SHARED, **options)
+    assert torch.equal(tokens, expected)
+    assert tokens.shape[1] == 20
+
+
+def test_a_text_streamer_prints_the_tokens(
+    plain: Small, plain_split: SplitLlamaForCausalLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is streamed are the unsplit model's tokens, in order."""
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    plain_split.generate(
+        **single_prompt(), **SHARED, do_sample=False, streamer=TextStreamer(Spelled(), skip_prompt=True)
+    )
+    assert capsys.readouterr().out.split() == [str(token) for token in expected[0, 11:].tolist()]
+
+
+def test_an_iterator_streamer_is_fed_from_another_thread(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """Generation may run in a thread while this one reads the text."""
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    streamer = TextIteratorStreamer(Spelled(), skip_prompt=True, timeout=30.0)
+    options = {**single_prompt(), **SHARED, "do_sample": False, "streamer": streamer}
+    thread = threading.Thread(target=plain_split.generate, kwargs=options)
+    thread.start()
+    pieces = list(streamer)
+    thread.join(30.0)
+    assert "".join(pieces).split() == [str(token) for token in expected[0, 11:].tolist()]
+    assert len(pieces) > 10
+
+
+def test_a_second_turn_goes_on_with_the_firsts_cache(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """A returned cache, passed back with a longer text, gives what the unsplit model gives without one."""
+
+    def turns(model: LlamaForCausalLM, cache: Any) -> torch.Tensor:
+        ids = prompt()
+        for turn in range(2):
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                **SHARED,
+                do_sample=False,
+                return_dict_in_generate=True,
+                past_key_values=cache,
+            )
+            cache = output.past_key_values if cache is not None else None
+            ids = torch.cat([output.sequences, prompt(5, seed=turn)], dim=1)
+        return ids
+
+    expected = turns(plain.unsplit, None)
+    assert torch.equal(turns(plain_split, plain_split.new_cache()), expected)
+    before = plain_split.statistics()
+    cache = plain_split.new_cache()
+    turns(plain_split, cache)
+    sent = difference(before, plain_split.statistics(), "tensor_bytes_sent")
+    before = plain_split.statistics()
+    turns(plain_split, None)
+    assert sent < difference(before, plain_split.statistics(), "tensor_bytes_sent"), "the cache was not used"
+
+
+@pytest.mark.parametrize("named", ["static", "dynamic"])
+def test_fused_mode_takes_any_cache_of_transformers(plain: Small, plain_worker: Worker, named: str) -> None:
+    """Where attention is ours, every cache that generate can make gives the same tokens."""
+    expected = plain.unsplit.generate(**padded_prompts(), **SHARED, do_sample=False)
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
+        tokens = split.generate(**padded_prompts(), **SHARED, do_sample=False, cache_implementation=named)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # the comparison below says it better
+def test_the_models_own_generation_settings_are_in_force(save_small: Callable[..., Small], mode: str) -> None:
+    """generation_config.json of the directory counts, as its several end tokens do in instruction-tuned Llamas."""
+    small = save_small(seed=11)
+    free = small.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    settings = GenerationConfig(eos_token_id=[159, int(free[0, 11 + 5])], pad_token_id=0, max_new_tokens=NEW_TOKENS)
+    settings.save_pretrained(small.path)
+    unsplit = LlamaForCausalLM.from_pretrained(small.path)
+    with (
+        worker_in_thread(small.path) as worker,
+        SplitLlamaForCausalLM.from_pretrained(small.path, worker=worker.address, mode=mode) as split,
+    ):
+        assert torch.equal(split.generate(**single_prompt()), unsplit.generate(**single_prompt()))
+
+
+def test_a_positional_generation_configuration_is_obeyed(plain: Small, plain_worker: Worker) -> None:
+    """``generate(ids, configuration)``, as transformers' signature has it, with a cache that it names."""
+    expected = plain.unsplit.generate(prompt(), STATIC)
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
+        assert torch.equal(split.generate(prompt(), STATIC), expected)

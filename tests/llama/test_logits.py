@@ -1,0 +1,140 @@
+"""Small random models: split or not, what ``forward`` gives is the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit
+
+from .conftest import Small, worker_in_thread
+from .prompts import SHARED, padded_prompts, prompt, single_prompt
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_of_a_direct_call_are_those_of_the_unsplit_model(
+    small: Small, split: SplitLlamaForCausalLM, use_cache: bool, padded: bool
+) -> None:
+    """``model(ids)`` with or without padding and cache, every position that is no padding within 1e-4."""
+    inputs = padded_prompts() if padded else {"input_ids": prompt(17, batch=2)}
+    with torch.inference_mode():
+        expected = small.unsplit(**inputs, use_cache=use_cache)
+        output = split(**inputs, use_cache=use_cache)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    torch.testing.assert_close(output.logits[real], expected.logits[real], atol=1e-4, rtol=1e-4)
+    assert (output.past_key_values is None) is (expected.past_key_values is None)
+
+
+def test_the_loss_is_that_of_the_unsplit_model(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """``labels`` give the same loss, positions marked -100 left out."""
+    ids = prompt(17, batch=2)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    with torch.inference_mode():
+        expected, output = (model(ids, labels=labels) for model in (plain.unsplit, plain_split))
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 4, 9])])
+def test_only_the_logits_asked_for_cross(plain: Small, plain_split: SplitLlamaForCausalLM, keep: Any) -> None:
+    """``logits_to_keep`` selects positions, by number from the end or by index."""
+    with torch.inference_mode():
+        expected, output = (model(prompt(12), logits_to_keep=keep) for model in (plain.unsplit, plain_split))
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_embeddings_may_be_passed_for_ids(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """``inputs_embeds`` replaces the lookup."""
+    with torch.inference_mode():
+        embedded = plain.unsplit.model.embed_tokens(prompt(9))
+        expected, output = (model(inputs_embeds=embedded) for model in (plain.unsplit, plain_split))
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_of_a_direct_call_may_be_continued_and_edited(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """Reordered, repeated, cropped and selected, a cache gives the logits that a dynamic one gives."""
+
+    def run(model: LlamaForCausalLM, cache: Any) -> Iterator[torch.Tensor]:
+        cache = model(prompt(9, batch=3), past_key_values=cache, use_cache=True).past_key_values
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        yield model(prompt(4, batch=3, seed=2), past_key_values=cache).logits
+        cache.crop(-3)
+        yield model(prompt(1, batch=3, seed=3), past_key_values=cache).logits
+        cache.batch_repeat_interleave(2)
+        cache.crop(-1)
+        yield model(prompt(2, batch=6, seed=4), past_key_values=cache).logits
+        cache.batch_select_indices(torch.tensor([5, 1]))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        yield model(prompt(2, batch=2, seed=5), past_key_values=cache).logits
+
+    with torch.inference_mode():
+        for found, expected in zip(run(plain_split, None), run(plain.unsplit, DynamicCache()), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reset_cache_takes_another_batch(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """After ``reset`` a cache is as new, whatever was asked of it before."""
+    cache = plain_split.new_cache()
+    with torch.inference_mode():
+        plain_split(prompt(9, batch=3), past_key_values=cache)
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        cache.reset()
+        output = plain_split(prompt(5), past_key_values=cache)
+        expected = plain.unsplit(prompt(5))
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_copies_of_a_prompts_cache_are_right_or_refused(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """Two continuations of one copied cache, in turn, never see each other's tokens: transformers' prefix reuse."""
+    prefix = prompt(9)
+    with torch.inference_mode():
+        cache = plain_split(prefix, use_cache=True).past_key_values
+        try:
+            caches = [copy.deepcopy(cache) for _ in range(2)]
+        except (UnsupportedBySplit, TypeError):
+            return
+        texts = [prefix, prefix]
+        for seed in (20, 30):
+            for row in range(2):
+                ids = prompt(3, seed=seed + row)
+                texts[row] = torch.cat([texts[row], ids], dim=1)
+                output = plain_split(ids, past_key_values=caches[row])
+                expected = plain.unsplit(texts[row], logits_to_keep=3)
+                torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # A rounding is half of 2^-8 or 2^-11 of a value. A few dozen follow one another in three layers, in another order
+    # in a stacked product than in three: allow eight units in the last place of the largest logit.
+    [pytest.param(torch.bfloat16, 8 * 2**-8, id="bfloat16"), pytest.param(torch.float16, 8 * 2**-11, id="float16")],
+)
+def test_half_precision_logits_are_near_those_of_the_unsplit_model(
+    plain: Small, mode: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """In the same dtype on both sides, logits differ by roundings only, and are of this dtype."""
+    unsplit = LlamaForCausalLM.from_pretrained(plain.path, dtype=dtype)
+    with (
+        worker_in_thread(plain.path, dtype) as worker,
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode, dtype=dtype) as split,
+        torch.inference_mode(),
+    ):
+        expected, output = (model(prompt(17, batch=2)).logits for model in (unsplit, split))
+        assert output.dtype == dtype
+        error = (output.float() - expected.float()).abs().max()
+        assert error <= tolerance * expected.float().abs().max()
+        assert split.generate(**single_prompt(), **SHARED, do_sample=False).shape == (1, 11 + 16)
+
+
+def test_a_tuple_is_returned_if_asked_for(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """``return_dict=False`` gives the logits first in a tuple, as transformers does."""
+    with torch.inference_mode():
+        expected, output = (model(prompt(), return_dict=False) for model in (plain.unsplit, plain_split))
+    assert isinstance(output, tuple)
+    torch.testing.assert_close(output[0], expected[0], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,116 @@
+"""What a split model refuses: workers of other models, and what can't cross."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit, WorkerMismatch
+
+from .conftest import Small, Worker
+from .prompts import SHARED, STATIC, prompt, single_prompt
+
+
+def mismatch(small: Small, worker: Worker, **options: Any) -> str:
+    """The one line that says why this model and worker don't fit."""
+    with pytest.raises(WorkerMismatch) as caught:
+        SplitLlamaForCausalLM.from_pretrained(small.path, worker=worker.address, **options).close()
+    text = str(caught.value)
+    assert "\n" not in text
+    assert worker.address in text
+    return text
+
+
+def test_a_worker_of_another_geometry_is_refused(plain_worker: Worker, save_small: Callable[..., Small]) -> None:
+    """Both geometries are shown."""
+    text = mismatch(save_small(num_hidden_layers=2), plain_worker)
+    assert "layers=3" in text
+    assert "layers=2" in text
+    assert "--model" in text
+
+
+def test_a_worker_of_other_weights_is_refused(plain_worker: Worker, save_small: Callable[..., Small]) -> None:
+    """The same shape with other weights would answer nonsense."""
+    assert "other weights" in mismatch(save_small(seed=9), plain_worker)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rms_norm_eps": 1e-2},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+        {"hidden_act": "gelu"},
+    ],
+    ids=["norm-epsilon", "rope", "activation"],
+)
+def test_a_worker_of_the_same_weights_under_another_configuration_is_refused(
+    plain_worker: Worker, save_small: Callable[..., Small], overrides: dict[str, Any]
+) -> None:
+    """What isn't in the weights but changes the arithmetic, which in layer mode is the worker's, must agree too."""
+    mismatch(save_small(seed=5, **overrides), plain_worker, mode="layer")
+
+
+def test_a_worker_of_another_dtype_is_refused(plain: Small, plain_worker: Worker) -> None:
+    """Both dtypes are shown."""
+    text = mismatch(plain, plain_worker, dtype="bfloat16")
+    assert "float32" in text
+    assert "bfloat16" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [
+        pytest.param((), {"cache_implementation": "static", "max_new_tokens": 3}, id="by-name"),
+        pytest.param((), {"generation_config": STATIC}, id="in-a-configuration"),
+        pytest.param((STATIC,), {}, id="in-a-positional-configuration"),
+    ],
+)
+def test_a_cache_implementation_is_refused_where_the_worker_keeps_the_kv(
+    layer_split: SplitLlamaForCausalLM, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """However transformers lets it be named."""
+    with pytest.raises(UnsupportedBySplit, match="static"):
+        layer_split.generate(prompt(), *arguments, **keywords)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
+def test_an_output_that_a_split_does_not_have_is_refused(plain_split: SplitLlamaForCausalLM, asked: str) -> None:
+    """What is asked for is given or refused, never left out silently."""
+    try:
+        output = plain_split(prompt(), **{asked: True})
+    except UnsupportedBySplit:
+        return
+    assert output[asked.removeprefix("output_")] is not None
+
+
+def test_a_cache_of_another_kind_is_refused_where_the_worker_keeps_the_kv(layer_split: SplitLlamaForCausalLM) -> None:
+    """A dynamic cache here can't be the worker's; the remedy is named."""
+    with pytest.raises(UnsupportedBySplit, match="new_cache"):
+        layer_split(prompt(), past_key_values=DynamicCache())
+    with pytest.raises(UnsupportedBySplit, match="new_cache"):
+        layer_split.generate(**single_prompt(), **SHARED, past_key_values=DynamicCache())
+
+
+def test_a_cache_of_another_models_connection_is_refused(
+    plain: Small, plain_worker: Worker, layer_split: SplitLlamaForCausalLM
+) -> None:
+    """A session belongs to the connection that made it: another's cache would continue another text."""
+    with (
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode="layer") as other,
+        torch.inference_mode(),
+    ):
+        mine = layer_split(prompt(seed=1), use_cache=True).past_key_values
+        theirs = other(prompt(seed=2), use_cache=True).past_key_values
+        with pytest.raises(UnsupportedBySplit):
+            layer_split(prompt(1), past_key_values=theirs)
+        del mine
+
+
+def test_a_mask_that_is_not_padding_is_refused_where_the_worker_attends(layer_split: SplitLlamaForCausalLM) -> None:
+    """A four-dimensional mask can't cross."""
+    with pytest.raises(UnsupportedBySplit, match="mask"):
+        layer_split(prompt(4), attention_mask=torch.zeros(1, 1, 4, 4))

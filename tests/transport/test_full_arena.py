@@ -1,0 +1,92 @@
+"""An arena without room: what the errors say, and that nothing stays held."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from shmtransport.errors import ArenaFull, TensorTooLarge
+
+from .arenas import Pair
+
+MIB = 1 << 20
+
+
+def test_a_full_arena_says_what_is_held_and_what_to_do() -> None:
+    """ArenaFull names the request, the arena, its largest gap, the blocks, the borrows, their age, the remedy."""
+    pair = Pair(4 * MIB)
+    loan = pair.send.empty((2 * MIB,), torch.uint8)
+    borrow = pair.pass_on(torch.zeros(MIB, dtype=torch.uint8))
+    with pytest.raises(ArenaFull) as caught:
+        pair.send.empty((3 * MIB,), torch.uint8)
+    text = str(caught.value)
+    for figure in ("requested 3.0 MiB", "arena is 4.0 MiB", "1.0 MiB in its largest gap", "2 blocks held", "1 borrows"):
+        assert figure in text
+    assert re.search(r"oldest for \d+\.\d s", text)
+    assert "release results or raise arena_bytes" in text
+    del loan, borrow
+    assert pair.is_free()
+    pair.close()
+
+
+def test_a_full_arena_without_borrows_says_so(pair: Pair) -> None:
+    """Where only this side's own loans are in the way, the message doesn't blame the peer."""
+    loan = pair.send.empty((pair.data_bytes,), torch.uint8)
+    with pytest.raises(ArenaFull, match="1 blocks held, none of them by the peer"):
+        pair.send.export(torch.ones(3))
+    del loan
+
+
+def test_a_tensor_larger_than_the_arena_says_how_large_it_must_be() -> None:
+    """TensorTooLarge names both sizes and the arena_bytes that would do, for loans and for exports."""
+    pair = Pair(MIB)
+    for attempt in (
+        lambda: pair.send.empty((3 * MIB,), torch.uint8),
+        lambda: pair.send.export(torch.empty(3 * MIB, dtype=torch.uint8)),
+        lambda: pair.send.export_array(np.empty(3 * MIB, dtype=np.uint8)),
+    ):
+        with pytest.raises(TensorTooLarge, match=r"3\.0 MiB can't fit an arena of 1\.0 MiB") as caught:
+            attempt()
+        remedy = re.search(r"raise arena_bytes to (\d+)", str(caught.value))
+        assert remedy is not None
+        assert int(remedy[1]) >= 3 * MIB
+    assert pair.is_free()
+    pair.close()
+
+
+def test_a_tensor_of_the_whole_arena_fits(pair: Pair) -> None:
+    """The arena's size is what a tensor can have, to the byte."""
+    assert pair.is_free()
+    with pytest.raises(TensorTooLarge):
+        pair.send.empty((pair.data_bytes + 1,), torch.uint8)
+
+
+def test_without_a_free_release_slot_the_arena_is_full() -> None:
+    """As many unreleased tensors as slots: ArenaFull with the figures; the failed export's copy is not leaked."""
+    pair = Pair(4096, slots=2)
+    borrows = [pair.pass_on(torch.ones(1)) for _ in range(2)]
+    for _ in range(3):
+        with pytest.raises(ArenaFull, match=r"^2 sent tensors are unreleased.*2 borrows by the peer.*release results"):
+            pair.send.export(torch.ones(1))
+    del borrows[0]
+    borrows.append(pair.pass_on(torch.ones(1)))
+    borrows.clear()
+    assert pair.is_free()
+    pair.close()
+
+
+def test_withdrawing_frees_what_was_never_sent(pair: Pair) -> None:
+    """Withdrawn descriptors hold neither block nor slot; a loan among them stays a loan."""
+    loan = pair.send.empty((8,), torch.float32)
+    loan.fill_(7.0)
+    pair.send.withdraw([pair.send.export(loan), pair.send.export(torch.ones(4)), pair.send.export(torch.ones(0))])
+    assert not pair.is_free()
+    assert loan.tolist() == [7.0] * 8
+    del loan
+    assert pair.is_free()
+    for _ in range(3 * len(pair.cells)):
+        pair.send.withdraw([pair.send.export(torch.ones(1))])
+    assert pair.is_free()
