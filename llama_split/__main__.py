@@ -97,7 +97,8 @@ def generate(
         _log(verbose)
         settings = Settings(report=_notice)
         dtype_name = settings.pick(dtype, DTYPE_VARIABLE, "float32")
-        model_name = settings.pick(model, MODEL_VARIABLE, None) or str(demo_model())
+        model_name = settings.pick(model, MODEL_VARIABLE, None)
+        model_name = str(demo_model()) if model_name is None else model_name
         address = settings.pick(worker, ADDRESS_VARIABLE, None)
         own: WorkerProcess | None = None
         if address is None:  # started first, so that both processes import and load at the same time
@@ -105,6 +106,8 @@ def generate(
             options = ["--model", model_name, "--dtype", dtype_name, "--device", device_name]
             own = stack.enter_context(WorkerProcess(options, verbose=verbose))
             address = own.address
+        elif device is not None:
+            _notice(f"--device {device} has no effect: the worker at {address} runs where it was started")
         from .checkpoint import open_checkpoint
         from .config import parse_dtype, parse_mode
         from .trusted.model import SplitLlamaForCausalLM
@@ -158,7 +161,8 @@ def worker(
         address = settings.pick(bind, ADDRESS_VARIABLE, None)
         if address is None:
             raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {ADDRESS_VARIABLE}")
-        model_name = settings.pick(model, MODEL_VARIABLE, None) or str(demo_model())
+        model_name = settings.pick(model, MODEL_VARIABLE, None)
+        model_name = str(demo_model()) if model_name is None else model_name
         dtype_name = settings.pick(dtype, DTYPE_VARIABLE, "float32")
         device_name = settings.pick(device, DEVICE_VARIABLE, "cpu")
         from shmtransport import Server
@@ -186,9 +190,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> t
         chat = False
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is the model's own program and may raise anything
+            raise LlamaSplitError(f"the model's chat template can't be used: {error}; try --no-chat") from error
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids: torch.Tensor = encoded["input_ids"]
@@ -219,6 +226,7 @@ def _stream(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=limit,
         do_sample=False,
+        num_beams=1,
         streamer=streamer,
         pad_token_id=llama.config.pad_token_id if llama.config.pad_token_id is not None else 0,
     )
@@ -285,9 +293,9 @@ def _one_line_errors() -> Iterator[None]:
     except Exception as error:
         from shmtransport import TransportError  # imports torch: not before there is an error
 
-        if not isinstance(error, (LlamaSplitError, TransportError)):
+        if not isinstance(error, (LlamaSplitError, TransportError, OSError, MemoryError)):
             raise
-        notices.print(f"error: {error}", style="red", markup=False)
+        notices.print(f"error: {' '.join(str(error).split())}", style="red", markup=False)
         raise typer.Exit(EXIT_ERROR) from None
 
 

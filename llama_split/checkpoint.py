@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 
 from .errors import CheckpointError
 from .operations import Geometry
@@ -109,7 +110,11 @@ class Checkpoint(ABC):
         return EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
 
     def generation_config(self) -> GenerationConfig:
-        """How the model's makers want it to generate: its end tokens, above all."""
+        """How the model's makers want it to generate: its end tokens, above all.
+
+        Raises:
+            CheckpointError: the file that says so can't be used.
+        """
         return GenerationConfig.from_model_config(self.config)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -192,12 +197,17 @@ class SafetensorsCheckpoint(Checkpoint):
         return row
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path)
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
 
     def generation_config(self) -> GenerationConfig:
-        if (self.path / "generation_config.json").is_file():
+        if not (self.path / "generation_config.json").is_file():
+            return super().generation_config()
+        try:
             return GenerationConfig.from_pretrained(self.path)
-        return super().generation_config()
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"the generation_config.json in {self.path} can't be used: {_one_line(error)}"
+            ) from error
 
 
 _GGUF_GLOBAL_NAMES = {
@@ -235,7 +245,7 @@ class GgufCheckpoint(Checkpoint):
         if name in _GGUF_GLOBAL_NAMES:
             return _GGUF_GLOBAL_NAMES[name]
         parts = name.split(".")
-        if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_LAYER_NAMES:
+        if len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in _GGUF_LAYER_NAMES:
             return layer_name(int(parts[1]), f"{_GGUF_LAYER_NAMES[parts[2]]}.{parts[3]}")
         return name
 
@@ -250,6 +260,12 @@ class GgufCheckpoint(Checkpoint):
         if architecture != "llama":
             raise CheckpointError(
                 f"{self._described(architecture)}; only Llama models (architecture llama) are supported"
+            )
+        scaling = field("llama.rope.scaling.type", "none")
+        if scaling != "none" or "rope_freqs.weight" in self._tensors:
+            raise CheckpointError(
+                "the GGUF file scales its rotary positions (as Llama 3.1 does), which is not read from GGUF: "
+                "use the model's safetensors files"
             )
         try:
             heads = field("llama.attention.head_count")
@@ -273,7 +289,7 @@ class GgufCheckpoint(Checkpoint):
                 mlp_bias=layer_name(0, "mlp.gate_proj.bias") in self._tensors,
                 tie_word_embeddings=LM_HEAD not in self._tensors,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"the GGUF file's description of its Llama is incomplete: {error}") from error
 
     @staticmethod
@@ -304,7 +320,7 @@ class GgufCheckpoint(Checkpoint):
         return np.asarray(pairs.swapaxes(1, 2).reshape(values.shape))
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
 
 
 def open_checkpoint(path_or_hub_id: str, gguf_file: str | None = None) -> Checkpoint:
@@ -313,9 +329,19 @@ def open_checkpoint(path_or_hub_id: str, gguf_file: str | None = None) -> Checkp
     Raises:
         CheckpointError: it is not there, not readable, or no Llama.
     """
+    try:
+        checkpoint = _open(path_or_hub_id, gguf_file)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the model at {path_or_hub_id!r} can't be read: {_one_line(error)}") from error
+    if checkpoint.config.hidden_act not in ACT2FN:
+        raise CheckpointError(f"{checkpoint.path} has the unknown activation {checkpoint.config.hidden_act!r}")
+    return checkpoint
+
+
+def _open(path_or_hub_id: str, gguf_file: str | None) -> Checkpoint:
     path = Path(path_or_hub_id).expanduser()
     if not path.exists():
-        path = _fetch(path_or_hub_id)
+        path = _fetch(path_or_hub_id, gguf_file)
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
@@ -336,7 +362,7 @@ def _read_config(path: Path) -> LlamaConfig:
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds neither config.json nor a .gguf file: is it a model's directory?")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong file leads it to
         raise CheckpointError(f"the config.json in {path} can't be used: {_one_line(error)}") from error
     if type(config) is not LlamaConfig:
@@ -348,12 +374,12 @@ def _read_config(path: Path) -> LlamaConfig:
     return config
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, gguf_file: str | None) -> Path:
     """A hub model's directory in the local cache, fetched if it must be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"] if gguf_file is None else ["*.json", gguf_file]
     if hub_id.count("/") == 1 and not hub_id.startswith((".", "/", "~")):
         with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
             return Path(snapshot_download(hub_id, allow_patterns=patterns))

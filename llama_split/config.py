@@ -54,6 +54,8 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(f"cuda:{name}" if name.isdecimal() else name)
     except RuntimeError as error:
         raise LlamaSplitError(f"device {name!r} is not known; choose cpu or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise LlamaSplitError(f"device {name!r} is not supported; choose cpu or cuda:0")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LlamaSplitError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device

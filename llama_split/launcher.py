@@ -74,7 +74,9 @@ class WorkerProcess:
             self._process.wait()
             self._log.seek(0)
             logged = self._log.read().decode(errors="replace").strip().splitlines()
-            reason = logged[-1].removeprefix("error: ") if logged else f"exit code {self._process.returncode}"
+            code = self._process.returncode
+            ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            reason = logged[-1].removeprefix("error: ") if logged and code >= 0 else ended
             raise WorkerFailed(f"the worker did not start: {reason}")
 
     def stop(self) -> None:

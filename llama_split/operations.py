@@ -22,8 +22,8 @@ class Mode(str, Enum):
 
 
 REVEALED: dict[Mode, str] = {
-    Mode.FUSED: "the inputs and outputs of the linear layers; not the token ids, the attention or the KV cache",
-    Mode.LAYER: "all hidden states, positions and the KV cache; not the token ids",
+    Mode.FUSED: "the inputs and outputs of all linear layers: queries, keys, values and logits, so the generated text",
+    Mode.LAYER: "all hidden states, positions, keys and values, and logits, so the generated text",
 }
 
 

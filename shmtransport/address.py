@@ -80,7 +80,10 @@ def check_bind(address: str) -> str:
         raise AddressError(f"{path} exists and is no socket: remove it or choose another address")
     if is_served(path):
         raise AddressError(f"another server is already listening at {address}: stop it or choose another address")
-    os.unlink(path)
+    try:
+        os.unlink(path)
+    except OSError as error:
+        raise AddressError(f"the dead server's socket {path} can't be removed: {error.strerror}") from error
     return found
 
 

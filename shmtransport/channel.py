@@ -57,8 +57,8 @@ class ServerChannel(ABC):
         """The next message and who sent it, or None if there is none now."""
 
     @abstractmethod
-    def wait(self, descriptors: Iterable[int]) -> list[int]:
-        """Block until a message or one of these file descriptors is readable; which of the latter are."""
+    def wait(self, descriptors: Iterable[int], timeout_s: float | None) -> list[int]:
+        """Block until a message or one of these descriptors is readable, or the time is up; which descriptors are."""
 
     @abstractmethod
     def wake(self) -> None:
@@ -79,6 +79,7 @@ class ZmqChannel(Channel):
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.maxmsgsize = max_message_bytes
         self._socket.sndhwm = self._socket.rcvhwm = _QUEUE_LIMIT
+        self._socket.linger = 0  # a client that is dropped without close() must not hang in a garbage collection
         self._timeout_ms = -1
         try:
             self._socket.connect(address)
@@ -127,14 +128,15 @@ class ZmqServerChannel(ServerChannel):
         self._socket.router_mandatory = True
         self._socket.sndhwm = self._socket.rcvhwm = _QUEUE_LIMIT
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        mask = os.umask(0o177)  # the socket file is never open to others, not for a moment
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
             self.close()
             raise AddressError(f"can't bind {address}: {error.strerror}") from error
-        self._bound = True
-        if transport == "ipc":
-            os.chmod(self._path, 0o600)
+        finally:
+            os.umask(mask)
+        self._bound = transport == "ipc"
 
     @property
     def _path(self) -> str:
@@ -160,10 +162,10 @@ class ZmqServerChannel(ServerChannel):
             if len(frames) == 2:
                 return frames[0], frames[1]
 
-    def wait(self, descriptors: Iterable[int]) -> list[int]:
+    def wait(self, descriptors: Iterable[int], timeout_s: float | None) -> list[int]:
         watched: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._socket, zmq.POLLIN), (self._wake_fd, zmq.POLLIN)]
         watched += [(descriptor, zmq.POLLIN) for descriptor in descriptors]
-        ready = [found for found, _ in zmq.zmq_poll(watched, -1)]
+        ready = [found for found, _ in zmq.zmq_poll(watched, -1 if timeout_s is None else int(timeout_s * 1000))]
         if self._wake_fd in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
@@ -177,12 +179,12 @@ class ZmqServerChannel(ServerChannel):
         if self._closed:
             return
         self._closed = True
+        if self._bound:  # before the socket is closed: after that the file may be a successor's
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
         self._socket.close()
         self._context.term()
         os.close(self._wake_fd)
-        if self._bound and self._address.startswith(addresses.IPC):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
 
 
 def deadline_in(timeout_s: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -36,7 +37,8 @@ class Client:
     ``snapshot`` results are private copies rather than borrowed views: for a caller that checks a result before it
     uses it, since a hostile server could change a view in between.
 
-    May be used by several threads, one at a time inside.
+    May be used by several threads; inside they take turns, so that one waits while another's call is under way. Close
+    it, or use it in a ``with`` block: until then, or until this process ends, the server keeps what it has granted.
 
     Raises:
         ConnectTimeout: nobody answers at ``address`` within ``connect_timeout_s``.
@@ -72,7 +74,7 @@ class Client:
             handshake.close()
             answered = not isinstance(error, ConnectTimeout)
             if answered:  # the server counts this client as coming
-                self._channel.send(encode(Goodbye("connecting failed")))
+                self._say_goodbye("connecting failed")
             self._channel.close(flush=answered)
             raise
         self._protocol = ClientProtocol(self._connection.codec, self._counters)
@@ -117,12 +119,17 @@ class Client:
 
         Raises:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing was sent.
+            CallTimeout: nothing was sent, since the server has read nothing for very many messages.
             Closed, PeerDied.
         """
         with self._lock:
             self._live()
             pending, data = self._protocol.request(method, arguments, keywords, self._wait)
-            self._channel.send(data)
+            try:
+                self._channel.send(data)
+            except CallTimeout:
+                self._protocol.take_back(pending)
+                raise
             return pending
 
     def statistics(self) -> Statistics:
@@ -133,7 +140,7 @@ class Client:
         """End the connection; calls in flight fail with ``Closed``. Results stay valid. A second call does nothing."""
         with self._lock:
             if self._ended is None:
-                self._channel.send(encode(Goodbye("the client closed the connection")))
+                self._say_goodbye("the client closed the connection")
             self._end(Closed("this client was closed"))
 
     def __enter__(self) -> Client:
@@ -152,7 +159,7 @@ class Client:
         if self._ended is not None:
             return
         self._ended = error
-        self._channel.close(flush=isinstance(error, Closed))
+        self._channel.close(flush=isinstance(error, (Closed, PeerProtocolError)))
         self._connection.close()
         self._protocol.fail_all(error)
 
@@ -167,9 +174,10 @@ class Client:
                 data = self._channel.receive(min(_WATCH_SLICE_S, max(left, 0.0)))
                 if data is not None:
                     self._take(data)
-                elif not self._live().watch.alive():
+                elif not self._connection.watch.alive():
+                    died = PeerDied(f"the server at {self.address} (process {self.server_pid}) has ended")
                     self._drain()
-                    self._end(PeerDied(f"the server at {self.address} (process {self.server_pid}) has ended"))
+                    self._end(died)
                 elif left <= 0:
                     self._protocol.give_up(pending, self._timeout_error(pending, timeout_s))
 
@@ -182,8 +190,16 @@ class Client:
     def _take(self, data: bytes) -> None:
         try:
             self._protocol.receive(data)
-        except (PeerProtocolError, PeerDied) as error:
+        except PeerDied as error:
             self._end(error)
+        except PeerProtocolError as error:
+            self._say_goodbye("protocol error")
+            self._end(error)
+
+    def _say_goodbye(self, reason: str) -> None:
+        """Tell the server that it may free this client's share, if it still reads."""
+        with contextlib.suppress(CallTimeout):
+            self._channel.send(encode(Goodbye(reason)))
 
     def _drain(self) -> None:
         """Take the replies that a server sent before it died."""

@@ -1,4 +1,4 @@
-"""How a connection comes about, without I/O: which bytes to send, and what the answers mean.
+"""How a connection comes about, without sockets: which bytes to send, and what the answers mean.
 
 Each side allocates only after the other has committed to as much::
 
@@ -88,6 +88,7 @@ class Limits:
     max_total_arena_bytes: int
     max_clients: int
     max_message_bytes: int
+    total_source: str = "set by its owner"
     handshake_timeout_s: float = 10.0
 
 
@@ -152,16 +153,20 @@ class Admission:
         asked = sum(sizes)
         taken = sum(map(sum, granted))
         if len(granted) >= limits.max_clients:
-            return f"it serves {len(granted)} clients already; its max_clients is {limits.max_clients}"
+            return (
+                f"it serves {len(granted)} clients already; its max_clients is {limits.max_clients}: "
+                "end one of them, or raise it"
+            )
         if asked > limits.max_arena_bytes:
             return (
                 f"{size_text(asked)} of arenas were asked for (requests and replies together); "
-                f"its max_arena_bytes is {size_text(limits.max_arena_bytes)}"
+                f"its max_arena_bytes is {size_text(limits.max_arena_bytes)}: ask for less, or raise it"
             )
         if asked + taken > limits.max_total_arena_bytes:
             return (
                 f"{size_text(asked)} of arenas were asked for; its {len(granted)} clients hold "
-                f"{size_text(taken)} of the {size_text(limits.max_total_arena_bytes)} of max_total_arena_bytes"
+                f"{size_text(taken)} of the {size_text(limits.max_total_arena_bytes)} of max_total_arena_bytes "
+                f"({limits.total_source}): ask for a smaller arena_bytes, raise it, or enlarge /dev/shm"
             )
         return None
 

@@ -78,6 +78,11 @@ class PeerWatch:
     def fileno(self) -> int | None:
         return self._pidfd
 
+    @property
+    def must_be_asked(self) -> bool:
+        """Whether only ``alive`` tells of the peer's end: there is no file descriptor that would."""
+        return self._pidfd is None and not self._in_process
+
     def alive(self) -> bool:
         """Whether the peer's process still runs; never blocks."""
         if self._in_process:

@@ -124,6 +124,10 @@ class Codec:
             tensors = [tensor.clone() for tensor in tensors]
         return unpack(packed, tensors)
 
+    def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:
+        """Take back tensors of a message that was not sent."""
+        self._exporter.withdraw(descriptors)
+
     def discard(self, descriptors: Sequence[TensorDescriptor]) -> None:
         """Release tensors that nobody wants any more."""
         for descriptor in descriptors:
@@ -133,13 +137,14 @@ class Codec:
 class PendingReply:
     """The client's handle on a call in flight; made by ``Client.submit``."""
 
-    __slots__ = ("_error", "_result", "_wait", "call_id", "done", "method", "submitted")
+    __slots__ = ("_error", "_result", "_wait", "call_id", "done", "method", "submitted", "tensors")
 
     def __init__(self, call_id: int, method: str, wait: Callable[[PendingReply, float | None], None]) -> None:
         self.call_id = call_id
         self.method = method
         self.done = False
         self.submitted = time.perf_counter()
+        self.tensors: tuple[TensorDescriptor, ...] = ()
         self._wait = wait
         self._result: Any = None
         self._error: BaseException | None = None
@@ -198,13 +203,20 @@ class ClientProtocol:
             )
         call_id = self._next_id
         self._next_id += 1
-        data = self._codec.encode(
-            [list(arguments), dict(keywords)],
-            lambda packed, tensors: Request(call_id, method, packed[0], packed[1], tensors),
-        )
         pending = PendingReply(call_id, method, wait)
+
+        def build(packed: Any, tensors: tuple[TensorDescriptor, ...]) -> Request:
+            pending.tensors = tensors
+            return Request(call_id, method, packed[0], packed[1], tensors)
+
+        data = self._codec.encode([list(arguments), dict(keywords)], build)
         self._pending[call_id] = pending
         return pending, data
+
+    def take_back(self, pending: PendingReply) -> None:
+        """Undo a request whose bytes could not be sent."""
+        self._pending.pop(pending.call_id, None)
+        self._codec.withdraw(pending.tensors)
 
     def receive(self, data: bytes) -> PendingReply | None:
         """Take one message from the server; the call that it completed, if any.
@@ -242,7 +254,6 @@ class ClientProtocol:
     def _complete(self, pending: PendingReply, message: Reply | Failure) -> None:
         counters = self._counters
         counters.calls += 1
-        counters.call_seconds += time.perf_counter() - pending.submitted
         if isinstance(message, Reply):
             try:
                 pending.resolve(self._codec.values(message.result, message.tensors))
@@ -252,6 +263,7 @@ class ClientProtocol:
         else:
             counters.failures += 1
             pending.fail(_raised(message))
+        counters.call_seconds += time.perf_counter() - pending.submitted
 
 
 def _raised(message: Failure) -> TransportError:

@@ -6,8 +6,8 @@ Rules that it keeps:
 * every page is reserved at creation, so that a too small /dev/shm is an error here and never a SIGBUS later;
 * whoever creates a segment holds a POSIX record lock on it until the process ends: the kernel tells the peer who
   that is (see ``liveness``). A forked child does not inherit it;
-* nothing is unlinked by an exit handler: the handshake unlinks a segment as soon as both sides have it mapped. What
-  a killed process maps goes with it.
+* nothing is unlinked by an exit handler: the handshake unlinks a segment as soon as both sides have it mapped. From
+  then on a killed process leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ class Segment:
             os.posix_fallocate(memory.fd, 0, layout.total_bytes)
             liveness.claim_ownership(memory.fd)
             segment = cls(name, memory.fd, layout, owned=True)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C included: reserving takes a while
             liveness.end_ownership(memory.fd)
             os.close(memory.fd)
             posix_ipc.unlink_shared_memory(name)
-            raise SegmentError(_no_room(layout, error)) from error
+            if isinstance(error, OSError):
+                raise SegmentError(_no_room(layout, error)) from error
+            raise
         segment.view[: HEADER.size] = layout.header()
         return segment
 
@@ -99,11 +101,10 @@ class Segment:
             if found != layout:
                 raise PeerProtocolError(f"the peer's segment has {found}; {layout} was agreed")
             segment = cls(name, memory.fd, layout, owned=False)
-        except OSError as error:
+        except BaseException as error:
             os.close(memory.fd)
-            raise SegmentError(f"the peer's segment can't be mapped: {os.strerror(error.errno or 0)}") from error
-        except PeerProtocolError:
-            os.close(memory.fd)
+            if isinstance(error, OSError):
+                raise SegmentError(f"the peer's segment can't be mapped: {os.strerror(error.errno or 0)}") from error
             raise
         segment.unlink()
         return segment
@@ -124,6 +125,19 @@ class Segment:
             self.view = memoryview(b"")
             os.close(self.fd)
             self.fd = -1
+
+
+def shared_memory_bytes() -> int:
+    """The size of /dev/shm.
+
+    Raises:
+        SegmentError: there is none.
+    """
+    try:
+        shm = os.statvfs("/dev/shm")
+    except OSError as error:
+        raise SegmentError("/dev/shm is missing: mount a tmpfs there") from error
+    return shm.f_blocks * shm.f_frsize
 
 
 def _no_room(layout: Layout, error: OSError) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
@@ -22,10 +21,13 @@ from .errors import LocalProtocolError, PeerProtocolError, TransportError
 from .handshake import Admission, Limits
 from .message import DEFAULT_MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Goodbye, Message, Refused, encode, shorten
 from .protocol import Call, ServerProtocol
+from .segment import shared_memory_bytes
 from .statistics import Counters, Statistics
 from .units import size_text
 
 logger = logging.getLogger("shmtransport")
+
+_ASK_INTERVAL_S = 0.5  # for clients whose process the kernel does not show to this one, as in another container
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -61,10 +63,10 @@ class Server:
     ) -> None:
         self.address = address
         self.transport = addresses.kind(address)
-        shm = os.statvfs("/dev/shm")
+        total_source = "set by its owner"
         if max_total_arena_bytes is None:
-            max_total_arena_bytes = shm.f_blocks * shm.f_frsize // 2
-        limits = Limits(max_arena_bytes, max_total_arena_bytes, max_clients, max_message_bytes)
+            max_total_arena_bytes, total_source = shared_memory_bytes() // 2, "half of /dev/shm"
+        limits = Limits(max_arena_bytes, max_total_arena_bytes, max_clients, max_message_bytes, total_source)
         self._handlers: dict[str, Callable[..., Any]] = {}
         self._on_disconnect: list[Callable[[int], None]] = []
         self._counters = Counters()
@@ -174,8 +176,12 @@ class Server:
         watched = {
             fd: client for client in self._clients.values() if (fd := client.connection.watch.fileno()) is not None
         }
-        for fd in self._channel.wait(watched):
+        unseen = [client for client in self._clients.values() if client.connection.watch.must_be_asked]
+        for fd in self._channel.wait(watched, _ASK_INTERVAL_S if unseen else None):
             self._drop(watched[fd], "its process ended")
+        for client in unseen:
+            if not client.connection.watch.alive():
+                self._drop(client, "its process ended")
 
     def _take(self, identity: bytes, data: bytes) -> None:
         """Handle one message; a malformed one costs its sender the connection, nothing else."""

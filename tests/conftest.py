@@ -34,7 +34,8 @@ def pytest_sessionfinish() -> None:
 
 def _traces() -> set[str]:
     """Segments that no other living process holds, and temporary files."""
-    traces = {name for name in os.listdir(_TEMPORARY) if not name.startswith("pytest-of-")}  # pytest's own tmp_path
+    theirs = ("pytest-of-", "torchinductor_")  # made by pytest for tmp_path, and by torch when it is imported
+    traces = {name for name in os.listdir(_TEMPORARY) if not name.startswith(theirs)}
     for name in os.listdir("/dev/shm"):
         if name.startswith(_OURS_IN_SHM):
             with contextlib.suppress(FileNotFoundError), open(f"/dev/shm/{name}", "rb") as segment:

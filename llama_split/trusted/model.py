@@ -2,6 +2,8 @@
 
 ``SplitLlamaForCausalLM`` is a ``LlamaForCausalLM``: ``generate`` with all that it can do is transformers' own. It holds
 the embedding and the norms; every product with a weight matrix, or every whole layer, is made by the worker.
+
+Shape suffixes: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -111,12 +113,12 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             weights = checkpoint.load(TrustedPart.weight_names(config, mode), chosen, torch.device("cpu"), progress)
             model.load_state_dict(weights, assign=True)
             model.model.rotary_emb = LlamaRotaryEmbedding(config)
+            model.generation_config = checkpoint.generation_config()
         except BaseException:
             client.close()
             raise
         model.requires_grad_(requires_grad=False)
         model.eval()
-        model.generation_config = checkpoint.generation_config()
         return model
 
     def generate(

@@ -1,7 +1,11 @@
-"""The trusted side of the boundary: sends steps to the worker."""
+"""The trusted side of the boundary: sends steps to the worker.
+
+Shape suffixes: B batch, T tokens, D hidden, R rows (batch × tokens), W an operation's width.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -9,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shmtransport import Client, PeerDied, Statistics
+from shmtransport import Client, LocalProtocolError, RemoteError, Statistics, TransportError
 
 from ..checkpoint import Checkpoint
 from ..config import DTYPE_NAMES
@@ -18,6 +22,7 @@ from ..errors import UnsupportedBySplit, WorkerMismatch
 from ..operations import LAYER, LM_HEAD, Operation
 from .cache import RemoteCache
 
+_END_TIMEOUT_S = 5.0
 _ARENA_SHARE = 4  # one call's tensor takes at most this part of an arena; longer ones cross in several calls
 
 
@@ -37,7 +42,7 @@ class Remote:
         self._ended_sessions: deque[int] = deque()
         self._next_session = 0
         self._lock = threading.Lock()
-        self._check(client.call("describe"), checkpoint)
+        self._check(checkpoint)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory for a tensor that will be sent; ordinary memory where it is too large to be sent in one piece."""
@@ -48,14 +53,14 @@ class Remote:
 
     def perform(self, step: Step) -> torch.Tensor:
         """Make one step on the worker: one call, or several where the tensors don't fit the arenas together."""
-        rows_BD = step.argument
-        geometry = self._geometry
-        limit = self._rows_per_call(max(step.operation.input_width(geometry), step.operation.output_width(geometry)))
-        if rows_BD.shape[0] * rows_BD.shape[1] <= limit:
-            return self._call(step.operation, step.layer, rows_BD)
-        flat = rows_BD.reshape(1, -1, rows_BD.shape[-1])
-        parts = [self._call(step.operation, step.layer, part).clone() for part in torch.split(flat, limit, dim=1)]
-        return torch.cat(parts, dim=1).view(*rows_BD.shape[:-1], -1)
+        argument_BTW, operation = step.argument, step.operation
+        widest = max(operation.input_width(self._geometry), operation.output_width(self._geometry))
+        limit = self._rows_per_call(widest)
+        if argument_BTW.shape[0] * argument_BTW.shape[1] <= limit:
+            return self._call(operation, argument_BTW, layer=step.layer)
+        rows_1RW = argument_BTW.reshape(1, -1, argument_BTW.shape[-1])
+        parts = [self._call(operation, part, layer=step.layer).clone() for part in torch.split(rows_1RW, limit, dim=1)]
+        return torch.cat(parts, dim=1).view(*argument_BTW.shape[:-1], -1)
 
     def lm_head(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of these positions."""
@@ -72,13 +77,23 @@ class Remote:
         if not cache.is_of(self._ended_sessions):
             raise UnsupportedBySplit("past_key_values belongs to another model's connection; its KV is not there")
         self.end_sessions()
-        start: dict[str, Any] | None = cache.start(positions, padding)
-        batch, tokens = hidden_BTD.shape[:2]
-        for index in range(self._geometry.layers):
-            hidden_BTD = self.client.call(LAYER.name, hidden_BTD, layer=index, session=cache.session, start=start)
-            start = None
-        cache.advance(batch, tokens)
-        return hidden_BTD
+        batch, tokens, width = hidden_BTD.shape
+        past = cache.get_seq_length()
+        limit = max(self._rows_per_call(width) // batch, 1)
+        parts = []
+        for first in range(0, tokens, limit):  # causal: later tokens change nothing for earlier ones
+            last = min(first + limit, tokens)
+            part_BTD = hidden_BTD[:, first:last]
+            seen = None if padding is None else padding[:, : past + last]
+            start: dict[str, Any] | None = cache.start(positions[:, first:last], seen)
+            for index in range(self._geometry.layers):
+                part_BTD = self._call(LAYER, part_BTD, layer=index, session=cache.session, start=start)
+                start = None
+            cache.advance(batch, last - first)
+            parts.append(part_BTD)
+            if last < tokens:  # make room for the next part's results
+                parts[-1] = part_BTD.clone()
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def new_cache(self) -> RemoteCache:
         """A new session's cache; the session ends with it."""
@@ -87,26 +102,41 @@ class Remote:
             return RemoteCache(self._next_session, self._ended_sessions)
 
     def end_sessions(self) -> None:
-        """Free the KV of sessions whose cache has died here. A dead worker has freed it already."""
-        while self._ended_sessions:
-            session = self._ended_sessions.popleft()
-            try:
-                self.client.call("end_session", session)
-            except PeerDied:
-                return
+        """Free the KV of sessions whose cache has died here; a worker that can't be asked does so in the end."""
+        with contextlib.suppress(TransportError):
+            while self._ended_sessions:
+                pending = self.client.submit("end_session", self._ended_sessions.popleft())
+                pending.result(timeout_s=_END_TIMEOUT_S)
 
     def statistics(self) -> Statistics:
         return self.client.statistics()
 
-    def _call(self, operation: Operation, layer: int, argument: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.client.call(operation.name, argument, layer=layer)
+    def _call(self, operation: Operation, argument: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        """One call; whatever the worker returns is checked against the boundary's description before it is used."""
+        result = self.client.call(operation.name, argument, **keywords)
+        expected = (*argument.shape[:-1], operation.output_width(self._geometry))
+        if not isinstance(result, torch.Tensor) or result.shape != expected or result.dtype != self._dtype:
+            found = (
+                f"{list(result.shape)} of {result.dtype}" if isinstance(result, torch.Tensor) else type(result).__name__
+            )
+            raise WorkerMismatch(
+                f"the worker at {self.client.address} answered {operation.name} with {found} where {list(expected)} of "
+                f"{self._dtype} is due: it is broken or hostile"
+            )
         return result
 
     def _rows_per_call(self, width: int) -> int:
         return max(self._arena_bytes // (_ARENA_SHARE * width * self._dtype.itemsize), 1)
 
-    def _check(self, found: dict[str, Any], checkpoint: Checkpoint) -> None:
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Compare what the worker says of itself with this side's model."""
         address = self.client.address
+        try:
+            found = self.client.call("describe")
+        except (LocalProtocolError, RemoteError) as error:
+            raise WorkerMismatch(f"the server at {address} is no worker of llama-split: {error}") from error
+        if not isinstance(found, dict) or not {"geometry", "fingerprint", "dtype"} <= found.keys():
+            raise WorkerMismatch(f"the server at {address} does not describe itself as a worker of llama-split does")
         if found["geometry"] != repr(checkpoint.geometry):
             raise WorkerMismatch(
                 f"the worker at {address} serves another model, {found['geometry']}; "

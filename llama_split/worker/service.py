@@ -1,4 +1,7 @@
-"""The worker's side of the boundary: registers every operation of ``operations`` with a server."""
+"""The worker's side of the boundary: registers every operation of ``operations`` with a server.
+
+Shape suffixes: B batch, T tokens, D hidden.
+"""
 
 from __future__ import annotations
 

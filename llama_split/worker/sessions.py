@@ -1,4 +1,7 @@
-"""KV caches that the worker keeps for its clients: one session a client and generation."""
+"""KV caches that the worker keeps for its clients: one session a client and generation.
+
+Shape suffixes: B batch, T tokens, D hidden.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ..cache import GrowingCache
 from ..decoder import AttentionContext
 from .kernels import Weights
+
+MAX_SESSIONS_PER_CLIENT = 64
 
 
 class Session:
@@ -38,7 +43,10 @@ class Session:
             ValueError: they don't fit the cache or each other.
         """
         batch, tokens = hidden_BTD.shape[:2]
-        held = self.cache.get_seq_length()
+        held = min(layer.get_seq_length() for layer in self.cache.layers)  # a forward may have ended half-way
+        positions_limit = self._weights.config.max_position_embeddings
+        if past + tokens > positions_limit:
+            raise ValueError(f"{past + tokens} tokens are to be cached; the model has {positions_limit} positions")
         if not 0 <= past <= held:
             raise ValueError(f"the forward starts after {past} tokens; this session has {held}")
         if positions.shape not in ((batch, tokens), (1, tokens)) or positions.dtype != torch.int64:
@@ -92,9 +100,15 @@ class Sessions:
         return len(self._sessions)
 
     def open(self, connection: int, number: int) -> Session:
-        """The session of this number, made if it is new."""
+        """The session of this number, made if it is new.
+
+        Raises:
+            ValueError: the client has too many.
+        """
         key = (connection, number)
         if key not in self._sessions:
+            if sum(owner == connection for owner, _ in self._sessions) >= MAX_SESSIONS_PER_CLIENT:
+                raise ValueError(f"this client has {MAX_SESSIONS_PER_CLIENT} KV sessions, the most that one may have")
             self._sessions[key] = Session(self._weights, self._rotary)
         return self._sessions[key]
 

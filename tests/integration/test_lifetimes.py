@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,3 +210,19 @@ def test_ctrl_c_ends_a_waiting_client_and_leaves_nothing(spawn: Spawn, address: 
     assert client.wait(10) != 0
     with connect_within(address, MIB) as whole:
         assert whole.call("echo", 1) == 1
+
+
+@pytest.mark.timeout(30)
+def test_a_client_that_was_never_closed_does_not_hang_in_a_collection(
+    spawn: Callable[..., Process], address: str
+) -> None:
+    """A forgotten client with an unsent call to a dead server is collected at once."""
+    server = spawn(SERVER, address)
+    client = Client(address)
+    server.signal(signal.SIGKILL)
+    server.wait()
+    client.submit("echo", 1)
+    reference = weakref.ref(client)
+    del client
+    gc.collect()
+    assert reference() is None

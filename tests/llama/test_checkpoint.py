@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -369,3 +370,43 @@ def test_a_directory_with_one_gguf_file_is_that_file(plain: Small, tmp_path: Pat
 def test_a_file_of_another_kind_is_refused(plain: Small) -> None:
     """A single safetensors file has no configuration beside it by right."""
     assert "model.safetensors" in refusal(plain.path / "model.safetensors")
+
+
+def test_a_models_own_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory that brings Python code is refused without asking; none of it runs."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}, "architectures": ["Mine"]})
+    )
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+
+    def never(*_arguments: object) -> str:
+        raise AssertionError("the user was asked")
+
+    monkeypatch.setattr("builtins.input", never)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_broken_generation_config_is_one_line(save_small: Callable[..., Small]) -> None:
+    """The file that names the end tokens can't be ignored silently, nor end in a traceback."""
+    small = save_small()
+    (small.path / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        open_checkpoint(str(small.path)).generation_config()
+
+
+def test_a_missing_tokenizer_is_one_line(save_small: Callable[..., Small]) -> None:
+    """A model without tokenizer files names what is missing."""
+    with pytest.raises(CheckpointError, match="the tokenizer of") as caught:
+        open_checkpoint(str(save_small().path)).tokenizer()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_activation_is_one_line(save_small: Callable[..., Small]) -> None:
+    """A configuration that asks for arithmetic nobody knows is refused at once."""
+    small = save_small()
+    config = json.loads((small.path / "config.json").read_text())
+    (small.path / "config.json").write_text(json.dumps({**config, "hidden_act": "no_such_act"}))
+    with pytest.raises(CheckpointError, match="no_such_act"):
+        open_checkpoint(str(small.path))

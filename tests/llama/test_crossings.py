@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
@@ -88,6 +89,25 @@ def test_long_prompts_cross_a_tiny_arena_in_several_calls(plain: Small, plain_wo
         calls = split.statistics().calls
         assert calls > 16 * calls_per_forward(Mode.FUSED, Geometry.of(plain.unsplit.config)) + 50
         torch.testing.assert_close(split(ids).logits, plain.unsplit(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_long_prompts_cross_a_tiny_arena_in_chunks_where_the_worker_attends(
+    plain: Small, plain_worker: Worker, padded: bool
+) -> None:
+    """In layer mode too a prompt may be longer than the arena holds: its tokens go in chunks, with the same result."""
+    ids = prompt(500)
+    mask = torch.ones_like(ids)
+    if padded:
+        ids, mask = ids.repeat(2, 1), mask.repeat(2, 1)
+        mask[1, :200] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "do_sample": False}
+    expected = plain.unsplit.generate(ids, **options, **SHARED)
+    with SplitLlamaForCausalLM.from_pretrained(
+        plain.path, worker=plain_worker.address, mode="layer", arena_bytes=64 << 10
+    ) as split:
+        assert torch.equal(split.generate(ids, **options, **SHARED), expected)
+        assert split.statistics().calls > 16 * calls_per_forward(Mode.LAYER, Geometry.of(plain.unsplit.config)) + 4
 
 
 def test_logits_may_be_kept(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:

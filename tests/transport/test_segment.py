@@ -229,3 +229,16 @@ def test_an_impossible_size_leaves_nothing_behind(data_bytes: int) -> None:
 def test_no_segment_is_inherited_by_an_executed_program(segment: Segment) -> None:
     """A segment's file descriptor is closed on exec."""
     assert not os.get_inheritable(segment.fd)
+
+
+def test_an_interrupted_creation_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while pages are being reserved removes the name and closes the file."""
+
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "posix_fallocate", interrupted)
+    before, fds = _ours(), _open_fds()
+    with pytest.raises(KeyboardInterrupt):
+        Segment.create(LAYOUT)
+    assert (_ours(), _open_fds()) == (before, fds)
