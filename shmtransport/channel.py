@@ -60,6 +60,11 @@ class ServerChannel(ABC):
     def wait(self, descriptors: Iterable[int], timeout_s: float | None) -> list[int]:
         """Block until a message or one of these descriptors is readable, or the time is up; which descriptors are."""
 
+    @property
+    @abstractmethod
+    def wake_descriptor(self) -> int:
+        """A non-blocking file descriptor; whatever byte is written to it makes ``wait`` return."""
+
     @abstractmethod
     def wake(self) -> None:
         """Make ``wait`` return; may be called from a signal handler or any thread."""
@@ -112,7 +117,7 @@ class ZmqChannel(Channel):
 
 
 class ZmqServerChannel(ServerChannel):
-    """ROUTER socket, with an eventfd beside it to be woken by."""
+    """ROUTER socket, with a pipe beside it to be woken by."""
 
     kind = "zmq"
 
@@ -127,7 +132,7 @@ class ZmqServerChannel(ServerChannel):
         self._socket.linger = _GOODBYE_LINGER_MS
         self._socket.router_mandatory = True
         self._socket.sndhwm = self._socket.rcvhwm = _QUEUE_LIMIT
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         mask = os.umask(0o177)  # the socket file is never open to others, not for a moment
         try:
             self._socket.bind(address)
@@ -163,17 +168,25 @@ class ZmqServerChannel(ServerChannel):
                 return frames[0], frames[1]
 
     def wait(self, descriptors: Iterable[int], timeout_s: float | None) -> list[int]:
-        watched: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._socket, zmq.POLLIN), (self._wake_fd, zmq.POLLIN)]
+        watched: list[tuple[zmq.Socket[bytes] | int, int]] = [
+            (self._socket, zmq.POLLIN),
+            (self._wake_reader, zmq.POLLIN),
+        ]
         watched += [(descriptor, zmq.POLLIN) for descriptor in descriptors]
         ready = [found for found, _ in zmq.zmq_poll(watched, -1 if timeout_s is None else int(timeout_s * 1000))]
-        if self._wake_fd in ready:
+        if self._wake_reader in ready:
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._wake_fd)
-        return [found for found in ready if isinstance(found, int) and found != self._wake_fd]
+                os.read(self._wake_reader, 4096)
+        return [found for found in ready if isinstance(found, int) and found != self._wake_reader]
+
+    @property
+    def wake_descriptor(self) -> int:
+        return self._wake_writer
 
     def wake(self) -> None:
         if not self._closed:
-            os.eventfd_write(self._wake_fd, 1)
+            with contextlib.suppress(BlockingIOError):  # full: it will wake
+                os.write(self._wake_writer, b"\0")
 
     def close(self) -> None:
         if self._closed:
@@ -184,7 +197,8 @@ class ZmqServerChannel(ServerChannel):
                 os.unlink(self._path)
         self._socket.close()
         self._context.term()
-        os.close(self._wake_fd)
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
 
 
 def deadline_in(timeout_s: float | None) -> float:

@@ -165,9 +165,12 @@ class Server:
             self.stop()
 
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A signal that comes just before the poll blocks would otherwise be handled only when the poll returns.
+        previous_fd = signal.set_wakeup_fd(self._channel.wake_descriptor, warn_on_full_buffer=False)
         try:
             yield
         finally:
+            signal.set_wakeup_fd(previous_fd)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

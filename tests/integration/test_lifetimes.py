@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shmtransport import CallTimeout, Client, ConnectRefused, ConnectTimeout, PeerDied
+from shmtransport import CallTimeout, Client, ConnectRefused, ConnectTimeout, PeerDied, Server
 from tests.conftest import ROOT, Process
 
 pytestmark = pytest.mark.timeout(60)
@@ -213,6 +214,7 @@ def test_ctrl_c_ends_a_waiting_client_and_leaves_nothing(spawn: Spawn, address: 
 
 
 @pytest.mark.timeout(30)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # pyzmq's: the socket was not closed
 def test_a_client_that_was_never_closed_does_not_hang_in_a_collection(
     spawn: Callable[..., Process], address: str
 ) -> None:
@@ -226,3 +228,26 @@ def test_a_client_that_was_never_closed_does_not_hang_in_a_collection(
     del client
     gc.collect()
     assert reference() is None
+
+
+def test_a_signal_wakes_a_server_that_is_about_to_block(address: str) -> None:
+    """While it serves, Python's own signal handler writes where the poll looks, so that no signal comes too early."""
+    seen: list[int] = []
+    with Server(address) as server:
+
+        @server.method
+        def look() -> None:
+            seen.append(signal.set_wakeup_fd(-1))
+            signal.set_wakeup_fd(seen[0])
+            server.stop()
+
+        def ask() -> None:
+            with Client(address) as client:
+                client.call("look")
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        server.serve()
+        asking.join()
+    assert seen[0] >= 0
+    assert signal.set_wakeup_fd(-1) == -1, "what was set before is set again"
