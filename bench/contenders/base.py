@@ -17,9 +17,9 @@ class Contender(ABC):
     name: ClassVar[str]
     copies: ClassVar[str]
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def serve(address: str, nbytes: int) -> None:
+    def serve(cls, address: str, nbytes: int) -> None:
         """In the server's process: print "ready", then answer until a signal."""
 
     @abstractmethod

@@ -5,9 +5,8 @@ from __future__ import annotations
 import msgpack
 import numpy as np
 import torch
-import zmq
 
-from .base import Contender
+from .raw import RequestReply
 
 
 def _dump(tensor: torch.Tensor) -> bytes:
@@ -22,30 +21,15 @@ def _load(data: bytes) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
-class Original(Contender):
+class Original(RequestReply):
     """msgpack and ``tobytes``, as in the system that this project started from."""
 
     name = "pyzmq + msgpack"
     copies = "18"  # each way: tobytes, packer, bytes, message, kernel in and out, bytes, unpack, array
 
     @staticmethod
-    def serve(address: str, nbytes: int) -> None:
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
-        socket.bind(address)
-        print("ready", flush=True)
-        while True:
-            socket.send(_dump(_load(socket.recv()) + 1))
-
-    def connect(self, address: str, nbytes: int) -> None:
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.REQ)
-        self._socket.connect(address)
-        self._tensor = torch.empty((nbytes,), dtype=torch.uint8)
+    def answer(request: bytes) -> bytes:
+        return _dump(_load(request) + 1)
 
     def call(self, value: int) -> torch.Tensor:
-        self._socket.send(_dump(self._tensor.fill_(value)))
-        return _load(self._socket.recv())
-
-    def close(self) -> None:
-        self._socket.close(0)
-        self._context.term()
+        return _load(self.ask(_dump(self._tensor.fill_(value))))

@@ -21,17 +21,18 @@ class InPlace(Contender):
     name = "shmtransport in place"
     copies = "0"
 
-    @staticmethod
-    def serve(address: str, nbytes: int) -> None:
+    @classmethod
+    def serve(cls, address: str, nbytes: int) -> None:
         server = Server(address)
-
-        @server.method
-        def increment(x: torch.Tensor) -> torch.Tensor:
-            return torch.add(x, 1, out=server.empty(x.shape, x.dtype))
-
+        server.register("increment", lambda x: cls.increment(server, x))
         with server:
             print("ready", flush=True)
             server.serve()
+
+    @staticmethod
+    def increment(server: Server, x: torch.Tensor) -> torch.Tensor:
+        """The handler."""
+        return torch.add(x, 1, out=server.empty(x.shape, x.dtype))
 
     def connect(self, address: str, nbytes: int) -> None:
         self._client = Client(address, arena_bytes=_arena_bytes(nbytes))
@@ -52,16 +53,8 @@ class CopyIn(InPlace):
     copies = "2"
 
     @staticmethod
-    def serve(address: str, nbytes: int) -> None:
-        server = Server(address)
-
-        @server.method
-        def increment(x: torch.Tensor) -> torch.Tensor:
-            return x + 1
-
-        with server:
-            print("ready", flush=True)
-            server.serve()
+    def increment(server: Server, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
 
     def connect(self, address: str, nbytes: int) -> None:
         super().connect(address, nbytes)
