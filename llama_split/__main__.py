@@ -97,8 +97,7 @@ def generate(
         _log(verbose)
         settings = Settings(report=_notice)
         dtype_name = settings.pick(dtype, DTYPE_VARIABLE, "float32")
-        model_name = settings.pick(model, MODEL_VARIABLE, None)
-        model_name = str(demo_model()) if model_name is None else model_name
+        model_name = _model_name(settings, model)
         address = settings.pick(worker, ADDRESS_VARIABLE, None)
         own: WorkerProcess | None = None
         if address is None:  # started first, so that both processes import and load at the same time
@@ -161,8 +160,7 @@ def worker(
         address = settings.pick(bind, ADDRESS_VARIABLE, None)
         if address is None:
             raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {ADDRESS_VARIABLE}")
-        model_name = settings.pick(model, MODEL_VARIABLE, None)
-        model_name = str(demo_model()) if model_name is None else model_name
+        model_name = _model_name(settings, model)
         dtype_name = settings.pick(dtype, DTYPE_VARIABLE, "float32")
         device_name = settings.pick(device, DEVICE_VARIABLE, "cpu")
         from shmtransport import Server
@@ -182,6 +180,11 @@ def worker(
         server.serve()
         if verbose:
             notices.print(_table(server.statistics()))
+
+
+def _model_name(settings: Settings, model: str | None) -> str:
+    chosen = settings.pick(model, MODEL_VARIABLE, None)
+    return str(demo_model()) if chosen is None else chosen
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool) -> torch.Tensor:

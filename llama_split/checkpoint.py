@@ -1,7 +1,7 @@
 """Reads a Llama's configuration and single tensors from safetensors (sharded too) or GGUF.
 
-Each side asks for the tensors that it needs by transformers' parameter names; nothing else is read. Files are memory
-mapped, so that a tensor is read once, when it is asked for.
+Each side asks for the tensors that it needs by transformers' parameter names; beside these only the norms and rows of
+the fingerprint are read. Files are memory mapped: what is not asked for stays on disk.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Checkpoint(ABC):
             CheckpointError: one is missing, or not of the shape that the configuration says.
         """
         wanted = list(names)
-        missing = [name for name in wanted if name not in self.names]
+        present = self.names
+        missing = [name for name in wanted if name not in present]
         if missing:
             raise CheckpointError(f"{self.path} lacks {len(missing)} tensors that a Llama needs, {missing[0]} first")
         loaded: dict[str, torch.Tensor] = {}

@@ -229,7 +229,8 @@ class Server:
         if answer is not None and not self._send(identity, answer):
             if identity in self._clients:
                 self._drop(self._clients[identity], "it went away while connecting")
-            self._admission.forget(identity)
+            else:
+                self._admission.forget(identity)
 
     def _answer(self, client: _Client, data: bytes) -> bytes | None:
         """The bytes of the answer to a client's message; None if it said goodbye.

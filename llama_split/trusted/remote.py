@@ -90,9 +90,8 @@ class Remote:
                 part_BTD = self._call(LAYER, part_BTD, layer=index, session=cache.session, start=start)
                 start = None
             cache.advance(batch, last - first)
-            parts.append(part_BTD)
-            if last < tokens:  # make room for the next part's results
-                parts[-1] = part_BTD.clone()
+            # All but the last are copied out of the arena: the next part's results need the room.
+            parts.append(part_BTD if last == tokens else part_BTD.clone())
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def new_cache(self) -> RemoteCache:

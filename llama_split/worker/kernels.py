@@ -95,10 +95,10 @@ class Weights:
         return ("weight", "bias") if biased else ("weight",)
 
     def _stack(self, loaded: dict[str, torch.Tensor], index: int, operation: Operation) -> Linear:
-        stacked = {
-            kind: torch.cat([loaded.pop(layer_name(index, f"{part}.{kind}")) for part in _PARTS[operation]])
-            for kind in self._kinds(operation)
-        }
+        stacked: dict[str, torch.Tensor] = {}
+        for kind in self._kinds(operation):
+            parts = [loaded.pop(layer_name(index, f"{part}.{kind}")) for part in _PARTS[operation]]
+            stacked[kind] = parts[0] if len(parts) == 1 else torch.cat(parts)
         return Linear(stacked["weight"], stacked.get("bias"))
 
 
