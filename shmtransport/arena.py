@@ -8,8 +8,8 @@ Rules that they keep:
 
 * allocator state is private memory; of what the peer can write, only release cells are read, and a cell counts only
   if it equals the sequence that this side gave out for that slot;
-* a loan or borrow ends when the last tensor over its storage dies: the weak reference hangs on the memoryview that the
-  *storage* owns, so slices, views, reshapes and numpy views of it keep it alive;
+* a loan or borrow ends when the last tensor over its storage dies: the weak reference hangs on what the *storage*
+  owns, so slices, views, reshapes and numpy views of it keep it alive;
 * what runs when a storage dies may run inside any garbage collection on any thread: it takes no lock. A loan's end is
   one ``deque.append``; a borrow's end is one fence, one plain store and one ``dict.pop``.
 """
@@ -21,8 +21,8 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,29 +30,23 @@ import torch
 from .descriptor import MAX_DIMENSIONS, TensorDescriptor, representable
 from .dtypes import BY_NAME, BY_TORCH, DType
 from .errors import ArenaFull, LocalProtocolError, PeerProtocolError, TensorTooLarge
-from .layout import PAGE_BYTES
+from .fences import order
+from .layout import PAGE_BYTES, RELEASE_CELL_BYTES
 from .ring import Block, Ring
 from .segment import Segment
 from .units import size_text
 
+_FIRST_PAUSE_S = 50e-6
+_LONGEST_PAUSE_S = 5e-3
+
+_Memory: TypeAlias = "memoryview | np.ndarray[Any, Any]"
+
 if TYPE_CHECKING:
     from .statistics import Counters
 
-    _Reference = weakref.ref[memoryview]
+    _Reference = weakref.ref["_Memory"]
 else:
     _Reference = weakref.ref
-
-
-def release_fence() -> None:
-    """Order all that this thread did before ahead of its next store.
-
-    Python has no fence of its own. A lock's release followed by an acquire is one on every machine that CPython runs
-    on, Arm included; a fresh lock is never contended, so this can't block even inside a garbage collection.
-    """
-    lock = threading.Lock()
-    lock.acquire()
-    lock.release()
-    lock.acquire()
 
 
 class _LoanAnchor(_Reference):
@@ -82,9 +76,20 @@ class _HeldBlock:
         self.anchor: _LoanAnchor | None = None
 
 
-def _tensor(memory: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor whose storage owns ``memory``; the bytes are reinterpreted, never converted."""
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+def _view(
+    data: memoryview, offset: int, nbytes: int, row: DType, shape: tuple[int, ...]
+) -> tuple[_Memory, torch.Tensor]:
+    """A tensor over these bytes of ``data``, and what its storage owns for as long as it lives.
+
+    The bytes are reinterpreted, never converted. By way of numpy where it has the type: an array is given its shape
+    when it is made, which torch's own function needs a second tensor for.
+    """
+    if row.numpy is not None:
+        array: np.ndarray[Any, Any] = np.ndarray(shape, row.numpy, data, offset)
+        return array, torch.from_numpy(array)
+    memory = data[offset : offset + nbytes]
+    flat = torch.frombuffer(memory, dtype=row.torch)
+    return memory, flat if len(shape) == 1 else flat.view(shape)
 
 
 def _row(dtype: torch.dtype) -> DType:
@@ -106,19 +111,29 @@ def _without_bytes(sizes: tuple[int, ...], row: DType) -> torch.Tensor:
 class SendArena:
     """This process's own segment, seen as tensors to send.
 
-    ``peer_released`` are the cells of the peer's release table (in the peer's segment). Safe for use by several
-    threads.
+    ``peer_released`` are the cells of the peer's release table (in the peer's segment). A claim without room waits up
+    to ``claim_timeout_s`` seconds for the peer to release something, and meanwhile calls ``check_peer``, which raises
+    when that can't happen any more. Safe for use by several threads.
     """
 
-    def __init__(self, segment: Segment, peer_released: memoryview, counters: Counters) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        peer_released: memoryview,
+        counters: Counters,
+        claim_timeout_s: float = 0.0,
+        check_peer: Callable[[], None] = lambda: None,
+    ) -> None:
         layout = segment.layout
         self._data = segment.view[layout.data_offset : layout.data_offset + layout.data_bytes]
         self._address: int = torch.frombuffer(self._data, dtype=torch.uint8).data_ptr()
         self._ring = Ring(layout.data_bytes)
         self._peer_released = peer_released
         self._counters = counters
+        self._claim_timeout_s = claim_timeout_s
+        self._check_peer = check_peer
         self._lock = threading.Lock()
-        self._by_offset: dict[int, _HeldBlock] = {}
+        self._by_address: dict[int, _HeldBlock] = {}
         # Ordered by age, with a first item that is found at once however many were taken out before it.
         self._held_by_peer: OrderedDict[int, tuple[int, _HeldBlock, float]] = OrderedDict()
         self._free_slots = list(range(len(peer_released) - 1, -1, -1))
@@ -139,7 +154,13 @@ class SendArena:
         if nbytes <= 0 or min(sizes, default=0) < 0 or len(sizes) > MAX_DIMENSIONS:
             return _without_bytes(sizes, row)
         with self._lock:
-            return _tensor(self._loan(nbytes), dtype, sizes)
+            block = self._claim(nbytes)
+        memory, tensor = _view(self._data, block.offset, nbytes, row, sizes)
+        held = _HeldBlock(block)
+        held.anchor = _LoanAnchor(memory, self._ended.append)
+        held.anchor.held = held
+        self._by_address[self._address + block.offset] = held
+        return tensor
 
     def export(self, tensor: torch.Tensor) -> TensorDescriptor:
         """Describe a tensor to the peer and hold its block until the peer releases it.
@@ -151,15 +172,17 @@ class SendArena:
         """
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise LocalProtocolError("only dense tensors can be sent")
-        row = _row(tensor.dtype)
+        row = BY_TORCH.get(tensor.dtype) or _row(tensor.dtype)
         shape = tuple(tensor.shape)
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and len(shape) <= MAX_DIMENSIONS:
-            offset = tensor.data_ptr() - self._address
-            if 0 <= offset < self._ring.capacity and not tensor.is_conj() and not tensor.is_neg():
-                with self._lock:
-                    held = self._by_offset.get(tensor.untyped_storage().data_ptr() - self._address)
-                    if held is not None:
-                        return TensorDescriptor(offset, shape, row.name, *self._hold(held))
+        if (
+            tensor.is_cpu
+            and (held := self._by_address.get(tensor.untyped_storage().data_ptr())) is not None
+            and tensor.is_contiguous()
+            and not (tensor.is_conj() or tensor.is_neg() or len(shape) > MAX_DIMENSIONS or tensor.numel() == 0)
+        ):
+            with self._lock:
+                slot, sequence = self._hold(held)
+            return TensorDescriptor(tensor.data_ptr() - self._address, shape, row.name, slot, sequence)
         if tensor.is_meta:
             raise LocalProtocolError("a meta tensor has no content and can't be sent")
         loan = self.empty(shape, tensor.dtype)
@@ -200,26 +223,12 @@ class SendArena:
     def _hold(self, held: _HeldBlock) -> tuple[int, int]:
         """Hold a block for the peer; the slot and sequence that will release it."""
         if not self._free_slots:
-            self._collect()
-        if not self._free_slots:
-            raise ArenaFull(
-                f"{len(self._held_by_peer)} sent tensors are unreleased, as many as the release table has slots; "
-                f"{self._peer_facts()}; release results"
-            )
+            self._wait_until(lambda: bool(self._free_slots), self._no_slot)
         slot = self._free_slots.pop()
         self._sequence += 1
         held.holds += 1
         self._held_by_peer[slot] = (self._sequence, held, time.monotonic())
         return slot, self._sequence
-
-    def _loan(self, nbytes: int) -> memoryview:
-        block = self._claim(nbytes)
-        memory = self._data[block.offset : block.offset + nbytes]
-        held = _HeldBlock(block)
-        held.anchor = _LoanAnchor(memory, self._ended.append)
-        held.anchor.held = held
-        self._by_offset[block.offset] = held
-        return memory
 
     def _claim(self, nbytes: int) -> Block:
         if nbytes > self._ring.capacity:
@@ -229,16 +238,53 @@ class SendArena:
             )
         self._collect_oldest()
         block = self._ring.claim(nbytes)
-        if block is None:
-            self._collect()
+        while block is None:
+            self._wait_until(lambda: self._ring.largest_gap() >= nbytes, lambda: self._no_room(nbytes))
             block = self._ring.claim(nbytes)
-        if block is None:
-            raise ArenaFull(
-                f"requested {size_text(nbytes)}; arena is {size_text(self._ring.capacity)} with "
-                f"{size_text(self._ring.largest_gap())} in its largest gap; {len(self._by_offset)} blocks held, "
-                f"{self._peer_facts()}; drop tensors made by empty(), release results or raise arena_bytes"
-            )
         return block
+
+    def _wait_until(self, possible: Callable[[], bool], failure: Callable[[], ArenaFull]) -> None:
+        """Collect what has ended until something is possible; gives the lock away while it waits.
+
+        A release is a plain store by the peer, which wakes nobody: this looks again after ever longer pauses. Where
+        the peer holds nothing, no release can come, and waiting would help nobody.
+
+        Raises:
+            ArenaFull: it did not become possible in time.
+        """
+        self._collect()
+        if possible():
+            return
+        counters = self._counters
+        started = time.monotonic()
+        pause_s = _FIRST_PAUSE_S
+        counters.stalls += 1
+        while not possible():
+            waited_s = time.monotonic() - started
+            if waited_s >= self._claim_timeout_s or not self._held_by_peer:
+                raise failure()
+            self._lock.release()
+            try:
+                self._check_peer()
+                time.sleep(min(pause_s, self._claim_timeout_s - waited_s))
+            finally:
+                self._lock.acquire()
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            self._collect()
+        counters.stall_seconds += time.monotonic() - started
+
+    def _no_slot(self) -> ArenaFull:
+        return ArenaFull(
+            f"{len(self._held_by_peer)} sent tensors are unreleased, as many as the release table has slots; "
+            f"{self._peer_facts()}; release results"
+        )
+
+    def _no_room(self, nbytes: int) -> ArenaFull:
+        return ArenaFull(
+            f"requested {size_text(nbytes)}; arena is {size_text(self._ring.capacity)} with "
+            f"{size_text(self._ring.largest_gap())} in its largest gap; {len(self._by_address)} blocks held, "
+            f"{self._peer_facts()}; drop tensors made by empty(), release results or raise arena_bytes"
+        )
 
     def _peer_facts(self) -> str:
         if not self._held_by_peer:
@@ -277,7 +323,7 @@ class SendArena:
 
     def _free_if_unused(self, held: _HeldBlock) -> None:
         if not held.loaned and held.holds == 0:
-            del self._by_offset[held.block.offset]
+            del self._by_address[self._address + held.block.offset]
             self._ring.release(held.block)
 
 
@@ -297,6 +343,10 @@ class ReceiveArena:
         """How many borrows are held."""
         return len(self._borrows)
 
+    def abandon(self) -> None:
+        """In a forked child: what dies here is still borrowed in the parent, and is not to be released."""
+        self._released = memoryview(bytearray(len(self._released) * RELEASE_CELL_BYTES)).cast("Q")
+
     def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor:
         """A view of the described tensor; released when the last tensor over its storage has died.
 
@@ -308,14 +358,14 @@ class ReceiveArena:
             return torch.empty(descriptor.shape, dtype=row.torch)
         if descriptor.sequence in self._borrows:
             raise PeerProtocolError(f"descriptor with sequence {descriptor.sequence} was sent before and is still held")
-        memory = self._data[descriptor.offset : descriptor.offset + nbytes]
+        memory, tensor = _view(self._data, descriptor.offset, nbytes, row, descriptor.shape)
         anchor = _BorrowAnchor(memory, self._end)
         anchor.slot, anchor.sequence = descriptor.slot, descriptor.sequence
         self._borrows[descriptor.sequence] = anchor
-        return _tensor(memory, row.torch, descriptor.shape)
+        return tensor
 
     def _end(self, anchor: Any) -> None:
-        release_fence()  # the reads of the block come before its release
+        order()  # the reads of the block come before its release
         self._released[anchor.slot] = anchor.sequence
         self._borrows.pop(anchor.sequence, None)
 

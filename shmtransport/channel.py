@@ -1,24 +1,26 @@
 """Channels carry encoded control messages: whole, in order, and no tensor byte.
 
-``Channel`` is a client's end, ``ServerChannel`` the server's end for all of its clients. ZeroMQ is the one kind here;
-another is a class behind the same interface.
+``Channel`` is a client's end, ``ServerChannel`` the server's end for all of its clients. ZeroMQ's are here; the
+doorbell's, behind the same interface, are in ``doorbell``. A channel belongs to one thread at a time, except for what
+says otherwise.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 
 import zmq
 
 from . import address as addresses
-from .errors import AddressError, CallTimeout, Closed
+from .errors import AddressError, Closed, PeerProtocolError
 
 _GOODBYE_LINGER_MS = 500
-_QUEUE_LIMIT = 10_000
+QUEUE_LIMIT = 10_000
+"""The most messages that are queued for a peer that does not read."""
 
 
 class Channel(ABC):
@@ -27,26 +29,60 @@ class Channel(ABC):
     kind: str
 
     @abstractmethod
-    def send(self, data: bytes) -> None:
-        """Queue one message; never blocks for the peer.
+    def send(self, data: bytes) -> bool:
+        """Queue one message without blocking; False if the peer must read on before there is room."""
+
+    @abstractmethod
+    def receive(self) -> bytes | None:
+        """The next message, or None if there is none now.
 
         Raises:
-            CallTimeout: the peer reads nothing, and the queue is full.
+            PeerProtocolError: what the peer has put in its place can't be one.
         """
 
     @abstractmethod
-    def receive(self, timeout_s: float) -> bytes | None:
-        """The next message, or None after ``timeout_s`` seconds without one."""
+    def wait(self, timeout_s: float) -> bool:
+        """Wait up to ``timeout_s`` seconds until something may have come or ``wake`` was called.
+
+        Another thread may send and receive meanwhile. Returns whether the kernel had to be waited in.
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Make ``wait`` return; may be called from any thread."""
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """A file descriptor for an event loop: whenever it becomes readable, and after each ``send``, ``receive``."""
+
+    @abstractmethod
+    def ended(self) -> bool:
+        """Whether the peer has left without a word that could still be received."""
+
+    @abstractmethod
+    def say_goodbye(self, data: bytes) -> None:
+        """Send a last message if there is a way to."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """In a forked child: forget the parent's channel without touching it."""
 
     @abstractmethod
     def close(self, *, flush: bool) -> None:
         """Give the channel back; with ``flush``, let what is queued go out for a moment. A second call does nothing."""
 
 
+class BrokenPeer(Exception):
+    """What a client has put in place of a message can't be one; ``peer`` says which client."""
+
+    def __init__(self, peer: bytes, error: PeerProtocolError) -> None:
+        super().__init__(str(error))
+        self.peer = peer
+        self.error = error
+
+
 class ServerChannel(ABC):
     """The server's end, for all of its clients; ``peer`` names one of them."""
-
-    kind: str
 
     @abstractmethod
     def send(self, peer: bytes, data: bytes) -> bool:
@@ -54,11 +90,30 @@ class ServerChannel(ABC):
 
     @abstractmethod
     def receive(self) -> tuple[bytes, bytes] | None:
-        """The next message and who sent it, or None if there is none now."""
+        """The next message and who sent it, or None if there is none now.
+
+        Raises:
+            BrokenPeer: a client must be dropped.
+        """
 
     @abstractmethod
-    def wait(self, descriptors: Iterable[int], timeout_s: float | None) -> list[int]:
-        """Block until a message or one of these descriptors is readable, or the time is up; which descriptors are."""
+    def watch(self, descriptor: int) -> None:
+        """Have ``wait`` return this file descriptor once it has become readable."""
+
+    @abstractmethod
+    def unwatch(self, descriptor: int) -> None:
+        """Look at a descriptor no longer."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float | None) -> list[int]:
+        """Wait until something may have come, the time is up, or ``wake``; which watched descriptors became readable.
+
+        To be called only when ``receive`` has nothing; each readable descriptor is returned once.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """A file descriptor for an event loop: whenever it becomes readable, ``wait(0)`` and ``receive`` are due."""
 
     @property
     @abstractmethod
@@ -68,6 +123,10 @@ class ServerChannel(ABC):
     @abstractmethod
     def wake(self) -> None:
         """Make ``wait`` return; may be called from a signal handler or any thread."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """In a forked child: forget the parent's channel without touching it."""
 
     @abstractmethod
     def close(self) -> None:
@@ -80,46 +139,81 @@ class ZmqChannel(Channel):
     kind = "zmq"
 
     def __init__(self, address: str, max_message_bytes: int) -> None:
+        self._closed = False
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.maxmsgsize = max_message_bytes
-        self._socket.sndhwm = self._socket.rcvhwm = _QUEUE_LIMIT
+        self._socket.sndhwm = self._socket.rcvhwm = QUEUE_LIMIT
         self._socket.linger = 0  # a client that is dropped without close() must not hang in a garbage collection
-        self._timeout_ms = -1
+        self._fd = int(self._socket.get(zmq.FD))
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+        self._poll.register(self._wake_fd, select.POLLIN)
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
             self.close(flush=False)
             raise AddressError(f"can't connect to {address}: {error.strerror}") from error
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> bool:
         try:
             self._socket.send(data, zmq.DONTWAIT)
         except zmq.Again:
-            raise CallTimeout(f"{_QUEUE_LIMIT} messages are queued and the server reads none: is it stopped?") from None
+            return False
         except zmq.ZMQError as error:
             raise Closed(f"the channel is closed: {error.strerror}") from error
+        return True
 
-    def receive(self, timeout_s: float) -> bytes | None:
-        timeout_ms = max(int(timeout_s * 1000), 0)
-        if timeout_ms != self._timeout_ms:
-            self._socket.rcvtimeo = self._timeout_ms = timeout_ms
+    def receive(self) -> bytes | None:
+        # Looking is also what re-arms ``fileno``; recv() would raise for nothing, which takes longer.
         try:
-            return self._socket.recv()
+            if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                return self._socket.recv(zmq.DONTWAIT)
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
             raise Closed(f"the channel is closed: {error.strerror}") from error
+        return None
+
+    def wait(self, timeout_s: float) -> bool:
+        ready = self._poll.poll(max(timeout_s * 1000, 0))
+        if len(ready) > 1 or (ready and ready[0][0] == self._wake_fd):
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake_fd)
+        return True
+
+    def wake(self) -> None:
+        if not self._closed:
+            os.eventfd_write(self._wake_fd, 1)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def ended(self) -> bool:
+        return False
+
+    def say_goodbye(self, data: bytes) -> None:
+        self.send(data)
+
+    def abandon(self) -> None:
+        self._closed = True
 
     def close(self, *, flush: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
         self._socket.close(_GOODBYE_LINGER_MS if flush else 0)
         self._context.term()
+        os.close(self._wake_fd)
 
 
 class ZmqServerChannel(ServerChannel):
-    """ROUTER socket, with a pipe beside it to be woken by."""
+    """ROUTER socket, with a pipe beside it to be woken by.
 
-    kind = "zmq"
+    Everything is waited for by one epoll object, edge-triggered: so another thread may do the waiting, and tell this
+    one, without the two having to take turns.
+    """
 
     def __init__(self, address: str, max_message_bytes: int) -> None:
         transport = addresses.check_bind(address)
@@ -131,8 +225,12 @@ class ZmqServerChannel(ServerChannel):
         self._socket.maxmsgsize = max_message_bytes
         self._socket.linger = _GOODBYE_LINGER_MS
         self._socket.router_mandatory = True
-        self._socket.sndhwm = self._socket.rcvhwm = _QUEUE_LIMIT
+        self._socket.sndhwm = self._socket.rcvhwm = QUEUE_LIMIT
+        self._fd = int(self._socket.get(zmq.FD))
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._epoll = select.epoll()
+        self.watch(self._fd)
+        self.watch(self._wake_reader)
         mask = os.umask(0o177)  # the socket file is never open to others, not for a moment
         try:
             self._socket.bind(address)
@@ -157,27 +255,35 @@ class ZmqServerChannel(ServerChannel):
         return True
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        while True:
-            try:
+        try:
+            while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 frames = self._socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return None
-            except zmq.ZMQError as error:
-                raise Closed(f"the channel is closed: {error.strerror}") from error
-            if len(frames) == 2:
-                return frames[0], frames[1]
+                if len(frames) == 2:
+                    return frames[0], frames[1]
+        except zmq.Again:
+            return None
+        except zmq.ZMQError as error:
+            raise Closed(f"the channel is closed: {error.strerror}") from error
+        return None
 
-    def wait(self, descriptors: Iterable[int], timeout_s: float | None) -> list[int]:
-        watched: list[tuple[zmq.Socket[bytes] | int, int]] = [
-            (self._socket, zmq.POLLIN),
-            (self._wake_reader, zmq.POLLIN),
-        ]
-        watched += [(descriptor, zmq.POLLIN) for descriptor in descriptors]
-        ready = [found for found, _ in zmq.zmq_poll(watched, -1 if timeout_s is None else int(timeout_s * 1000))]
+    def watch(self, descriptor: int) -> None:
+        self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLET)
+
+    def unwatch(self, descriptor: int) -> None:
+        self._epoll.unregister(descriptor)
+
+    def wait(self, timeout_s: float | None) -> list[int]:
+        ready = [descriptor for descriptor, _ in self._epoll.poll(timeout_s)]
         if self._wake_reader in ready:
+            ready.remove(self._wake_reader)
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_reader, 4096)
-        return [found for found in ready if isinstance(found, int) and found != self._wake_reader]
+        if self._fd in ready:
+            ready.remove(self._fd)
+        return ready
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
 
     @property
     def wake_descriptor(self) -> int:
@@ -188,6 +294,9 @@ class ZmqServerChannel(ServerChannel):
             with contextlib.suppress(BlockingIOError):  # full: it will wake
                 os.write(self._wake_writer, b"\0")
 
+    def abandon(self) -> None:
+        self._closed = True
+
     def close(self) -> None:
         if self._closed:
             return
@@ -197,6 +306,7 @@ class ZmqServerChannel(ServerChannel):
                 os.unlink(self._path)
         self._socket.close()
         self._context.term()
+        self._epoll.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 

@@ -1,147 +1,239 @@
-"""The blocking client: a thin shell that moves bytes between the protocol and a channel."""
+"""The blocking client: a thin shell that moves bytes between the protocol and a channel.
+
+Several threads may call at once. At any time one of those that wait is the *receiver*: it waits for the channel,
+without the lock, and hands every reply to its owner. When its own has come, the thread that has waited longest takes
+over.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from . import address as addresses
-from .channel import Channel, ZmqChannel, deadline_in
-from .connection import Connection
-from .errors import CallTimeout, Closed, ConnectTimeout, LocalProtocolError, PeerDied, PeerProtocolError, TransportError
-from .handshake import Sizes, client_handshake
-from .message import DEFAULT_MAX_MESSAGE_BYTES, Goodbye, encode
-from .protocol import ClientProtocol, PendingReply
+from .channel import deadline_in
+from .errors import CallTimeout, Closed, PeerDied, PeerProtocolError, TransportError
+from .forks import abandon_after_fork
+from .handshake import Sizes, Wishes
+from .link import Link, LinkOptions, check_options
+from .message import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
+from .protocol import PendingReply
 from .statistics import Counters, Statistics
-from .units import MIB, size_text
+from .units import MIB
 
 logger = logging.getLogger("shmtransport")
 
 DEFAULT_ARENA_BYTES = 64 * MIB
 _WATCH_SLICE_S = 0.25  # how soon a dead server is noticed while waiting for a reply
+_SEND_SLICE_S = 0.05  # how soon a full queue is tried again where nothing tells that it has room
 
 
-class Client:
+class ClientBase:
+    """What the blocking and the asyncio client share: options, arenas, statistics, and how a connection ends."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        channel: ChannelKind = "zmq",
+        spin_us: float = 0.0,
+        arena_bytes: int = DEFAULT_ARENA_BYTES,
+        reply_arena_bytes: int | None = None,
+        timeout_s: float = 60.0,
+        connect_timeout_s: float = 5.0,
+        snapshot: bool = False,
+        prefault: bool = False,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._counters = Counters()
+        self._link: Link | None = None
+        self._ended: TransportError | None = None
+        sizes = Sizes(arena_bytes, arena_bytes if reply_arena_bytes is None else reply_arena_bytes)
+        wishes = Wishes(sizes, max_message_bytes, channel, snapshot, self._claim_timeout_s())
+        self._options = LinkOptions(address, wishes, connect_timeout_s, spin_us, prefault)
+        self.transport = check_options(self._options)
+        abandon_after_fork(self)
+
+    @property
+    def channel(self) -> ChannelKind:
+        """The kind of channel that carries the control messages: "zmq" or "doorbell"."""
+        return self._options.wishes.channel
+
+    @property
+    def server_pid(self) -> int:
+        """The server's process id, from the kernel."""
+        return self._live().server_pid
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A loan: an uninitialised CPU tensor in the request arena, sent later without a copy.
+
+        It may be sent several times, and in several calls at once. Its memory is used again once it and all views of
+        it are gone, here and at the server.
+
+        Raises:
+            ArenaFull: no room, not even after the time that a call may take; at once where waiting can't help.
+            TensorTooLarge: there will never be room.
+            LocalProtocolError: no tensor of this shape or dtype can be sent.
+            Closed, PeerDied.
+        """
+        return self._live().connection.send_arena.empty(shape, dtype)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As ``empty``, with the shape and dtype of another tensor."""
+        return self.empty(tensor.shape, tensor.dtype)
+
+    def statistics(self) -> Statistics:
+        """Totals since this client was made."""
+        return self._counters.snapshot()
+
+    def abandon(self) -> None:
+        """In a forked child: end without touching what is the parent's."""
+        if self._ended is None:
+            self._ended = Closed(
+                "this process was forked from the one that made the connection, and can't use it: connect after the "
+                "fork, or start processes with 'spawn'"
+            )
+            if self._link is not None:
+                self._link.protocol.fail_all(self._ended)
+        if self._link is not None:
+            self._link.abandon()
+
+    def _claim_timeout_s(self) -> float:
+        """How long a claim may block this thread."""
+        return self._timeout_s
+
+    def _live(self) -> Link:
+        if self._ended is not None:
+            raise type(self._ended)(*self._ended.args)
+        if self._link is None:
+            raise Closed("this client is not connected yet: use it in an 'async with' block, or await connect()")
+        return self._link
+
+    def _flush(self) -> bool:
+        """Whether a goodbye is under way that should still go out."""
+        return isinstance(self._ended, (Closed, PeerProtocolError))
+
+    def _timeout_error(self, link: Link, pending: PendingReply, timeout_s: float) -> CallTimeout:
+        return CallTimeout(
+            f"no reply to {pending.method!r} within {timeout_s:g} s; {len(link.protocol) - 1} other calls in flight; "
+            f"the server (process {link.server_pid}) is alive: raise timeout_s or look at its log"
+        )
+
+    def _full_error(self) -> CallTimeout:
+        return CallTimeout(
+            f"the request was not sent: the queue to the server stayed full for {self._timeout_s:g} s: is it stopped?"
+        )
+
+
+class Client(ClientBase):
     """A connection to a ``Server`` on this machine.
 
-    ``arena_bytes`` is the size of the data area for what this side sends, ``reply_arena_bytes`` (default: the same)
-    of the one for what it receives. ``timeout_s`` is how long a call may take unless it says otherwise.
-    ``max_message_bytes`` bounds the plain values of a call or result; the server's own bound counts as well. With
-    ``snapshot`` results are private copies rather than borrowed views: for a caller that checks a result before it
-    uses it, since a hostile server could change a view in between.
+    ``channel`` is what carries requests and replies: "zmq", or "doorbell" (a ring in shared memory and a semaphore:
+    about half the time, or a tenth if both sides look for ``spin_us`` microseconds before they wait, at the price of
+    a busy core). ``arena_bytes`` is the size of the data area for what this side sends, ``reply_arena_bytes``
+    (default: the same) of the one for what it receives; with ``prefault`` all of their pages are mapped now, not on
+    first use. ``timeout_s`` is how long a call may take unless it says otherwise, and how long a claim waits for
+    room. ``max_message_bytes`` bounds the plain values of a call or result; the server's own bound counts as well.
+    With ``snapshot`` results are private copies rather than borrowed views: for a caller that checks a result before
+    it uses it, since a hostile server could change a view in between.
 
-    May be used by several threads; inside they take turns, so that one waits while another's call is under way. Close
-    it, or use it in a ``with`` block: until then, or until this process ends, the server keeps what it has granted.
+    May be used by several threads. Not by a forked child, where every use raises ``Closed``. Close it, or use it in a
+    ``with`` block: until then, or until this process ends, the server keeps what it has granted.
 
     Raises:
         ConnectTimeout: nobody answers at ``address`` within ``connect_timeout_s``.
         ConnectRefused: the server refuses, with its figures.
-        AddressError, SegmentError, PeerProtocolError.
+        AddressError, SegmentError, PeerProtocolError, LocalProtocolError.
     """
 
     def __init__(
         self,
         address: str,
         *,
+        channel: ChannelKind = "zmq",
+        spin_us: float = 0.0,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         reply_arena_bytes: int | None = None,
         timeout_s: float = 60.0,
         connect_timeout_s: float = 5.0,
         snapshot: bool = False,
+        prefault: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        self.address = address
-        self.transport = addresses.check_connect(address)
-        self._timeout_s = timeout_s
-        self._counters = Counters()
-        self._lock = threading.RLock()
-        self._ended: TransportError | None = None
-        sizes = Sizes(arena_bytes, arena_bytes if reply_arena_bytes is None else reply_arena_bytes)
-        if min(sizes) < 1:
-            raise LocalProtocolError(f"arenas need at least one byte each; {tuple(sizes)} were asked for")
-        self._channel: Channel = ZmqChannel(address, max_message_bytes)
-        handshake = client_handshake(sizes, max_message_bytes, self._counters, snapshot=snapshot)
-        try:
-            self._connection = self._connect(handshake, connect_timeout_s)
-        except BaseException as error:
-            handshake.close()
-            answered = not isinstance(error, ConnectTimeout)
-            if answered:  # the server counts this client as coming
-                self._say_goodbye("connecting failed")
-            self._channel.close(flush=answered)
-            raise
-        self._protocol = ClientProtocol(self._connection.codec, self._counters)
-        logger.info(
-            "connected to %s (%s, %s channel): request arena %s, reply arena %s, server process %d",
+        super().__init__(
             address,
-            self.transport,
-            self._channel.kind,
-            size_text(sizes.request_arena_bytes),
-            size_text(sizes.reply_arena_bytes),
-            self._connection.watch.pid,
+            channel=channel,
+            spin_us=spin_us,
+            arena_bytes=arena_bytes,
+            reply_arena_bytes=reply_arena_bytes,
+            timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            snapshot=snapshot,
+            prefault=prefault,
+            max_message_bytes=max_message_bytes,
         )
-
-    @property
-    def channel(self) -> str:
-        """The kind of channel that carries the control messages: "zmq"."""
-        return self._channel.kind
-
-    @property
-    def server_pid(self) -> int:
-        """The server's process id, from the kernel."""
-        return self._live().watch.pid
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A loan: an uninitialised CPU tensor in the request arena, sent later without a copy.
-
-        Raises:
-            ArenaFull, TensorTooLarge: no room now, or never.
-        """
-        return self._live().send_arena.empty(shape, dtype)
+        self._reset_threads()
+        self._link = Link(self._options, self._counters)
 
     def call(self, method: str, /, *arguments: Any, **keywords: Any) -> Any:
         """Call a method of the server and wait for its result; see ``submit`` and ``PendingReply.result``."""
         return self.submit(method, *arguments, **keywords).result()
 
     def submit(self, method: str, /, *arguments: Any, **keywords: Any) -> PendingReply:
-        """Start a call without waiting; several may be in flight.
+        """Start a call without waiting for its result; several may be in flight.
 
-        Tensors (torch or numpy) may stand anywhere in nested lists, tuples and dicts of plain values. One that lies
-        in this client's arena is sent as it is and must not be changed until the reply is there; any other is copied
-        in once, detached.
+        Tensors (torch, numpy, or anything with ``__dlpack__``) may stand anywhere in nested lists, tuples and dicts
+        of plain values. One that lies in this client's arena is sent as it is and must not be changed until the reply
+        is there; any other is copied in once, detached. Where there is no room, this waits until the server has
+        released some.
 
         Raises:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing was sent.
-            CallTimeout: nothing was sent, since the server has read nothing for very many messages.
+            CallTimeout: nothing was sent, since the server reads nothing.
             Closed, PeerDied.
         """
+        link = self._live()
+        pending = PendingReply(method, self._wait)
+        try:
+            data = link.protocol.request(pending, arguments, keywords)
+        except PeerDied as error:
+            with self._lock:
+                self._end(link, error)
+            raise
         with self._lock:
-            self._live()
-            pending, data = self._protocol.request(method, arguments, keywords, self._wait)
             try:
-                self._channel.send(data)
-            except CallTimeout:
-                self._protocol.take_back(pending)
+                self._start(link, pending, data)
+            except BaseException:
+                link.protocol.take_back(pending)
                 raise
-            return pending
+        return pending
 
-    def statistics(self) -> Statistics:
-        """Totals since this client was made."""
-        return self._counters.snapshot()
+    def reconnect(self) -> None:
+        """Connect anew, to whichever server is at the address now; calls in flight fail with ``Closed``.
+
+        Results and loans of the old connection stay valid; such a loan is copied if it is sent.
+
+        Raises:
+            As the constructor; afterwards this may be tried again.
+        """
+        with self._lock:
+            self._close("the client reconnects")
+            while self._receiving:
+                self._receiver_left.wait()
+            self._link = Link(self._options, self._counters)
+            self._ended = None
 
     def close(self) -> None:
         """End the connection; calls in flight fail with ``Closed``. Results stay valid. A second call does nothing."""
         with self._lock:
-            if self._ended is None:
-                self._say_goodbye("the client closed the connection")
-            self._end(Closed("this client was closed"))
+            self._close("this client was closed")
 
     def __enter__(self) -> Client:
         return self
@@ -149,76 +241,121 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _live(self) -> Connection:
-        if self._ended is not None:
-            raise type(self._ended)(*self._ended.args)
-        return self._connection
+    def abandon(self) -> None:
+        self._reset_threads()  # the lock may have been held by a thread that this process doesn't have
+        super().abandon()
 
-    def _end(self, error: TransportError) -> None:
-        """End this client for good, with what every later use of it will raise."""
-        if self._ended is not None:
-            return
-        self._ended = error
-        self._channel.close(flush=isinstance(error, (Closed, PeerProtocolError)))
-        self._connection.close()
-        self._protocol.fail_all(error)
+    def _reset_threads(self) -> None:
+        self._lock = threading.RLock()
+        self._receiving = False
+        self._receiver_left = threading.Condition(self._lock)
+        self._followers: dict[object, threading.Condition] = {}
+
+    # From here on, all with the lock held.
+
+    def _start(self, link: Link, pending: PendingReply, data: bytes) -> None:
+        """Send a request; waits while the queue is full."""
+        if self._live() is not link:
+            raise Closed("the client was reconnected while this request was being made")
+        link.protocol.start(pending)
+        if not self._send(link, data):
+            self._counters.stalls += 1
+            deadline = deadline_in(self._timeout_s)
+            while not self._send(link, data):
+                if time.monotonic() >= deadline:
+                    raise self._full_error()
+                self._step(link, pending, _SEND_SLICE_S)
+                self._live()
+        if self._receiving:  # sending may have taken away what would have told the receiver of a reply
+            self._receive_all(link)
+
+    def _send(self, link: Link, data: bytes) -> bool:
+        try:
+            return link.channel.send(data)
+        except PeerProtocolError as error:
+            self._end(link, error)
+            raise
 
     def _wait(self, pending: PendingReply, timeout_s: float | None) -> None:
-        """Receive until this call is done, its time is up, or the server is dead."""
+        """Wait until this call is done, its time is up, or the server is dead."""
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline = deadline_in(timeout_s)
         with self._lock:
-            while not pending.done:
-                self._live()
-                left = deadline - time.monotonic()
-                data = self._channel.receive(min(_WATCH_SLICE_S, max(left, 0.0)))
-                if data is not None:
-                    self._take(data)
-                elif not self._connection.watch.alive():
-                    died = PeerDied(f"the server at {self.address} (process {self.server_pid}) has ended")
-                    self._drain()
-                    self._end(died)
-                elif left <= 0:
-                    self._protocol.give_up(pending, self._timeout_error(pending, timeout_s))
-
-    def _timeout_error(self, pending: PendingReply, timeout_s: float) -> CallTimeout:
-        return CallTimeout(
-            f"no reply to {pending.method!r} within {timeout_s:g} s; {len(self._protocol) - 1} other calls in flight; "
-            f"the server (process {self.server_pid}) is alive: raise timeout_s or look at its log"
-        )
-
-    def _take(self, data: bytes) -> None:
-        try:
-            self._protocol.receive(data)
-        except PeerDied as error:
-            self._end(error)
-        except PeerProtocolError as error:
-            self._say_goodbye("protocol error")
-            self._end(error)
-
-    def _say_goodbye(self, reason: str) -> None:
-        """Tell the server that it may free this client's share, if it still reads."""
-        with contextlib.suppress(CallTimeout):
-            self._channel.send(encode(Goodbye(reason)))
-
-    def _drain(self) -> None:
-        """Take the replies that a server sent before it died."""
-        while self._ended is None and (data := self._channel.receive(0.0)) is not None:
-            self._take(data)
-
-    def _connect(self, handshake: Generator[bytes, bytes, Connection], timeout_s: float) -> Connection:
-        deadline = deadline_in(timeout_s)
-        data = next(handshake)
-        while True:
-            self._channel.send(data)
-            answer = self._channel.receive(max(deadline - time.monotonic(), 0.0))
-            if answer is None:
-                raise ConnectTimeout(
-                    f"no server answered at {self.address} within {timeout_s:g} s: start one, check the address, "
-                    "or raise connect_timeout_s if it is still starting"
-                )
             try:
-                data = handshake.send(answer)
-            except StopIteration as end:
-                connection: Connection = end.value
-                return connection
+                while not pending.done:
+                    link = self._live()
+                    left_s = deadline - time.monotonic()
+                    if left_s <= 0:
+                        self._receive_all(link)
+                        if not pending.done and self._ended is None:
+                            link.protocol.give_up(pending, self._timeout_error(link, pending, timeout_s))
+                    else:
+                        self._step(link, pending, left_s)
+            finally:
+                if self._followers and not self._receiving:
+                    next(iter(self._followers.values())).notify()
+
+    def _step(self, link: Link, key: object, timeout_s: float) -> None:
+        """Receive for all, or wait while another thread does."""
+        if self._receiving:
+            turn = self._followers[key] = threading.Condition(self._lock)
+            try:
+                turn.wait(timeout_s)
+            finally:
+                del self._followers[key]
+            return
+        if self._receive(link):
+            return
+        self._receiving = True
+        self._lock.release()
+        try:
+            self._counters.waits += link.channel.wait(min(timeout_s, _WATCH_SLICE_S))
+        finally:
+            self._lock.acquire()
+            self._receiving = False
+            if self._ended is not None:  # meanwhile; whoever ended it has left the closing to this thread
+                link.close(flush=self._flush())
+                self._receiver_left.notify_all()
+        if self._ended is None and not self._receive(link) and (error := link.died()) is not None:
+            self._receive_all(link)  # the replies that it sent before
+            self._end(link, error)
+
+    def _receive(self, link: Link) -> bool:
+        """Take the next message, if there is one."""
+        try:
+            data = link.channel.receive()
+            if data is None:
+                return False
+            completed = link.protocol.receive(data)
+        except PeerDied as error:
+            self._end(link, error)
+        except PeerProtocolError as error:
+            link.say_goodbye("protocol error")
+            self._end(link, error)
+        else:
+            if self._followers and completed in self._followers:
+                self._followers[completed].notify()
+        return True
+
+    def _receive_all(self, link: Link) -> None:
+        while self._ended is None and self._receive(link):
+            pass
+
+    def _close(self, reason: str) -> None:
+        link = self._link
+        if self._ended is None and link is not None:
+            link.say_goodbye(reason)
+            self._end(link, Closed(reason))
+
+    def _end(self, link: Link, error: TransportError) -> None:
+        """End this connection for good, with what every later use of it will raise."""
+        if self._ended is not None or self._link is not link:
+            return
+        self._ended = error
+        link.protocol.fail_all(error)
+        for turn in self._followers.values():
+            turn.notify()
+        if self._receiving:
+            link.channel.wake()
+        else:
+            link.close(flush=self._flush())

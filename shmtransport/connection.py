@@ -1,22 +1,41 @@
-"""What one established connection owns, on either side: two segments, two arenas, and the watch on its peer."""
+"""What one established connection owns, on either side: segments, arenas, message ring, bells, and the peer's watch."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .arena import ReceiveArena, SendArena, release_cells
+from .bell import Bell
+from .errors import Closed, PeerDied
 from .layout import PAGE_BYTES, Layout, round_up
 from .liveness import PeerWatch
+from .message_ring import MessageRing, message_ring_bytes
 from .protocol import Codec
 from .segment import Segment
 from .statistics import Counters
 
 
-def segment_layout(arena_bytes: int) -> Layout:
-    """The layout of a segment whose data area has at least ``arena_bytes`` bytes."""
-    return Layout(data_bytes=round_up(max(arena_bytes, 1), PAGE_BYTES))
+def segment_layout(arena_bytes: int, largest_ring_message: int = 0) -> Layout:
+    """The layout of a segment whose data area has at least ``arena_bytes`` bytes.
+
+    ``largest_ring_message`` is the largest message in bytes that its message ring must take; 0: it has no ring.
+    """
+    ring_bytes = message_ring_bytes(largest_ring_message) if largest_ring_message else 0
+    return Layout(data_bytes=round_up(max(arena_bytes, 1), PAGE_BYTES), message_ring_bytes=ring_bytes)
+
+
+class Bells(NamedTuple):
+    """What wakes this side, and what wakes the peer."""
+
+    own: Bell
+    peer: Bell
 
 
 class Connection:
-    """Both segments of one connection, mapped, and the arenas over them."""
+    """Both segments of one connection, mapped, and what lies in them.
+
+    ``bells`` are there if requests and replies take the doorbell channel; ``ring`` is its message ring.
+    """
 
     def __init__(
         self,
@@ -25,17 +44,46 @@ class Connection:
         counters: Counters,
         max_message_bytes: int,
         *,
+        bells: Bells | None = None,
         snapshot: bool = False,
+        claim_timeout_s: float = 0.0,
     ) -> None:
         self._own = own
         self._peer = peer
+        self._closed = False
+        self.bells = bells
+        self.ring = None if bells is None else MessageRing(own, peer)
         self.watch = PeerWatch(peer.fd)
-        self.send_arena = SendArena(own, release_cells(peer), counters)
+        self.send_arena = SendArena(own, release_cells(peer), counters, claim_timeout_s, self._check_peer)
         self.receive_arena = ReceiveArena(peer, release_cells(own))
         self.codec = Codec(self.send_arena, self.receive_arena, counters, max_message_bytes, snapshot=snapshot)
 
+    def prefault(self) -> None:
+        """Enter all pages of both segments into this process's page table."""
+        self._own.prefault()
+        self._peer.prefault()
+
+    def abandon(self) -> None:
+        """In a forked child: nothing that is done or dies here may reach the parent's connection."""
+        self._closed = True
+        self.receive_arena.abandon()
+        self._own.abandon()
+        self._peer.abandon()
+        if self.bells is not None:
+            for bell in self.bells:
+                bell.abandon()
+
     def close(self) -> None:
         """Give the segments back; tensors that still look into them keep their memory."""
+        self._closed = True
         self.watch.close()
         self._own.close()
         self._peer.close()
+        if self.bells is not None:
+            self.bells.peer.close()
+
+    def _check_peer(self) -> None:
+        if self._closed:
+            raise Closed("the connection was closed while a claim waited for room")
+        if not self.watch.alive():
+            raise PeerDied(f"process {self.watch.pid} ended while a claim waited for it to release results")

@@ -3,27 +3,29 @@
 Each side allocates only after the other has committed to as much::
 
     client                                   server
-      Hello(sizes)                 ──►         within the limits?
+      Hello(sizes, channel)        ──►         within the limits?
                                    ◄──       Offer, or Refused(figures)
       creates its segment
-      Attach(name)                 ──►         maps it and unlinks its name, learns the client's process
+      Attach(name, bell)           ──►         maps it and unlinks its name, learns the client's process
                                                from the kernel, creates its own segment
-      maps it, unlinks its name    ◄──       Welcome(name)
+      maps it, unlinks its name    ◄──       Welcome(name, bell)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from .connection import Connection, segment_layout
+from .bell import Bell
+from .connection import Bells, Connection, segment_layout
 from .errors import ConnectRefused, PeerProtocolError, SegmentError
 from .message import (
     MIN_MESSAGE_BYTES,
     Attach,
+    ChannelKind,
     Goodbye,
     Hello,
     Message,
@@ -48,9 +50,18 @@ class Sizes(NamedTuple):
     reply_arena_bytes: int
 
 
-def client_handshake(
-    sizes: Sizes, max_message_bytes: int, counters: Counters, *, snapshot: bool
-) -> Generator[bytes, bytes, Connection]:
+@dataclass(frozen=True)
+class Wishes:
+    """What a client wants of its connection; see ``Client``. Sizes in bytes."""
+
+    sizes: Sizes
+    max_message_bytes: int
+    channel: ChannelKind = "zmq"
+    snapshot: bool = False
+    claim_timeout_s: float = 0.0
+
+
+def client_handshake(wishes: Wishes, counters: Counters) -> Generator[bytes, bytes, Connection]:
     """The client's half: yields bytes to send, is sent the server's answer to them, returns the connection.
 
     Raises:
@@ -58,15 +69,35 @@ def client_handshake(
         PeerProtocolError: it answered something invalid.
         SegmentError: no shared memory.
     """
-    offer = _expect(Offer, (yield encode(Hello(*sizes, max_message_bytes))))
+    sizes = wishes.sizes
+    by_doorbell = wishes.channel == "doorbell"
+    offer = _expect(Offer, (yield encode(Hello(*sizes, wishes.max_message_bytes, wishes.channel))))
+    if not MIN_MESSAGE_BYTES <= offer.max_message_bytes <= wishes.max_message_bytes:
+        raise PeerProtocolError(
+            f"the server offered messages of {offer.max_message_bytes} bytes; {wishes.max_message_bytes} were asked for"
+        )
+    ring_message_bytes = offer.max_message_bytes if by_doorbell else 0
     with ExitStack() as undo:
-        own = Segment.create(segment_layout(sizes.request_arena_bytes))
+        own = Segment.create(segment_layout(sizes.request_arena_bytes, ring_message_bytes))
         undo.callback(own.close)
-        welcome = _expect(Welcome, (yield encode(Attach(own.name))))
-        peer = Segment.attach(welcome.segment, segment_layout(sizes.reply_arena_bytes))
+        own_bell = undo.enter_context(Bell.create()) if by_doorbell else None
+        attach = Attach(own.name, "" if own_bell is None else own_bell.name)
+        welcome = _expect(Welcome, (yield encode(attach)))
+        peer = Segment.attach(welcome.segment, segment_layout(sizes.reply_arena_bytes, ring_message_bytes))
         undo.callback(peer.close)
+        bells = None if own_bell is None else Bells(own_bell, undo.enter_context(Bell.open(welcome.bell)))
         own.unlink()
-        connection = Connection(own, peer, counters, offer.max_message_bytes, snapshot=snapshot)
+        if own_bell is not None:
+            own_bell.unlink()
+        connection = Connection(
+            own,
+            peer,
+            counters,
+            offer.max_message_bytes,
+            bells=bells,
+            snapshot=wishes.snapshot,
+            claim_timeout_s=wishes.claim_timeout_s,
+        )
         undo.pop_all()
         return connection
 
@@ -90,6 +121,7 @@ class Limits:
     max_message_bytes: int
     total_source: str = "set by its owner"
     handshake_timeout_s: float = 10.0
+    claim_timeout_s: float = 0.0
 
 
 class Admitted(NamedTuple):
@@ -102,14 +134,19 @@ class Admitted(NamedTuple):
 class _Newcomer(NamedTuple):
     sizes: Sizes
     max_message_bytes: int
+    channel: ChannelKind
     since: float
 
 
 class Admission:
-    """The server's half, for all clients that are not connected yet."""
+    """The server's half, for all clients that are not connected yet.
 
-    def __init__(self, limits: Limits, counters: Counters) -> None:
+    ``own_bell`` gives the bell that the server waits for, and is asked only when a client wants to ring it.
+    """
+
+    def __init__(self, limits: Limits, counters: Counters, own_bell: Callable[[], Bell]) -> None:
         self._limits = limits
+        self._own_bell = own_bell
         self._counters = counters
         self._newcomers: dict[bytes, _Newcomer] = {}
         self._admitted_sizes: dict[bytes, Sizes] = {}
@@ -136,7 +173,7 @@ class Admission:
         if refusal is not None:
             return Refused(refusal), None
         max_message_bytes = min(message.max_message_bytes, self._limits.max_message_bytes)
-        self._newcomers[identity] = _Newcomer(sizes, max_message_bytes, time.monotonic())
+        self._newcomers[identity] = _Newcomer(sizes, max_message_bytes, message.channel, time.monotonic())
         return Offer(max_message_bytes), None
 
     def forget(self, identity: bytes) -> None:
@@ -172,18 +209,31 @@ class Admission:
 
     def _attach(self, identity: bytes, newcomer: _Newcomer, attach: Attach) -> tuple[Message, Admitted | None]:
         sizes = newcomer.sizes
+        by_doorbell = newcomer.channel == "doorbell"
+        ring_message_bytes = newcomer.max_message_bytes if by_doorbell else 0
         with ExitStack() as undo:
             try:
-                peer = Segment.attach(attach.segment, segment_layout(sizes.request_arena_bytes))
+                peer = Segment.attach(attach.segment, segment_layout(sizes.request_arena_bytes, ring_message_bytes))
                 undo.callback(peer.close)
-                own = Segment.create(segment_layout(sizes.reply_arena_bytes))
+                bells = None
+                if by_doorbell:
+                    bells = Bells(self._own_bell(), undo.enter_context(Bell.open(attach.bell)))
+                    bells.peer.unlink()
+                own = Segment.create(segment_layout(sizes.reply_arena_bytes, ring_message_bytes))
                 undo.callback(own.close)
             except SegmentError as error:
                 return Refused(shorten(str(error))), None
-            connection = Connection(own, peer, self._counters, newcomer.max_message_bytes)
+            connection = Connection(
+                own,
+                peer,
+                self._counters,
+                newcomer.max_message_bytes,
+                bells=bells,
+                claim_timeout_s=self._limits.claim_timeout_s,
+            )
             undo.pop_all()
         self._admitted_sizes[identity] = sizes
-        return Welcome(own.name), Admitted(sizes, connection)
+        return Welcome(own.name, "" if bells is None else bells.own.name), Admitted(sizes, connection)
 
     def _forget_unfinished(self) -> None:
         """Forget clients that said Hello and then nothing."""

@@ -1,7 +1,7 @@
 """The control messages and their bytes; nothing here touches memory that a peer can write.
 
-Every message starts with two bytes: a magic byte and the format version. ``Hello`` and ``Refused`` never change, so
-that two versions can always tell each other that they don't match.
+Every message starts with two bytes: a magic byte and the format version. ``Refused`` never changes, so that two
+versions can always tell each other that they don't match.
 
 Plain values (None, bool, int, float, str, bytes, and lists, tuples and dicts of them) travel as MessagePack. A tensor
 travels as an extension that holds its index in the message's descriptor list; a tuple as a list that starts with a
@@ -11,11 +11,12 @@ marker.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 import torch
+import torch.utils.dlpack
 from msgspec.msgpack import Ext
 
 from .descriptor import TensorDescriptor
@@ -34,7 +35,9 @@ _EXT_TENSOR = 1
 _EXT_ARRAY = 2
 _EXT_TUPLE = 3
 _TUPLE_MARKER = Ext(_EXT_TUPLE, b"")
+_TENSOR_EXTS = tuple(Ext(_EXT_TENSOR, index.to_bytes(2, "little")) for index in range(MAX_TENSORS))
 
+ChannelKind = Literal["zmq", "doorbell"]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _ShortText = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARACTERS)]
 _LongText = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -46,11 +49,12 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class Hello(Message, frozen=True, array_like=True, tag=0):
-    """Client, first: what it wants. Sizes in bytes."""
+    """Client, first: what it wants. Sizes in bytes; ``channel`` is what will carry requests and replies."""
 
     request_arena_bytes: _Count
     reply_arena_bytes: _Count
     max_message_bytes: _Count
+    channel: ChannelKind = "zmq"
 
 
 class Refused(Message, frozen=True, array_like=True, tag=1):
@@ -66,15 +70,17 @@ class Offer(Message, frozen=True, array_like=True, tag=2):
 
 
 class Attach(Message, frozen=True, array_like=True, tag=3):
-    """Client, third: the segment that it has made."""
+    """Client, third: the segment that it has made and, for the doorbell channel, the name of its bell."""
 
     segment: _ShortText
+    bell: _ShortText = ""
 
 
 class Welcome(Message, frozen=True, array_like=True, tag=4):
-    """Server, last: the segment that it has made; it has mapped the client's."""
+    """Server, last: the segment that it has made and its bell, if asked for; it has mapped the client's."""
 
     segment: _ShortText
+    bell: _ShortText = ""
 
 
 class Goodbye(Message, frozen=True, array_like=True, tag=5):
@@ -176,8 +182,10 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
     kind = type(value)
     if kind in _PLAIN_TYPES:
         return value
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return Ext(_EXT_TENSOR if isinstance(value, torch.Tensor) else _EXT_ARRAY, export(value).to_bytes(2, "little"))
+    if isinstance(value, torch.Tensor):
+        return _TENSOR_EXTS[export(value)]
+    if isinstance(value, np.ndarray):
+        return Ext(_EXT_ARRAY, export(value).to_bytes(2, "little"))
     if depth >= MAX_DEPTH:
         raise LocalProtocolError(f"arguments and results may be nested {MAX_DEPTH} deep at most")
     if isinstance(value, (list, tuple)):
@@ -188,12 +196,28 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
             if type(key) not in _KEY_TYPES:
                 raise LocalProtocolError(f"dict keys must be str or int, not {type(key).__name__}")
         return {key: pack(item, export, depth + 1) for key, item in value.items()}
+    return _pack_foreign(value, export)
+
+
+def _pack_foreign(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int]) -> Any:
+    """A value of another library's type: a numpy scalar, or an array that torch can look into."""
+    kind = type(value)
     if isinstance(value, np.generic) and type(value.item()) in _PLAIN_TYPES:
         return value.item()
+    if hasattr(kind, "__dlpack__"):
+        return _TENSOR_EXTS[export(_from_dlpack(value))]
     raise LocalProtocolError(
-        f"an object of type {kind.__name__} can't be sent; tensors, numpy arrays, None, bool, int, float, str, bytes, "
-        "and lists, tuples and dicts of these can"
+        f"an object of type {kind.__name__} can't be sent; tensors, numpy arrays, whatever has __dlpack__, None, bool, "
+        "int, float, str, bytes, and lists, tuples and dicts of these can"
     )
+
+
+def _from_dlpack(value: Any) -> torch.Tensor:
+    try:
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(value)
+        return tensor
+    except Exception as error:  # another library's code: it may raise anything
+        raise LocalProtocolError(f"a {type(value).__name__} can't be sent: its __dlpack__ failed: {error}") from error
 
 
 def unpack(value: Any, tensors: Sequence[torch.Tensor], depth: int = 0) -> Any:

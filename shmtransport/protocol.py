@@ -6,6 +6,7 @@ maps. Arenas come in through two small interfaces, so that a test can stand in f
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +31,6 @@ from .message import (
     AnyMessage,
     Failure,
     Goodbye,
-    Message,
     Reply,
     Request,
     decode,
@@ -42,6 +42,7 @@ from .message import (
 from .statistics import Counters
 
 HANDLER = "handler"
+_ARGUMENT_DEPTH = 2  # an argument lies in the list of arguments, which lies in the message
 _RAISED_BY_KIND: dict[str, type[TransportError]] = {
     kind.__name__: kind for kind in (ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError)
 }
@@ -63,8 +64,32 @@ class Importer(Protocol):
     def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor: ...
 
 
+class _Parcel:
+    """The tensors of one message that is being made."""
+
+    __slots__ = ("_exporter", "descriptors", "nbytes")
+
+    def __init__(self, exporter: Exporter) -> None:
+        self._exporter = exporter
+        self.descriptors: list[TensorDescriptor] = []
+        self.nbytes = 0
+
+    def add(self, tensor: torch.Tensor | np.ndarray[Any, Any]) -> int:
+        """Describe a tensor to the peer; its index in the message."""
+        index = len(self.descriptors)
+        if index == MAX_TENSORS:
+            raise LocalProtocolError(f"one message carries {MAX_TENSORS} tensors at most")
+        export = self._exporter.export if isinstance(tensor, torch.Tensor) else self._exporter.export_array
+        self.descriptors.append(export(tensor))  # type: ignore[arg-type]
+        self.nbytes += tensor.nbytes
+        return index
+
+
 class Codec:
-    """Turns values with tensors into messages and back, for either side of one connection."""
+    """Turns values with tensors into messages and back, for either side of one connection.
+
+    ``request`` may be used by several threads at once.
+    """
 
     def __init__(
         self,
@@ -81,48 +106,54 @@ class Codec:
         self._max_message_bytes = max_message_bytes
         self._snapshot = snapshot
 
-    def encode(self, value: Any, build: Callable[[Any, tuple[TensorDescriptor, ...]], Message]) -> bytes:
-        """The bytes of the message that ``build`` makes of the packed value; on any error no block stays held."""
+    def request(
+        self, call_id: int, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]
+    ) -> tuple[bytes, list[TensorDescriptor]]:
+        """The bytes of a request and what it holds; on any error no block stays held."""
         started = time.perf_counter()
-        descriptors: list[TensorDescriptor] = []
-        sent_bytes = 0
-
-        def export(tensor: torch.Tensor | np.ndarray[Any, Any]) -> int:
-            nonlocal sent_bytes
-            if len(descriptors) == MAX_TENSORS:
-                raise LocalProtocolError(f"one message carries {MAX_TENSORS} tensors at most")
-            if isinstance(tensor, torch.Tensor):
-                descriptors.append(self._exporter.export(tensor))
-            else:
-                descriptors.append(self._exporter.export_array(tensor))
-            sent_bytes += tensor.nbytes
-            return len(descriptors) - 1
-
+        parcel = _Parcel(self._exporter)
         try:
-            data = encode(build(pack(value, export), tuple(descriptors)), self._max_message_bytes)
+            packed = [pack(argument, parcel.add, _ARGUMENT_DEPTH) for argument in arguments]
+            named = {name: pack(argument, parcel.add, _ARGUMENT_DEPTH) for name, argument in keywords.items()}
+            data = encode(Request(call_id, method, packed, named, tuple(parcel.descriptors)), self._max_message_bytes)
         except BaseException:
-            self._exporter.withdraw(descriptors)
+            self._exporter.withdraw(parcel.descriptors)
             raise
-        counters = self._counters
-        counters.tensor_bytes_sent += sent_bytes
-        counters.control_bytes_sent += len(data)
-        counters.serialize_seconds += time.perf_counter() - started
+        self._count_sent(data, parcel, started)
+        return data, parcel.descriptors
+
+    def reply(self, call_id: int, result: Any) -> bytes:
+        """The bytes of a reply; on any error no block stays held."""
+        started = time.perf_counter()
+        parcel = _Parcel(self._exporter)
+        try:
+            data = encode(Reply(call_id, pack(result, parcel.add), tuple(parcel.descriptors)), self._max_message_bytes)
+        except BaseException:
+            self._exporter.withdraw(parcel.descriptors)
+            raise
+        self._count_sent(data, parcel, started)
+        return data
+
+    def failure(self, failure: Failure) -> bytes:
+        """The bytes of a failure."""
+        data = encode(failure, self._max_message_bytes)
+        self._counters.control_bytes_sent += len(data)
         return data
 
     def decode(self, data: bytes) -> AnyMessage:
         self._counters.control_bytes_received += len(data)
         return decode(data)
 
-    def values(self, packed: Any, descriptors: Sequence[TensorDescriptor]) -> Any:
-        """The received value with its tensors: borrowed views, or private copies for a snapshot."""
+    def borrow(self, descriptors: Sequence[TensorDescriptor]) -> list[torch.Tensor]:
+        """A received message's tensors: borrowed views, or private copies for a snapshot."""
         tensors = []
         for descriptor in descriptors:
             tensor = self._importer.borrow(descriptor)
             self._counters.tensor_bytes_received += tensor.nbytes
             tensors.append(tensor)
         if self._snapshot:
-            tensors = [tensor.clone() for tensor in tensors]
-        return unpack(packed, tensors)
+            return [tensor.clone() for tensor in tensors]
+        return tensors
 
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:
         """Take back tensors of a message that was not sent."""
@@ -133,18 +164,25 @@ class Codec:
         for descriptor in descriptors:
             self._importer.borrow(descriptor)
 
+    def _count_sent(self, data: bytes, parcel: _Parcel, started: float) -> None:
+        counters = self._counters
+        counters.tensors_sent += len(parcel.descriptors)
+        counters.tensor_bytes_sent += parcel.nbytes
+        counters.control_bytes_sent += len(data)
+        counters.serialize_seconds += time.perf_counter() - started
+
 
 class PendingReply:
     """The client's handle on a call in flight; made by ``Client.submit``."""
 
     __slots__ = ("_error", "_result", "_wait", "call_id", "done", "method", "submitted", "tensors")
 
-    def __init__(self, call_id: int, method: str, wait: Callable[[PendingReply, float | None], None]) -> None:
-        self.call_id = call_id
+    def __init__(self, method: str, wait: Callable[[PendingReply, float | None], None]) -> None:
+        self.call_id = -1
         self.method = method
         self.done = False
         self.submitted = time.perf_counter()
-        self.tensors: tuple[TensorDescriptor, ...] = ()
+        self.tensors: Sequence[TensorDescriptor] = ()
         self._wait = wait
         self._result: Any = None
         self._error: BaseException | None = None
@@ -179,39 +217,31 @@ class ClientProtocol:
         self._codec = codec
         self._counters = counters
         self._pending: dict[int, PendingReply] = {}
-        self._next_id = 0
+        self._ids = itertools.count()
 
     def __len__(self) -> int:
         """How many calls are in flight."""
         return len(self._pending)
 
-    def request(
-        self,
-        method: str,
-        arguments: Sequence[Any],
-        keywords: Mapping[str, Any],
-        wait: Callable[[PendingReply, float | None], None],
-    ) -> tuple[PendingReply, bytes]:
-        """Start a call: its handle, and the bytes to send.
+    def request(self, pending: PendingReply, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bytes:
+        """The bytes that start a call; may be used by several threads at once, other than all else here.
 
         Raises:
-            ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing was started.
+            ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing is held for the call.
         """
-        if len(method) > MAX_NAME_CHARACTERS:
+        if len(pending.method) > MAX_NAME_CHARACTERS:
             raise LocalProtocolError(
-                f"a method's name has {len(method)} characters; the limit is {MAX_NAME_CHARACTERS}"
+                f"a method's name has {len(pending.method)} characters; the limit is {MAX_NAME_CHARACTERS}"
             )
-        call_id = self._next_id
-        self._next_id += 1
-        pending = PendingReply(call_id, method, wait)
+        pending.call_id = next(self._ids)
+        data, pending.tensors = self._codec.request(pending.call_id, pending.method, arguments, keywords)
+        return data
 
-        def build(packed: Any, tensors: tuple[TensorDescriptor, ...]) -> Request:
-            pending.tensors = tensors
-            return Request(call_id, method, packed[0], packed[1], tensors)
-
-        data = self._codec.encode([list(arguments), dict(keywords)], build)
-        self._pending[call_id] = pending
-        return pending, data
+    def start(self, pending: PendingReply) -> None:
+        """The request's bytes are about to be sent: expect the reply."""
+        self._pending[pending.call_id] = pending
+        if len(self._pending) > self._counters.in_flight_peak:
+            self._counters.in_flight_peak = len(self._pending)
 
     def take_back(self, pending: PendingReply) -> None:
         """Undo a request whose bytes could not be sent."""
@@ -253,17 +283,16 @@ class ClientProtocol:
 
     def _complete(self, pending: PendingReply, message: Reply | Failure) -> None:
         counters = self._counters
-        counters.calls += 1
         if isinstance(message, Reply):
             try:
-                pending.resolve(self._codec.values(message.result, message.tensors))
+                pending.resolve(unpack(message.result, self._codec.borrow(message.tensors)))
             except PeerProtocolError as error:
                 pending.fail(error)
                 raise
         else:
             counters.failures += 1
             pending.fail(_raised(message))
-        counters.call_seconds += time.perf_counter() - pending.submitted
+        counters.count_call(time.perf_counter() - pending.submitted)
 
 
 def _raised(message: Failure) -> TransportError:
@@ -299,7 +328,9 @@ class ServerProtocol:
             return None
         if not isinstance(message, Request):
             raise PeerProtocolError(f"the client sent a {type(message).__name__} where only requests are valid")
-        arguments, keywords = self._codec.values([message.arguments, message.keywords], message.tensors)
+        tensors = self._codec.borrow(message.tensors)
+        arguments = [unpack(argument, tensors, _ARGUMENT_DEPTH) for argument in message.arguments]
+        keywords = {name: unpack(argument, tensors, _ARGUMENT_DEPTH) for name, argument in message.keywords.items()}
         self._counters.deserialize_seconds += time.perf_counter() - started
         return Call(message.call_id, message.method, arguments, keywords)
 
@@ -309,7 +340,7 @@ class ServerProtocol:
         Raises:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: the result can't be sent.
         """
-        return self._codec.encode(result, lambda packed, tensors: Reply(call_id, packed, tensors))
+        return self._codec.reply(call_id, result)
 
     def failure(self, call_id: int, error: BaseException) -> bytes:
         """The bytes of a call's exception: its class name and text, without traceback or file paths; never fails."""
@@ -321,8 +352,7 @@ class ServerProtocol:
             return self._failure(call_id, kind, "Exception", "its text is too long to be sent")
 
     def _failure(self, call_id: int, kind: str, name: str, text: str) -> bytes:
-        failure = Failure(call_id, kind, shorten(name, MAX_NAME_CHARACTERS), shorten(text))
-        return self._codec.encode(None, lambda _packed, _tensors: failure)
+        return self._codec.failure(Failure(call_id, kind, shorten(name, MAX_NAME_CHARACTERS), shorten(text)))
 
 
 def _text_of(error: BaseException) -> str:

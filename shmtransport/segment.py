@@ -24,11 +24,12 @@ import posix_ipc
 
 from . import liveness
 from .errors import PeerProtocolError, SegmentError
-from .layout import HEADER, Layout
+from .layout import HEADER, PAGE_BYTES, Layout
 from .units import size_text
 
 NAME_PREFIX = "/shmtransport-"
 _NAME = re.compile(rf"{NAME_PREFIX}[0-9a-f]{{32}}")
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # mman.h; Python has no names for them
 
 
 def is_segment_name(name: str) -> bool:
@@ -48,7 +49,8 @@ class Segment:
         self.layout = layout
         self.owned = owned
         self._linked = True
-        self.view = memoryview(mmap.mmap(fd, layout.total_bytes))
+        self._map = mmap.mmap(fd, layout.total_bytes)
+        self.view = memoryview(self._map)
 
     @classmethod
     def create(cls, layout: Layout) -> Segment:
@@ -109,6 +111,17 @@ class Segment:
         segment.unlink()
         return segment
 
+    def prefault(self) -> None:
+        """Enter every page into this process's page table now, rather than one by one on first use."""
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE if self.owned else _MADV_POPULATE_READ)
+        except OSError:  # a kernel before 5.14
+            self.view[::PAGE_BYTES].tobytes()
+
+    def abandon(self) -> None:
+        """In a forked child: forget the parent's segment; tensors that look into it stay valid here as well."""
+        self._linked = self.owned = False
+
     def unlink(self) -> None:
         """Remove the name; the memory lives until both sides have unmapped it. A second call does nothing."""
         if self._linked:
@@ -123,6 +136,7 @@ class Segment:
             if self.owned:
                 liveness.end_ownership(self.fd)
             self.view = memoryview(b"")
+            del self._map
             os.close(self.fd)
             self.fd = -1
 

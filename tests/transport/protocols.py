@@ -75,7 +75,10 @@ class Link:
         )
 
     def request(self, *arguments: Any, **keywords: Any) -> tuple[PendingReply, bytes]:
-        return self.client.request("method", arguments, keywords, never_wait)
+        pending = PendingReply("method", never_wait)
+        data = self.client.request(pending, arguments, keywords)
+        self.client.start(pending)
+        return pending, data
 
     def submit(self, *arguments: Any, **keywords: Any) -> tuple[PendingReply, Call]:
         """A request, received by the server."""

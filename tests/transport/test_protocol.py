@@ -18,8 +18,8 @@ from .protocols import Link, never_wait
 def test_a_call_arrives_as_it_was_made() -> None:
     """Method, arguments and keywords arrive; tensors stand where they stood."""
     link = Link()
-    _, data = link.client.request(
-        "linear", (torch.arange(3), [1, (2, 3)]), {"layer": 4, "bias": np.ones(2)}, never_wait
+    data = link.client.request(
+        PendingReply("linear", never_wait), (torch.arange(3), [1, (2, 3)]), {"layer": 4, "bias": np.ones(2)}
     )
     call = link.server.receive(data)
     assert call is not None
@@ -61,14 +61,13 @@ def test_a_result_can_be_asked_for_again() -> None:
 
 def test_result_waits_only_if_there_is_no_reply() -> None:
     """``result`` hands itself and its time-out to the wait function, and raises what that leaves behind."""
-    link = Link()
     waited: list[tuple[PendingReply, float | None]] = []
 
     def wait(pending: PendingReply, timeout_s: float | None) -> None:
         waited.append((pending, timeout_s))
         pending.resolve("now")
 
-    pending, _ = link.client.request("method", (), {}, wait)
+    pending = PendingReply("method", wait)
     assert not waited
     assert pending.result(2.5) == "now"
     assert pending.result() == "now"

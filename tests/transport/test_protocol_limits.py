@@ -31,6 +31,7 @@ from shmtransport.message import (
     Welcome,
     encode,
 )
+from shmtransport.protocol import PendingReply
 
 from .protocols import Link, never_wait
 
@@ -96,7 +97,7 @@ def test_an_overlong_method_name_is_the_callers_error() -> None:
     """What the receiver's limits refuse must be refused at home."""
     link = Link()
     with pytest.raises(LocalProtocolError):
-        link.client.request("m" * 300, (), {}, never_wait)
+        link.client.request(PendingReply("m" * 300, never_wait), (), {})
 
 
 # --- what a peer may send ---------------------------------------------------------------------------------------------

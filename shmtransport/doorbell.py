@@ -1,0 +1,352 @@
+"""The doorbell channel: messages through the ring in each side's segment, a semaphore to wake whoever waits.
+
+Rules that it keeps:
+
+* whoever publishes a message rings; whoever takes a message takes one ring back. So nobody has to say that it sleeps,
+  and no order between two processes' stores and loads matters here;
+* waiting first looks, for ``spin_us`` microseconds, then blocks in the kernel. It blocks in slices: a ring that a
+  hostile peer has taken away costs the others one slice;
+* a writer never blocks. What the ring has no room for is the client's to send again, and is queued by the server;
+* the handshake, and so every new client, comes by ZeroMQ. While there are doorbells to wait for, a second thread
+  waits for ZeroMQ and rings; in an event loop it is the other way round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from .bell import Bell
+from .channel import QUEUE_LIMIT, BrokenPeer, Channel, ServerChannel
+from .connection import Bells
+from .errors import PeerProtocolError
+from .message_ring import MessageRing
+
+_SLICE_S = 0.5
+_QUEUED_BYTES_LIMIT = 16 << 20
+
+
+class _Relay:
+    """A thread that turns one way of being woken into another: ``step`` again and again, until ``stop``."""
+
+    def __init__(self, name: str, step: Callable[[], None], interrupt: Callable[[], None]) -> None:
+        self._step = step
+        self._interrupt = interrupt
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._step()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._interrupt()
+        self._thread.join()
+
+
+class DoorbellChannel(Channel):
+    """A client's end.
+
+    ``handshake_channel`` is the one by which the connection was made; it stays open for as long as this, and takes
+    the last goodbye where the ring has no room for it.
+    """
+
+    kind = "doorbell"
+
+    def __init__(self, handshake_channel: Channel, ring: MessageRing, bells: Bells, spin_us: float) -> None:
+        self._handshake_channel = handshake_channel
+        self._ring = ring
+        self._own_bell, self._peer_bell = bells
+        self._spin_s = spin_us * 1e-6
+        self._wants_room = False
+        self._untaken = 0  # rings of messages that were found by looking
+        self._relay: _Relay | None = None
+        self._event_fd = -1
+        self._closed = False
+
+    def send(self, data: bytes) -> bool:
+        if not self._ring.write(data):
+            self._wants_room = True
+            self._ring.want_room(True)
+            if not self._ring.write(data):
+                return False
+        if self._wants_room:
+            self._wants_room = False
+            self._ring.want_room(False)
+        self._peer_bell.ring()
+        return True
+
+    def receive(self) -> bytes | None:
+        data = self._ring.read()
+        if data is None:
+            if self._event_fd < 0:
+                return None
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._event_fd)
+            data = self._ring.read()  # what came before the descriptor was cleared
+            if data is None:
+                return None
+        self._untaken += 1
+        if self._ring.made_room:
+            self._ring.made_room = False
+            self._peer_bell.ring()
+        return data
+
+    def wait(self, timeout_s: float) -> bool:
+        ring = self._ring
+        while self._untaken and self._own_bell.take():
+            self._untaken -= 1
+        if ring.wait_readable(time.perf_counter() + self._spin_s if self._spin_s else 0.0):
+            return False
+        rung = self._own_bell.wait(min(max(timeout_s, 0.0), _SLICE_S))
+        if rung and ring.readable():
+            self._untaken -= 1
+        return True
+
+    def wake(self) -> None:
+        if not self._closed:
+            self._own_bell.ring()
+
+    def fileno(self) -> int:
+        if self._event_fd < 0:
+            self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._relay = _Relay("shmtransport doorbell", self._wake_event_loop, self._own_bell.ring)
+        return self._event_fd
+
+    def ended(self) -> bool:
+        return self._ring.ended()
+
+    def say_goodbye(self, data: bytes) -> None:
+        self._handshake_channel.say_goodbye(data)
+
+    def abandon(self) -> None:
+        self._closed = True
+        self._handshake_channel.abandon()
+
+    def close(self, *, flush: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._relay is not None:
+            self._relay.stop()
+            os.close(self._event_fd)
+        self._ring.end()
+        self._own_bell.close()
+        self._handshake_channel.close(flush=flush)
+
+    def _wake_event_loop(self) -> None:
+        rung = self._own_bell.wait(_SLICE_S)
+        if rung or self._ring.readable() or self._ring.ended():
+            os.eventfd_write(self._event_fd, 1)
+
+
+class _Line:
+    """One client's ring and bell, and what its ring had no room for."""
+
+    def __init__(self, peer: bytes, ring: MessageRing, bell: Bell) -> None:
+        self.peer = peer
+        self.ring = ring
+        self.bell = bell
+        self.queue: deque[bytes] = deque()
+        self.queued_bytes = 0
+
+    def send(self, data: bytes) -> bool:
+        """Send or queue one message; False if too much is queued."""
+        if not self.queue and self.ring.write(data):
+            self.bell.ring()
+            return True
+        self.queue.append(data)
+        self.queued_bytes += len(data)
+        self.ring.want_room(True)
+        self.flush()
+        return len(self.queue) <= QUEUE_LIMIT and self.queued_bytes <= _QUEUED_BYTES_LIMIT
+
+    def flush(self) -> None:
+        """Send what was queued, as far as there is room."""
+        while self.queue and self.ring.write(self.queue[0]):
+            self.queued_bytes -= len(self.queue.popleft())
+            self.bell.ring()
+        if not self.queue:
+            self.ring.want_room(False)
+
+
+class DoorbellServerChannel(ServerChannel):
+    """The server's end for clients of both kinds: those that ``connect`` was called for, and all others by ``base``.
+
+    Without a doorbell client it is its ``base`` and nothing else.
+    """
+
+    def __init__(self, base: ServerChannel, spin_us: float) -> None:
+        self._base = base
+        self._spin_s = spin_us * 1e-6
+        self._bell: Bell | None = None
+        self._lines: dict[bytes, _Line] = {}
+        self._in_turn: tuple[_Line, ...] = ()
+        self._turn = 0
+        self._base_first = False
+        self._untaken = 0  # rings of messages that were found by looking
+        self._relay: _Relay | None = None
+        self._in_event_loop = False
+        # Written by the relay, read here:
+        self._base_due = True
+        self._readable: deque[int] = deque()
+
+    def bell(self) -> Bell:
+        """What wakes this server; made when it is first asked for."""
+        if self._bell is None:
+            self._bell = Bell.create()
+        return self._bell
+
+    def kind_of(self, peer: bytes) -> str:
+        """Which kind of channel a client uses."""
+        return "doorbell" if peer in self._lines else "zmq"
+
+    def connect(self, peer: bytes, ring: MessageRing, bell: Bell) -> None:
+        """From now on this client's messages come by its ring."""
+        self._lines[peer] = _Line(peer, ring, bell)
+        self._in_turn = tuple(self._lines.values())
+        if self._relay is None:
+            self._start_relay()
+
+    def disconnect(self, peer: bytes) -> None:
+        """This client, of either kind, is gone or has to go."""
+        line = self._lines.pop(peer, None)
+        if line is None:
+            return
+        line.ring.end()
+        line.bell.ring()
+        self._in_turn = tuple(self._lines.values())
+        if not self._lines:
+            self._stop_relay()
+
+    def send(self, peer: bytes, data: bytes) -> bool:
+        line = self._lines.get(peer)
+        if line is None:
+            sent = self._base.send(peer, data)
+            self._base_due = True  # sending may take the edge away that the relay waits for
+            return sent
+        try:
+            return line.send(data)
+        except PeerProtocolError as error:
+            raise BrokenPeer(peer, error) from error
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        if not self._lines:
+            return self._base.receive()
+        self._base_first = not self._base_first  # neither kind of client can keep the other waiting
+        if self._base_first:
+            return self._receive_from_base() or self._receive_from_lines()
+        return self._receive_from_lines() or self._receive_from_base()
+
+    def watch(self, descriptor: int) -> None:
+        self._base.watch(descriptor)
+
+    def unwatch(self, descriptor: int) -> None:
+        self._base.unwatch(descriptor)
+
+    def wait(self, timeout_s: float | None) -> list[int]:
+        if self._relay is None or self._in_event_loop:
+            return [*self._take_readable(), *self._base.wait(timeout_s)]
+        bell = self.bell()
+        while self._untaken and bell.take():
+            self._untaken -= 1
+        deadline = time.perf_counter() + self._spin_s if self._spin_s else 0.0
+        while not self._due():
+            if time.perf_counter() >= deadline:
+                rung = bell.wait(_SLICE_S if timeout_s is None else min(timeout_s, _SLICE_S))
+                if rung and self._lines_readable():
+                    self._untaken -= 1
+                break
+        return self._take_readable()
+
+    def fileno(self) -> int:
+        self._in_event_loop = True
+        return self._base.fileno()
+
+    @property
+    def wake_descriptor(self) -> int:
+        return self._base.wake_descriptor
+
+    def wake(self) -> None:
+        self._base.wake()
+
+    def abandon(self) -> None:
+        self._base.abandon()
+        if self._bell is not None:
+            self._bell.abandon()
+        self._relay = None
+
+    def close(self) -> None:
+        for peer in list(self._lines):
+            self.disconnect(peer)
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
+        self._base.close()
+
+    def _receive_from_base(self) -> tuple[bytes, bytes] | None:
+        if not (self._base_due or self._in_event_loop):
+            return None
+        self._base_due = False  # before looking: what comes now is seen here, or the relay says so again
+        received = self._base.receive()
+        if received is not None:
+            self._base_due = True
+        return received
+
+    def _receive_from_lines(self) -> tuple[bytes, bytes] | None:
+        lines = self._in_turn
+        for step in range(len(lines)):
+            line = lines[(self._turn + step) % len(lines)]
+            try:
+                if line.queue:
+                    line.flush()
+                data = line.ring.read()
+            except PeerProtocolError as error:
+                raise BrokenPeer(line.peer, error) from error
+            if data is not None:
+                self._turn = (self._turn + step + 1) % len(lines)
+                self._untaken += 1
+                if line.ring.made_room:
+                    line.ring.made_room = False
+                    line.bell.ring()
+                return line.peer, data
+        return None
+
+    def _lines_readable(self) -> bool:
+        return any(line.ring.readable() for line in self._in_turn)
+
+    def _due(self) -> bool:
+        return self._base_due or bool(self._readable) or self._lines_readable()
+
+    def _take_readable(self) -> list[int]:
+        taken = []
+        while self._readable:
+            taken.append(self._readable.popleft())
+        return taken
+
+    def _start_relay(self) -> None:
+        bell = self.bell()
+        if self._in_event_loop:
+            self._relay = _Relay("shmtransport doorbell", self._wake_event_loop, bell.ring)
+        else:
+            self._relay = _Relay("shmtransport zmq", self._ring_for_base, self._base.wake)
+
+    def _stop_relay(self) -> None:
+        if self._relay is not None:
+            self._relay.stop()
+            self._relay = None
+
+    def _ring_for_base(self) -> None:
+        self._readable.extend(self._base.wait(None))
+        self._base_due = True
+        self.bell().ring()
+
+    def _wake_event_loop(self) -> None:
+        if self.bell().wait(_SLICE_S) or self._lines_readable():
+            self._base.wake()

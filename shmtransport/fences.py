@@ -1,0 +1,31 @@
+"""Memory order for plain stores that another process reads; Python has no fences of its own.
+
+``order`` keeps loads before it ahead of stores and loads after it, and stores before it ahead of stores after it: for
+"written, then published" and "seen published, then read". x86 keeps that order by itself. ``full_fence`` also keeps a
+store before it ahead of a load after it, which no machine does by itself: for "I said that I wait, then I looked
+again".
+
+A lock's release followed by an acquire is a full fence on x86 (a locked instruction) and on Arm (a load-acquire is
+never moved ahead of an earlier store-release). The lock is fresh, so never contended, so this can't block, not even
+inside a garbage collection.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+
+
+def full_fence() -> None:
+    """Order all that this thread did before ahead of all that it does next."""
+    lock = threading.Lock()
+    lock.acquire()
+    lock.release()
+    lock.acquire()
+
+
+def _ordered_by_hardware() -> None:
+    """Nothing to do: every store is a release and every load an acquire here."""
+
+
+order = _ordered_by_hardware if platform.machine() in ("x86_64", "AMD64") else full_fence

@@ -1,0 +1,301 @@
+"""What the blocking and the asyncio server share: handlers, clients, and what a received message leads to."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from . import address as addresses
+from .channel import BrokenPeer, ZmqServerChannel
+from .connection import Connection
+from .doorbell import DoorbellServerChannel
+from .errors import LocalProtocolError, PeerProtocolError, TransportError
+from .forks import abandon_after_fork
+from .handshake import Admission, Limits
+from .message import DEFAULT_MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Goodbye, Message, Refused, encode, shorten
+from .protocol import Call, ServerProtocol
+from .segment import shared_memory_bytes
+from .statistics import Counters, Statistics
+from .units import size_text
+
+logger = logging.getLogger("shmtransport")
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+class HostedClient:
+    """One connected client; ``number`` is never used for another."""
+
+    def __init__(self, identity: bytes, number: int, connection: Connection, counters: Counters) -> None:
+        self.identity = identity
+        self.number = number
+        self.connection = connection
+        self.protocol = ServerProtocol(connection.codec, counters)
+        self.gone = False
+        self.in_progress = 0
+
+
+class Arrival(NamedTuple):
+    """A call that has come, and whose it is."""
+
+    client: HostedClient
+    call: Call
+
+
+class Host:
+    """Base of the two servers; see ``Server`` for the options."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_arena_bytes: int = 8 << 30,
+        max_total_arena_bytes: int | None = None,
+        max_clients: int = 64,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        spin_us: float = 0.0,
+        claim_timeout_s: float = 0.0,
+        drain_timeout_s: float = 5.0,
+        prefault: bool = False,
+    ) -> None:
+        self.address = address
+        self.transport = addresses.kind(address)
+        total_source = "set by its owner"
+        if max_total_arena_bytes is None:
+            max_total_arena_bytes, total_source = shared_memory_bytes() // 2, "half of /dev/shm"
+        if max_message_bytes < MIN_MESSAGE_BYTES:
+            raise LocalProtocolError(f"max_message_bytes must be {MIN_MESSAGE_BYTES} or more, not {max_message_bytes}")
+        limits = Limits(
+            max_arena_bytes,
+            max_total_arena_bytes,
+            max_clients,
+            max_message_bytes,
+            total_source,
+            claim_timeout_s=claim_timeout_s,
+        )
+        self._drain_timeout_s = drain_timeout_s
+        self._prefault = prefault
+        self._handlers: dict[str, Callable[..., Any]] = {}
+        self._on_disconnect: list[Callable[[int], None]] = []
+        self._counters = Counters()
+        self._clients: dict[bytes, HostedClient] = {}
+        self._watched: dict[int, HostedClient] = {}
+        self._unwatched: set[HostedClient] = set()
+        self._connected = 0
+        self._last_refused = b""
+        self._current: ContextVar[HostedClient] = ContextVar("current client")
+        self._stopping = threading.Event()
+        self._channel = DoorbellServerChannel(ZmqServerChannel(address, max_message_bytes), spin_us)
+        self._admission = Admission(limits, self._counters, self._channel.bell)
+        abandon_after_fork(self)
+
+    def method(self, handler: Handler) -> Handler:
+        """Decorator: register a function under its own name."""
+        self.register(handler.__name__, handler)
+        return handler
+
+    def register(self, name: str, handler: Callable[..., Any]) -> None:
+        """Let clients call ``handler`` as ``name``. Tensors reach it as borrowed views of the client's arena.
+
+        Raises:
+            LocalProtocolError: the name is taken.
+        """
+        if name in self._handlers:
+            raise LocalProtocolError(f"a handler for {name!r} is already registered")
+        self._handlers[name] = handler
+
+    def on_disconnect(self, callback: Callable[[int], None]) -> None:
+        """Call ``callback(connection_id)`` whenever a client has gone, however it went."""
+        self._on_disconnect.append(callback)
+
+    @property
+    def connection_id(self) -> int:
+        """In a handler: the number of the connection that it serves; never used again for another.
+
+        Raises:
+            LocalProtocolError: outside of a handler.
+        """
+        return self._caller().number
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """In a handler: an uninitialised tensor in the caller's reply arena; returned, it is not copied.
+
+        Raises:
+            ArenaFull, TensorTooLarge: no room now, or never. The client gets the same error.
+            LocalProtocolError: outside of a handler.
+        """
+        return self._caller().connection.send_arena.empty(shape, dtype)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As ``empty``, with the shape and dtype of another tensor."""
+        return self.empty(tensor.shape, tensor.dtype)
+
+    def statistics(self) -> Statistics:
+        """Totals over all clients since this server was made."""
+        return self._counters.snapshot()
+
+    def stop(self) -> None:
+        """Make ``serve`` return; may be called from any thread, a handler or a signal handler."""
+        self._stopping.set()
+        self._channel.wake()
+
+    def abandon(self) -> None:
+        """In a forked child: this server is the parent's, and nothing that is done here may reach it."""
+        self._channel.abandon()
+        for client in self._clients.values():
+            client.connection.abandon()
+        self._clients.clear()
+        self._watched.clear()
+        self._unwatched.clear()
+        self._stopping.set()
+
+    def _close(self) -> None:
+        """End all connections and remove the socket."""
+        for client in list(self._clients.values()):
+            self._send(client.identity, Goodbye("the server was shut down"))
+            self._drop(client, "server shut down")
+        self._channel.close()
+
+    def _caller(self) -> HostedClient:
+        try:
+            return self._current.get()
+        except LookupError:
+            raise LocalProtocolError("this is known only inside a handler") from None
+
+    def _receive(self) -> Arrival | bool:
+        """Take the next message: a call that it asks for; else whether there was one at all."""
+        try:
+            received = self._channel.receive()
+        except BrokenPeer as broken:
+            self._refuse(self._clients[broken.peer], broken.error)
+            return True
+        if received is None:
+            return False
+        identity, data = received
+        client = self._clients.get(identity)
+        if client is None:
+            self._admit(identity, data)
+            return True
+        try:
+            call = client.protocol.receive(data)
+        except PeerProtocolError as error:
+            self._refuse(client, error)
+            return True
+        if call is None:
+            self._drop(client, "it said goodbye")
+            return True
+        return Arrival(client, call)
+
+    def _reply(self, client: HostedClient, data: bytes) -> None:
+        """Send a call's reply."""
+        try:
+            if not client.gone and not self._channel.send(client.identity, data):
+                self._drop(client, "it no longer reads its replies")
+        except BrokenPeer as broken:
+            self._refuse(client, broken.error)
+
+    def _handler(self, call: Call) -> Callable[..., Any]:
+        handler = self._handlers.get(call.method)
+        if handler is None:
+            raise LocalProtocolError(
+                f"there is no method {call.method!r}; there are: {', '.join(sorted(self._handlers)) or 'none'}"
+            )
+        return handler
+
+    def _failure(self, client: HostedClient, call: Call, error: BaseException) -> bytes:
+        """The bytes that tell a caller of its call's exception."""
+        self._counters.failures += 1
+        if not isinstance(error, TransportError):
+            logger.error("handler %r raised", call.method, exc_info=error)
+        return client.protocol.failure(call.call_id, error)
+
+    def _drop_ended(self, readable: Sequence[int]) -> None:
+        """Drop the clients whose processes have ended, by the descriptors that told so."""
+        for descriptor in readable:
+            if descriptor in self._watched:
+                self._drop(self._watched[descriptor], "its process ended")
+
+    def _ask_unwatched(self) -> None:
+        """Drop those clients that have ended of which no descriptor would tell."""
+        for client in [client for client in self._unwatched if not client.connection.watch.alive()]:
+            self._drop(client, "its process ended")
+
+    def _refuse(self, client: HostedClient, error: PeerProtocolError) -> None:
+        """A malformed message costs its sender the connection, nothing else."""
+        logger.warning("client %d broke the protocol: %s", client.number, error)
+        self._send(client.identity, Goodbye(shorten(f"protocol error: {error}")))
+        self._drop(client, "protocol error")
+
+    def _admit(self, identity: bytes, data: bytes) -> None:
+        try:
+            answer, admitted = self._admission.receive(identity, data)
+        except PeerProtocolError as error:
+            answer, admitted = Refused(shorten(str(error))), None
+        if isinstance(answer, Refused) and identity != self._last_refused:
+            self._last_refused = identity  # one that goes on sending is not logged again
+            logger.warning("a client was refused: %s", answer.reason)
+        # The answer goes by ZeroMQ, so before the client's channel may be another one.
+        answered = answer is None or self._send(identity, answer)
+        if admitted is not None:
+            self._connected += 1
+            client = HostedClient(identity, self._connected, admitted.connection, self._counters)
+            self._connect(client)
+            logger.info(
+                "client %d connected at %s (%s, %s channel): request arena %s, reply arena %s, process %d",
+                client.number,
+                self.address,
+                self.transport,
+                self._channel.kind_of(identity),
+                size_text(admitted.sizes.request_arena_bytes),
+                size_text(admitted.sizes.reply_arena_bytes),
+                client.connection.watch.pid,
+            )
+            if not answered:
+                self._drop(client, "it went away while connecting")
+        elif not answered:
+            self._admission.forget(identity)
+
+    def _connect(self, client: HostedClient) -> None:
+        connection = client.connection
+        self._clients[client.identity] = client
+        if connection.ring is not None and connection.bells is not None:
+            self._channel.connect(client.identity, connection.ring, connection.bells.peer)
+        descriptor = connection.watch.fileno()
+        if descriptor is not None:
+            self._watched[descriptor] = client
+            self._channel.watch(descriptor)
+        elif connection.watch.must_be_asked:
+            self._unwatched.add(client)
+        if self._prefault:
+            connection.prefault()
+
+    def _drop(self, client: HostedClient, reason: str) -> None:
+        """Free all that a client held."""
+        del self._clients[client.identity]
+        client.gone = True
+        descriptor = client.connection.watch.fileno()
+        if descriptor is not None:
+            self._channel.unwatch(descriptor)
+            del self._watched[descriptor]
+        self._unwatched.discard(client)
+        self._channel.disconnect(client.identity)
+        self._admission.forget(client.identity)
+        client.connection.close()
+        logger.info("client %d disconnected: %s", client.number, reason)
+        for callback in self._on_disconnect:
+            try:
+                callback(client.number)
+            except Exception:  # noqa: PERF203 - one service's mistake must not end the others' clients
+                logger.exception("an on_disconnect callback raised")
+
+    def _send(self, identity: bytes, message: Message) -> bool:
+        """Send a message that is no reply; False if the client is gone."""
+        try:
+            return self._channel.send(identity, encode(message))
+        except BrokenPeer:
+            return False
