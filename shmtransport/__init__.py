@@ -3,6 +3,7 @@
 ``Server`` registers functions, ``Client`` calls them; see the README for an example.
 """
 
+from .aio import AsyncClient, AsyncServer
 from .client import Client
 from .errors import (
     AddressError,
@@ -31,6 +32,8 @@ __version__ = VERSION
 __all__ = [
     "AddressError",
     "ArenaFull",
+    "AsyncClient",
+    "AsyncServer",
     "CallTimeout",
     "Client",
     "Closed",

@@ -207,6 +207,11 @@ class SendArena:
         np.copyto(loan.numpy(), array)
         return self._export_copy(loan)
 
+    @property
+    def held_by_peer(self) -> int:
+        """How many sent tensors the peer has not released, as far as was looked."""
+        return len(self._held_by_peer)
+
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:
         """Take back descriptors that were never sent."""
         with self._lock:

@@ -154,12 +154,11 @@ class Host:
         self._unwatched.clear()
         self._stopping.set()
 
-    def _close(self) -> None:
-        """End all connections and remove the socket."""
+    def _drop_all(self) -> None:
+        """End all connections."""
         for client in list(self._clients.values()):
             self._send(client.identity, Goodbye("the server was shut down"))
             self._drop(client, "server shut down")
-        self._channel.close()
 
     def _caller(self) -> HostedClient:
         try:

@@ -44,7 +44,8 @@ class Server(Host):
 
     def close(self) -> None:
         """End all connections and remove the socket. A second call does nothing."""
-        self._close()
+        self._drop_all()
+        self._channel.close()
 
     def __enter__(self) -> Server:
         return self
