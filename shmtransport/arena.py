@@ -49,11 +49,16 @@ else:
     _Reference = weakref.ref
 
 
-class _LoanAnchor(_Reference):
-    """Weak reference to a loan's memory; its death is what ends the loan."""
+class _Loan(_Reference):
+    """A claimed block, as a weak reference to the memory that was lent: its death is what ends the loan.
 
-    __slots__ = ("held",)
-    held: _HeldBlock
+    The block is free again once the loan has ended and the peer has released every descriptor of it.
+    """
+
+    __slots__ = ("block", "ended", "holds")
+    block: Block
+    ended: bool
+    holds: int
 
 
 class _BorrowAnchor(_Reference):
@@ -62,18 +67,6 @@ class _BorrowAnchor(_Reference):
     __slots__ = ("sequence", "slot")
     slot: int
     sequence: int
-
-
-class _HeldBlock:
-    """A claimed block: free again once its loan has ended and the peer has released every descriptor of it."""
-
-    __slots__ = ("anchor", "block", "holds", "loaned")
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.loaned = True
-        self.holds = 0
-        self.anchor: _LoanAnchor | None = None
 
 
 def _view(
@@ -133,12 +126,12 @@ class SendArena:
         self._claim_timeout_s = claim_timeout_s
         self._check_peer = check_peer
         self._lock = threading.Lock()
-        self._by_address: dict[int, _HeldBlock] = {}
+        self._by_address: dict[int, _Loan] = {}
         # Ordered by age, with a first item that is found at once however many were taken out before it.
-        self._held_by_peer: OrderedDict[int, tuple[int, _HeldBlock, float]] = OrderedDict()
+        self._held_by_peer: OrderedDict[int, tuple[int, _Loan, float]] = OrderedDict()
         self._free_slots = list(range(len(peer_released) - 1, -1, -1))
         self._sequence = 0
-        self._ended: deque[_LoanAnchor] = deque()
+        self._ended: deque[Any] = deque()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A loan: an uninitialised, contiguous CPU tensor of ``shape`` in this arena.
@@ -149,17 +142,18 @@ class SendArena:
             LocalProtocolError: the dtype or shape can't be sent.
         """
         sizes = tuple(shape)
-        row = _row(dtype)
+        row = BY_TORCH.get(dtype) or _row(dtype)
         nbytes = math.prod(sizes) * row.itemsize
-        if nbytes <= 0 or min(sizes, default=0) < 0 or len(sizes) > MAX_DIMENSIONS:
+        if nbytes <= 0 or len(sizes) > MAX_DIMENSIONS or (sizes and min(sizes) < 0):
             return _without_bytes(sizes, row)
         with self._lock:
             block = self._claim(nbytes)
         memory, tensor = _view(self._data, block.offset, nbytes, row, sizes)
-        held = _HeldBlock(block)
-        held.anchor = _LoanAnchor(memory, self._ended.append)
-        held.anchor.held = held
-        self._by_address[self._address + block.offset] = held
+        loan = _Loan(memory, self._ended.append)
+        loan.block = block
+        loan.ended = False
+        loan.holds = 0
+        self._by_address[self._address + block.offset] = loan
         return tensor
 
     def export(self, tensor: torch.Tensor) -> TensorDescriptor:
@@ -174,22 +168,19 @@ class SendArena:
             raise LocalProtocolError("only dense tensors can be sent")
         row = BY_TORCH.get(tensor.dtype) or _row(tensor.dtype)
         shape = tuple(tensor.shape)
-        if (
-            tensor.is_cpu
-            and (held := self._by_address.get(tensor.untyped_storage().data_ptr())) is not None
-            and tensor.is_contiguous()
-            and not (tensor.is_conj() or tensor.is_neg() or len(shape) > MAX_DIMENSIONS or tensor.numel() == 0)
-        ):
+        # No tensor of another device or kind has a storage at one of these addresses.
+        loan = self._by_address.get(tensor.untyped_storage().data_ptr())
+        if loan is not None and self._is_sent_as_it_is(tensor):
             with self._lock:
-                slot, sequence = self._hold(held)
+                slot, sequence = self._hold(loan)
             return TensorDescriptor(tensor.data_ptr() - self._address, shape, row.name, slot, sequence)
         if tensor.is_meta:
             raise LocalProtocolError("a meta tensor has no content and can't be sent")
-        loan = self.empty(shape, tensor.dtype)
-        if loan.numel() == 0:
+        copy = self.empty(shape, tensor.dtype)
+        if copy.numel() == 0:
             return TensorDescriptor(0, shape, row.name, 0, 0)
-        loan.copy_(tensor.detach())
-        return self._export_copy(loan)
+        copy.copy_(tensor.detach())
+        return self._export_copy(copy)
 
     def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor:
         """As ``export``, for a numpy array of any strides and byte order, read-only or not."""
@@ -203,9 +194,9 @@ class SendArena:
                 pass
             else:
                 return self.export(tensor)
-        loan = self.empty(array.shape, row.torch)
-        np.copyto(loan.numpy(), array)
-        return self._export_copy(loan)
+        copy = self.empty(array.shape, row.torch)
+        np.copyto(copy.numpy(), array)
+        return self._export_copy(copy)
 
     @property
     def held_by_peer(self) -> int:
@@ -219,20 +210,31 @@ class SendArena:
                 if descriptor.sequence:
                     self._end_hold(descriptor.slot)
 
-    def _export_copy(self, loan: torch.Tensor) -> TensorDescriptor:
-        with self._lock:
-            self._counters.bytes_copied += loan.nbytes
-            self._counters.tensors_copied += 1
-        return self.export(loan)
+    @staticmethod
+    def _is_sent_as_it_is(tensor: torch.Tensor) -> bool:
+        """Whether the bytes of a tensor over a loan are its elements, in order."""
+        return (
+            tensor.is_contiguous()
+            and not (tensor.is_conj() or tensor.is_neg())
+            and tensor.dim() <= MAX_DIMENSIONS
+            and tensor.nbytes > 0
+        )
 
-    def _hold(self, held: _HeldBlock) -> tuple[int, int]:
+    def _export_copy(self, copy: torch.Tensor) -> TensorDescriptor:
+        with self._lock:
+            self._counters.bytes_copied += copy.nbytes
+            self._counters.tensors_copied += 1
+        return self.export(copy)
+
+    def _hold(self, loan: _Loan) -> tuple[int, int]:
         """Hold a block for the peer; the slot and sequence that will release it."""
+        self._collect_oldest()
         if not self._free_slots:
             self._wait_until(lambda: bool(self._free_slots), self._no_slot)
         slot = self._free_slots.pop()
         self._sequence += 1
-        held.holds += 1
-        self._held_by_peer[slot] = (self._sequence, held, time.monotonic())
+        loan.holds += 1
+        self._held_by_peer[slot] = (self._sequence, loan, time.monotonic())
         return slot, self._sequence
 
     def _claim(self, nbytes: int) -> Block:
@@ -299,10 +301,12 @@ class SendArena:
 
     def _collect_oldest(self) -> None:
         """Free what has ended, looking at the oldest borrows only: O(1) in first-in-first-out use."""
-        self._collect_ended_loans()
-        while self._held_by_peer:
-            slot = next(iter(self._held_by_peer))
-            if self._peer_released[slot] != self._held_by_peer[slot][0]:
+        if self._ended:
+            self._collect_ended_loans()
+        held = self._held_by_peer
+        while held:
+            slot = next(iter(held))
+            if self._peer_released[slot] != held[slot][0]:
                 break
             self._end_hold(slot)
 
@@ -315,21 +319,21 @@ class SendArena:
 
     def _collect_ended_loans(self) -> None:
         while self._ended:
-            held = self._ended.popleft().held
-            held.loaned = False
-            held.anchor = None
-            self._free_if_unused(held)
+            loan: _Loan = self._ended.popleft()
+            loan.ended = True
+            if loan.holds == 0:
+                self._free(loan)
 
     def _end_hold(self, slot: int) -> None:
-        _, held, _ = self._held_by_peer.pop(slot)
+        _, loan, _ = self._held_by_peer.pop(slot)
         self._free_slots.append(slot)
-        held.holds -= 1
-        self._free_if_unused(held)
+        loan.holds -= 1
+        if loan.ended and loan.holds == 0:
+            self._free(loan)
 
-    def _free_if_unused(self, held: _HeldBlock) -> None:
-        if not held.loaned and held.holds == 0:
-            del self._by_address[self._address + held.block.offset]
-            self._ring.release(held.block)
+    def _free(self, loan: _Loan) -> None:
+        del self._by_address[self._address + loan.block.offset]
+        self._ring.release(loan.block)
 
 
 class ReceiveArena:

@@ -24,9 +24,13 @@ QUEUE_LIMIT = 10_000
 
 
 class Channel(ABC):
-    """A client's end."""
+    """A client's end.
+
+    ``looks_first`` says that ``wait`` itself sees what has come already; otherwise ``receive`` must have found nothing.
+    """
 
     kind: str
+    looks_first = False
 
     @abstractmethod
     def send(self, data: bytes) -> bool:

@@ -304,7 +304,7 @@ class Client(ClientBase):
             finally:
                 del self._followers[key]
             return
-        if self._receive(link):
+        if not link.channel.looks_first and self._receive(link):
             return
         self._receiving = True
         self._lock.release()

@@ -58,6 +58,7 @@ class DoorbellChannel(Channel):
     """
 
     kind = "doorbell"
+    looks_first = True
 
     def __init__(self, handshake_channel: Channel, ring: MessageRing, bells: Bells, spin_us: float) -> None:
         self._handshake_channel = handshake_channel

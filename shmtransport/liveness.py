@@ -4,6 +4,9 @@ Whoever creates a segment holds a POSIX record lock on it. Such a lock belongs t
 inherit it) and the kernel drops it when the process ends, however it ends. ``F_GETLK`` on the same segment gives the
 holder's process id, translated into the asker's namespace, and a pidfd on it becomes readable when it has ended. A
 stopped process holds its lock and is alive.
+
+The lock covers two bytes. The first one says who owns the segment. Whoever sweeps dead processes' segments away locks
+the second one, and so can neither take one from a living owner nor be mistaken for an owner itself.
 """
 
 from __future__ import annotations
@@ -16,17 +19,38 @@ import struct
 from .errors import PeerProtocolError
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence, start, length, pid
-_OWNER_BYTE = 1
+_F_OFD_SETLK = 37  # a lock of one open file, not of the process: it excludes other threads too (typeshed lacks it)
+_OWNER_BYTES = 1  # from the start of the segment
+_CLAIM_BYTES = 2  # these and one more
 
 
 _made_here: set[tuple[int, int]] = set()
 """Device and inode of segments that this process has made; its own locks are invisible to it."""
 
 
-def claim_ownership(fd: int) -> None:
-    """Take the owner's lock on a segment that this process has just made."""
-    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, _OWNER_BYTE)
+def claim_ownership(fd: int) -> bool:
+    """Take the owner's lock on a segment that this process has just made; False if a sweeper was faster."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, _CLAIM_BYTES)
+    except (BlockingIOError, PermissionError):
+        return False
+    if os.fstat(fd).st_nlink == 0:
+        return False
     _made_here.add(_identity(fd))
+    return True
+
+
+def keep_claims_out(fd: int) -> bool:
+    """Take the sweeper's lock, which lasts until ``fd`` is closed; False if there is an owner, or another sweeper.
+
+    Must not be asked of a segment of this process: closing any of its descriptors ends the owner's lock.
+    """
+    sweeper = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _OWNER_BYTES, _CLAIM_BYTES - _OWNER_BYTES, 0)
+    try:
+        fcntl.fcntl(fd, _F_OFD_SETLK, sweeper)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def end_ownership(fd: int) -> None:
@@ -44,9 +68,12 @@ def holder(fd: int) -> int | None:
 
     0 or a negative number: a process that this one can't see (another pid namespace).
     """
-    query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, _OWNER_BYTE, 0)
+    query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, _OWNER_BYTES, 0)
     kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, query))
     return None if kind == fcntl.F_UNLCK else pid
+
+
+os.register_at_fork(after_in_child=_made_here.clear)  # the locks are the parent's
 
 
 class PeerWatch:

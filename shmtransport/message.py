@@ -35,7 +35,8 @@ _EXT_TENSOR = 1
 _EXT_ARRAY = 2
 _EXT_TUPLE = 3
 _TUPLE_MARKER = Ext(_EXT_TUPLE, b"")
-_TENSOR_EXTS = tuple(Ext(_EXT_TENSOR, index.to_bytes(2, "little")) for index in range(MAX_TENSORS))
+_INDEX = {index.to_bytes(2, "little"): index for index in range(MAX_TENSORS)}
+_TENSOR_EXTS = tuple(Ext(_EXT_TENSOR, data) for data in _INDEX)
 
 ChannelKind = Literal["zmq", "doorbell"]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -150,22 +151,26 @@ def decode(data: bytes) -> AnyMessage:
     Raises:
         PeerProtocolError: another format version, or bytes that are no valid message.
     """
-    if len(data) < len(PREAMBLE) or data[0] != MAGIC_BYTE:
-        raise PeerProtocolError("the peer's bytes are no message of this protocol")
-    body = memoryview(data)[len(PREAMBLE) :]
-    if data[1] != FORMAT_VERSION:
-        try:
-            return _refused_decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            raise PeerProtocolError(
-                f"the peer speaks format version {data[1]}, this side {FORMAT_VERSION}: "
-                "install the same shmtransport on both sides"
-            ) from None
+    if not data.startswith(PREAMBLE):
+        return _decode_other_version(data)
     try:
-        message: AnyMessage = _decoder.decode(body)
+        message: AnyMessage = _decoder.decode(memoryview(data)[2:])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise PeerProtocolError(f"the peer sent an invalid message: {error}") from None
     return message
+
+
+def _decode_other_version(data: bytes) -> Refused:
+    """What another version says to this one: that it refuses, or nothing that can be understood."""
+    if len(data) < len(PREAMBLE) or data[0] != MAGIC_BYTE:
+        raise PeerProtocolError("the peer's bytes are no message of this protocol")
+    try:
+        return _refused_decoder.decode(memoryview(data)[len(PREAMBLE) :])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise PeerProtocolError(
+            f"the peer speaks format version {data[1]}, this side {FORMAT_VERSION}: "
+            "install the same shmtransport on both sides"
+        ) from None
 
 
 def shorten(text: str, limit: int = 4096) -> str:
@@ -245,12 +250,12 @@ def unpack(value: Any, tensors: Sequence[torch.Tensor], depth: int = 0) -> Any:
 
 
 def _unpack_tensor(extension: Ext, tensors: Sequence[torch.Tensor]) -> Any:
-    data = bytes(extension.data)
-    index = int.from_bytes(data, "little")
-    if extension.code not in (_EXT_TENSOR, _EXT_ARRAY) or len(data) != 2 or index >= len(tensors):
-        raise PeerProtocolError(f"the peer sent an extension of code {extension.code} that names no tensor")
+    code = extension.code
+    index = _INDEX.get(bytes(extension.data), MAX_TENSORS)
+    if (code != _EXT_TENSOR and code != _EXT_ARRAY) or index >= len(tensors):
+        raise PeerProtocolError(f"the peer sent an extension of code {code} that names no tensor")
     tensor = tensors[index]
-    if extension.code == _EXT_TENSOR:
+    if code == _EXT_TENSOR:
         return tensor
     try:
         array = tensor.numpy()

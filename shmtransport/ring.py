@@ -11,30 +11,31 @@ Rules that it keeps:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from .layout import BLOCK_ALIGNMENT, round_up
 
 
-class Block(NamedTuple):
-    """A claimed byte range: ``offset``, ``nbytes`` (a multiple of the alignment); a ``position`` is never reused."""
+class Block:
+    """A byte range: one that is held, or the gap between two that are. Blocks form a list ordered by offset.
 
-    position: int
-    offset: int
-    nbytes: int
+    ``offset`` and ``nbytes`` (a multiple of the alignment) are in bytes. A held block's ``position`` is never given
+    to another; a gap has none.
+    """
 
+    __slots__ = ("held", "nbytes", "next", "offset", "position", "previous")
 
-class _Span:
-    """A node of the address-ordered list that covers the area: a held block or a gap between two."""
-
-    __slots__ = ("held", "nbytes", "next", "offset", "previous")
-
-    def __init__(self, offset: int, nbytes: int, held: bool) -> None:
+    def __init__(self, position: int, offset: int, nbytes: int, *, held: bool = False) -> None:
+        self.position = position
         self.offset = offset
         self.nbytes = nbytes
         self.held = held
-        self.previous: _Span | None = None
-        self.next: _Span | None = None
+        self.previous: Block | None = None
+        self.next: Block | None = None
+
+    def __repr__(self) -> str:
+        return f"Block(position={self.position}, offset={self.offset}, nbytes={self.nbytes})"
+
+
+_NO_POSITION = -1
 
 
 class Ring:
@@ -50,14 +51,14 @@ class Ring:
         self.capacity = capacity
         self.alignment = alignment
         self.held_bytes = 0
-        self._position = -1
-        self._first = _Span(0, capacity, held=False)
+        self._held_count = 0
+        self._position = _NO_POSITION
+        self._first = Block(_NO_POSITION, 0, capacity)
         self._cursor = self._first
-        self._held: dict[int, _Span] = {}
 
     def __len__(self) -> int:
         """How many blocks are held."""
-        return len(self._held)
+        return self._held_count
 
     def claim(self, nbytes: int) -> Block | None:
         """Claim ``nbytes`` bytes, or None if no gap is large enough now.
@@ -68,15 +69,25 @@ class Ring:
         if nbytes <= 0:
             raise ValueError(f"a block needs at least one byte, not {nbytes}")
         needed = round_up(nbytes, self.alignment)
-        span: _Span = self._cursor
-        while span.held or span.nbytes < needed:
-            following = span.next
-            if following is None:
-                following = self._first
-            if following is self._cursor:
+        gap = self._cursor
+        while gap.held or gap.nbytes < needed:
+            gap = gap.next or self._first
+            if gap is self._cursor:
                 return None
-            span = following
-        return self._take(span, needed)
+        block = Block(self._next_position(gap.offset), gap.offset, needed, held=True)
+        self._position = block.position
+        self._held_count += 1
+        self.held_bytes += needed
+        self._link(gap.previous, block)
+        if gap.nbytes > needed:
+            gap.offset += needed
+            gap.nbytes -= needed
+            self._link(block, gap)
+            self._cursor = gap
+        else:
+            self._link(block, gap.next)
+            self._cursor = gap.next or self._first
+        return block
 
     def release(self, block: Block) -> None:
         """Give a block back and join the gaps around it.
@@ -84,54 +95,51 @@ class Ring:
         Raises:
             ValueError: the block is not held (released before, or never claimed here).
         """
-        span = self._held.pop(block.position, None)
-        if span is None:
+        if not block.held:
             raise ValueError(f"block at position {block.position} is not held")
-        span.held = False
-        self.held_bytes -= span.nbytes
-        following = span.next
-        if following is not None and not following.held:
-            self._join(span, following)
-        preceding = span.previous
-        if preceding is not None and not preceding.held:
-            self._join(preceding, span)
-        if not self._held:
+        block.held = False
+        self._held_count -= 1
+        self.held_bytes -= block.nbytes
+        gap = Block(_NO_POSITION, block.offset, block.nbytes)
+        before, after = block.previous, block.next
+        replaced = [block]
+        if after is not None and not after.held:
+            gap.nbytes += after.nbytes
+            replaced.append(after)
+            after = after.next
+        if before is not None and not before.held:
+            gap.offset = before.offset
+            gap.nbytes += before.nbytes
+            replaced.append(before)
+            before = before.previous
+        self._link(before, gap)
+        self._link(gap, after)
+        if self._held_count == 0:
             self._cursor = self._first
+        elif self._cursor in replaced:
+            self._cursor = gap
 
     def largest_gap(self) -> int:
         """Bytes in the largest gap; walks the list, for reports only."""
         largest = 0
-        span: _Span | None = self._first
-        while span is not None:
-            if not span.held:
-                largest = max(largest, span.nbytes)
-            span = span.next
+        block: Block | None = self._first
+        while block is not None:
+            if not block.held:
+                largest = max(largest, block.nbytes)
+            block = block.next
         return largest
-
-    def _take(self, gap: _Span, needed: int) -> Block:
-        if gap.nbytes > needed:
-            rest = _Span(gap.offset + needed, gap.nbytes - needed, held=False)
-            rest.previous, rest.next = gap, gap.next
-            if gap.next is not None:
-                gap.next.previous = rest
-            gap.next = rest
-            gap.nbytes = needed
-        gap.held = True
-        self.held_bytes += needed
-        self._cursor = gap.next or self._first
-        self._position = self._next_position(gap.offset)
-        self._held[self._position] = gap
-        return Block(self._position, gap.offset, needed)
 
     def _next_position(self, offset: int) -> int:
         """The first position beyond the last one given that falls on ``offset``."""
         candidate = self._position - self._position % self.capacity + offset
         return candidate if candidate > self._position else candidate + self.capacity
 
-    def _join(self, left: _Span, right: _Span) -> None:
-        left.nbytes += right.nbytes
-        left.next = right.next
-        if right.next is not None:
-            right.next.previous = left
-        if self._cursor is right:
-            self._cursor = left
+    def _link(self, left: Block | None, right: Block | None) -> None:
+        """Make two blocks neighbours; None is an end of the list."""
+        if left is None:
+            if right is not None:
+                self._first = right
+        else:
+            left.next = right
+        if right is not None:
+            right.previous = left

@@ -7,7 +7,9 @@ Rules that it keeps:
 * whoever creates a segment holds a POSIX record lock on it until the process ends: the kernel tells the peer who
   that is (see ``liveness``). A forked child does not inherit it;
 * nothing is unlinked by an exit handler: the handshake unlinks a segment as soon as both sides have it mapped. From
-  then on a killed process leaves nothing behind.
+  then on a killed process leaves nothing behind. What one has left before that can be removed by anyone who finds
+  the lock free, and by nobody else;
+* no process opens a segment of its own by name once more: closing that descriptor would end the owner's lock.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ from .units import size_text
 
 NAME_PREFIX = "/shmtransport-"
 _NAME = re.compile(rf"{NAME_PREFIX}[0-9a-f]{{32}}")
+_MAKING_ATTEMPTS = 10
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # mman.h; Python has no names for them
+
+_named_here: set[str] = set()
+"""Segments that this process has made, from just before they have a name until they have none any more."""
+os.register_at_fork(after_in_child=_named_here.clear)
 
 
 def is_segment_name(name: str) -> bool:
@@ -61,26 +68,36 @@ class Segment:
         """
         if layout.total_bytes > sys.maxsize:
             raise SegmentError(_no_room(layout, OSError(errno.EFBIG, "")))
-        name = NAME_PREFIX + secrets.token_hex(16)
+        for _ in range(_MAKING_ATTEMPTS):
+            segment = cls._make(NAME_PREFIX + secrets.token_hex(16), layout)
+            if segment is not None:
+                segment.view[: HEADER.size] = layout.header()
+                return segment
+        raise SegmentError("every segment that was made was removed at once: does something sweep /dev/shm?")
+
+    @classmethod
+    def _make(cls, name: str, layout: Layout) -> Segment | None:
+        """A new segment of this name; None if it was swept away between its making and its locking."""
+        _named_here.add(name)
         try:
             memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=layout.total_bytes)
         except (OSError, ValueError, posix_ipc.Error) as error:
-            with contextlib.suppress(posix_ipc.ExistentialError):
-                posix_ipc.unlink_shared_memory(name)
+            _unlink(name)
             raise SegmentError(f"can't create a shared-memory segment: {error}") from error
         try:
-            os.posix_fallocate(memory.fd, 0, layout.total_bytes)
-            liveness.claim_ownership(memory.fd)
-            segment = cls(name, memory.fd, layout, owned=True)
+            if liveness.claim_ownership(memory.fd):
+                os.posix_fallocate(memory.fd, 0, layout.total_bytes)
+                return cls(name, memory.fd, layout, owned=True)
         except BaseException as error:  # Ctrl-C included: reserving takes a while
             liveness.end_ownership(memory.fd)
             os.close(memory.fd)
-            posix_ipc.unlink_shared_memory(name)
+            _unlink(name)
             if isinstance(error, OSError):
                 raise SegmentError(_no_room(layout, error)) from error
             raise
-        segment.view[: HEADER.size] = layout.header()
-        return segment
+        os.close(memory.fd)
+        _unlink(name)
+        return None
 
     @classmethod
     def attach(cls, name: str, layout: Layout) -> Segment:
@@ -126,8 +143,7 @@ class Segment:
         """Remove the name; the memory lives until both sides have unmapped it. A second call does nothing."""
         if self._linked:
             self._linked = False
-            with contextlib.suppress(posix_ipc.ExistentialError):  # the peer, which unlinks as well, was faster
-                posix_ipc.unlink_shared_memory(self.name)
+            _unlink(self.name)
 
     def close(self) -> None:
         """Drop the name and this object's mapping; tensors that still look into it keep it alive."""
@@ -139,6 +155,61 @@ class Segment:
             del self._map
             os.close(self.fd)
             self.fd = -1
+
+
+def _unlink(name: str) -> None:
+    with contextlib.suppress(posix_ipc.ExistentialError):  # the peer, which unlinks as well, was faster
+        posix_ipc.unlink_shared_memory(name)
+    _named_here.discard(name)
+
+
+def owner_of(name: str) -> int | None:
+    """The process that owns the segment of this name; None if it is dead.
+
+    0 or a negative number: it lives where this process can't see it (another pid namespace).
+
+    Raises:
+        OSError: nothing is there any more, or it is another user's.
+    """
+    if name in _named_here:
+        return os.getpid()
+    fd = _open(name)
+    try:
+        return liveness.holder(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_if_dead(name: str) -> bool:
+    """Remove the segment of this name if no living process owns it; whether it was removed.
+
+    While the name is removed nobody can become the owner: a segment that is just being made is either left alone, or
+    its maker finds it gone and makes another.
+    """
+    if name in _named_here:
+        return False
+    try:
+        fd = _open(name)
+    except OSError:  # gone meanwhile, or another user's
+        return False
+    try:
+        if not liveness.keep_claims_out(fd) or liveness.holder(fd) is not None:
+            return False
+        os.unlink(segment_file(name))
+    except (FileNotFoundError, PermissionError):
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def segment_file(name: str) -> str:
+    """Where Linux keeps the segment of this name."""
+    return f"/dev/shm{name}"
+
+
+def _open(name: str) -> int:
+    return os.open(segment_file(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
 def shared_memory_bytes() -> int:

@@ -10,6 +10,7 @@ from .units import KIB, MIB
 _SHORTEST_S = 1e-6
 _RANGES_PER_OCTAVE = 8
 _LATENCY_OCTAVES = 32  # 1 µs to more than an hour
+_UNSORTED_LIMIT = 256
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,26 @@ class Counters:
         self.stall_seconds = 0.0
         self.in_flight_peak = 0
         self._latencies = [0] * (_LATENCY_OCTAVES * _RANGES_PER_OCTAVE)
+        self._unsorted: list[float] = []
 
     def count_call(self, seconds: float) -> None:
         """One call is done."""
         self.calls += 1
         self.call_seconds += seconds
-        index = int(math.log2(max(seconds, _SHORTEST_S) / _SHORTEST_S) * _RANGES_PER_OCTAVE)
-        self._latencies[min(index, len(self._latencies) - 1)] += 1
+        self._unsorted.append(seconds)  # sorting each at once would cost every call
+        if len(self._unsorted) >= _UNSORTED_LIMIT:
+            self._sort()
+
+    def _sort(self) -> None:
+        unsorted, self._unsorted = self._unsorted, []
+        for seconds in unsorted:
+            index = int(math.log2(max(seconds, _SHORTEST_S) / _SHORTEST_S) * _RANGES_PER_OCTAVE)
+            self._latencies[min(index, len(self._latencies) - 1)] += 1
 
     @property
     def latency_histogram(self) -> tuple[tuple[float, int], ...]:
         """Upper bounds in seconds and counts of the ranges that are not empty."""
+        self._sort()
         return tuple(
             (_SHORTEST_S * 2 ** ((index + 1) / _RANGES_PER_OCTAVE), count)
             for index, count in enumerate(self._latencies)

@@ -85,9 +85,12 @@ def _claim(ring: Ring, nbytes: int) -> Block:
 def test_claims_are_rounded_up_to_the_alignment() -> None:
     """A block's size is the request rounded up to 64 bytes, so that the next block is aligned too."""
     ring = Ring(1024)
-    assert _claim(ring, 1) == Block(0, 0, 64)
-    assert _claim(ring, 64) == Block(64, 64, 64)
-    assert _claim(ring, 65) == Block(128, 128, 128)
+    blocks = [_claim(ring, nbytes) for nbytes in (1, 64, 65)]
+    assert [(block.position, block.offset, block.nbytes) for block in blocks] == [
+        (0, 0, 64),
+        (64, 64, 64),
+        (128, 128, 128),
+    ]
     assert ring.held_bytes == 256
 
 
