@@ -87,6 +87,9 @@ def generate(
     ] = None,
     device: DeviceOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 256,
+    channel: Annotated[
+        str, typer.Option(help="zmq, or doorbell: shared memory and a semaphore, half the time a call.")
+    ] = "zmq",
     chat: Annotated[bool, typer.Option(" /--no-chat", help="Take the prompt as plain text to continue.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a stream.")] = False,
     arena_bytes: Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")] = None,
@@ -108,10 +111,10 @@ def generate(
         elif device is not None:
             _notice(f"--device {device} has no effect: the worker at {address} runs where it was started")
         from .checkpoint import open_checkpoint
-        from .config import parse_dtype, parse_mode
+        from .config import parse_channel, parse_dtype, parse_mode
         from .trusted.model import SplitLlamaForCausalLM
 
-        chosen_mode, chosen_dtype = parse_mode(mode), parse_dtype(dtype_name)
+        chosen_mode, chosen_dtype, chosen_channel = parse_mode(mode), parse_dtype(dtype_name), parse_channel(channel)
         checkpoint = open_checkpoint(model_name)
         tokenizer = checkpoint.tokenizer()
         ids = _encode(tokenizer, prompt, chat=chat)
@@ -127,6 +130,7 @@ def generate(
                     mode=chosen_mode,
                     dtype=chosen_dtype,
                     arena_bytes=arena_bytes,
+                    channel=chosen_channel,
                     progress=progress,
                 )
             )

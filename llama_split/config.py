@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from shmtransport import CHANNEL_KINDS, ChannelKind
+
 from .errors import LlamaSplitError
 from .operations import Geometry, Mode, widest
 
@@ -42,6 +44,18 @@ def parse_mode(mode: str | Mode) -> Mode:
     except ValueError:
         known = ", ".join(mode.value for mode in Mode)
         raise LlamaSplitError(f"mode {mode!r} is not supported; choose one of {known}") from None
+
+
+def parse_channel(name: str) -> ChannelKind:
+    """A kind of channel by its name.
+
+    Raises:
+        LlamaSplitError: there is none of this name.
+    """
+    for kind in CHANNEL_KINDS:
+        if name == kind:
+            return kind
+    raise LlamaSplitError(f"channel {name!r} is not supported; choose one of {', '.join(CHANNEL_KINDS)}")
 
 
 def parse_device(name: str) -> torch.device:

@@ -3,7 +3,8 @@
 ``Server`` registers functions, ``Client`` calls them; see the README for an example.
 """
 
-from .aio import AsyncClient, AsyncServer
+from .aio import AsyncClient
+from .aio_server import AsyncServer
 from .client import Client
 from .errors import (
     AddressError,
@@ -22,6 +23,7 @@ from .errors import (
     TensorTooLarge,
     TransportError,
 )
+from .message import CHANNEL_KINDS, ChannelKind
 from .protocol import PendingReply
 from .server import Server
 from .statistics import Statistics
@@ -30,11 +32,13 @@ from .version import VERSION
 __version__ = VERSION
 
 __all__ = [
+    "CHANNEL_KINDS",
     "AddressError",
     "ArenaFull",
     "AsyncClient",
     "AsyncServer",
     "CallTimeout",
+    "ChannelKind",
     "Client",
     "Closed",
     "ConnectRefused",

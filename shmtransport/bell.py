@@ -1,9 +1,9 @@
 """A bell wakes one process that waits for messages: a named POSIX semaphore.
 
 Whoever waits makes the bell; its peer opens it by name and rings. A client's bell is unlinked by the server as soon as
-it has opened it. A server's keeps its name until the server closes it, since new clients come by it; for the case
-that it can't (kill -9), the name carries the owner's process id, and the owner holds an advisory lock on the
-semaphore's file, so that anyone can tell a dead owner's bell from a living one's, in another container too.
+it has opened it. A server's keeps its name for as long as it has doorbell clients, since new ones come by it; for the
+case that it can't unlink it (kill -9), the name carries the owner's process id, and the owner holds an advisory lock
+on the semaphore's file, so that anyone can tell a dead owner's bell from a living one's, in another container too.
 
 A bell only says "look again": whoever waits also looks by itself now and then, so that a peer that takes tokens away
 or adds some costs time, never a message.
@@ -132,8 +132,11 @@ class Bell:
         self.close()
 
     def abandon(self) -> None:
-        """In a forked child: forget the parent's bell without touching it."""
+        """In a forked child: forget the parent's bell without touching it; the parent's lock ends with the parent."""
         self._closed = True
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
 
 def _lock(path: str) -> int:
@@ -149,13 +152,29 @@ def _lock(path: str) -> int:
     return fd
 
 
+def is_owned(path: str) -> bool:
+    """Whether a living process owns the bell of this file.
+
+    Raises:
+        OSError: nothing is there any more, or it is another user's.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for this moment; who makes a bell waits so long
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def remove_if_dead(path: str) -> bool:
     """Remove a bell's file if no living process owns it; whether it was removed.
 
     The lock is held while the name is removed, so a bell that is just being made is either left alone or made anew.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:  # gone meanwhile, or another user's
         return False
     try:

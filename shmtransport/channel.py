@@ -86,7 +86,12 @@ class BrokenPeer(Exception):
 
 
 class ServerChannel(ABC):
-    """The server's end, for all of its clients; ``peer`` names one of them."""
+    """The server's end, for all of its clients; ``peer`` names one of them.
+
+    ``waits`` is how often ``wait`` had to block in the kernel.
+    """
+
+    waits = 0
 
     @abstractmethod
     def send(self, peer: bytes, data: bytes) -> bool:
@@ -250,6 +255,8 @@ class ZmqServerChannel(ServerChannel):
         return self._address[len(addresses.IPC) :]
 
     def send(self, peer: bytes, data: bytes) -> bool:
+        if self._closed:
+            return False
         try:
             self._socket.send_multipart((peer, data), zmq.DONTWAIT)
         except zmq.ZMQError as error:
@@ -259,6 +266,8 @@ class ZmqServerChannel(ServerChannel):
         return True
 
     def receive(self) -> tuple[bytes, bytes] | None:
+        if self._closed:
+            return None
         try:
             while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 frames = self._socket.recv_multipart(zmq.DONTWAIT)

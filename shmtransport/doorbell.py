@@ -199,7 +199,7 @@ class DoorbellServerChannel(ServerChannel):
         self._readable: deque[int] = deque()
 
     def bell(self) -> Bell:
-        """What wakes this server; made when it is first asked for."""
+        """What wakes this server; made when a doorbell client comes, and gone with the last one."""
         if self._bell is None:
             self._bell = Bell.create()
         return self._bell
@@ -225,6 +225,7 @@ class DoorbellServerChannel(ServerChannel):
         self._in_turn = tuple(self._lines.values())
         if not self._lines:
             self._stop_relay()
+            self._close_bell()
 
     def send(self, peer: bytes, data: bytes) -> bool:
         line = self._lines.get(peer)
@@ -253,6 +254,7 @@ class DoorbellServerChannel(ServerChannel):
 
     def wait(self, timeout_s: float | None) -> list[int]:
         if self._relay is None or self._in_event_loop:
+            self.waits += timeout_s != 0
             return [*self._take_readable(), *self._base.wait(timeout_s)]
         bell = self.bell()
         while self._untaken and bell.take():
@@ -260,6 +262,7 @@ class DoorbellServerChannel(ServerChannel):
         deadline = time.perf_counter() + self._spin_s if self._spin_s else 0.0
         while not self._due():
             if time.perf_counter() >= deadline:
+                self.waits += 1
                 rung = bell.wait(_SLICE_S if timeout_s is None else min(timeout_s, _SLICE_S))
                 if rung and self._lines_readable():
                     self._untaken -= 1
@@ -282,13 +285,13 @@ class DoorbellServerChannel(ServerChannel):
         if self._bell is not None:
             self._bell.abandon()
         self._relay = None
+        self._lines.clear()
+        self._in_turn = ()
 
     def close(self) -> None:
         for peer in list(self._lines):
             self.disconnect(peer)
-        if self._bell is not None:
-            self._bell.close()
-            self._bell = None
+        self._close_bell()
         self._base.close()
 
     def _receive_from_base(self) -> tuple[bytes, bytes] | None:
@@ -342,6 +345,12 @@ class DoorbellServerChannel(ServerChannel):
         if self._relay is not None:
             self._relay.stop()
             self._relay = None
+
+    def _close_bell(self) -> None:
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
+        self._untaken = 0
 
     def _ring_for_base(self) -> None:
         self._readable.extend(self._base.wait(None))

@@ -11,7 +11,7 @@ marker.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ _INDEX = {index.to_bytes(2, "little"): index for index in range(MAX_TENSORS)}
 _TENSOR_EXTS = tuple(Ext(_EXT_TENSOR, data) for data in _INDEX)
 
 ChannelKind = Literal["zmq", "doorbell"]
+CHANNEL_KINDS: tuple[ChannelKind, ...] = get_args(ChannelKind)
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _ShortText = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARACTERS)]
 _LongText = Annotated[str, msgspec.Meta(max_length=4096)]

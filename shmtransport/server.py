@@ -82,7 +82,6 @@ class Server(Host):
 
     def _idle(self) -> None:
         """Nothing to answer: block until there is, or a client's process ends."""
-        self._counters.waits += 1
         self._drop_ended(self._channel.wait(_ASK_INTERVAL_S if self._unwatched else None))
         if self._unwatched:
             self._ask_unwatched()

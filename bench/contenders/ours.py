@@ -1,10 +1,12 @@
-"""This project's transport, over ZeroMQ."""
+"""This project's transport, over its channels."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from shmtransport import Client, Server
+from shmtransport import ChannelKind, Client, Server
 
 from .base import Contender
 
@@ -18,12 +20,14 @@ def _arena_bytes(nbytes: int) -> int:
 class InPlace(Contender):
     """Argument and result are made in the arenas."""
 
-    name = "shmtransport in place"
+    name = "zmq, in place"
     copies = "0"
+    channel: ClassVar[ChannelKind] = "zmq"
+    spin_us: ClassVar[float] = 0.0
 
     @classmethod
     def serve(cls, address: str, nbytes: int) -> None:
-        server = Server(address)
+        server = Server(address, spin_us=cls.spin_us)
         server.register("increment", lambda x: cls.increment(server, x))
         with server:
             print("ready", flush=True)
@@ -35,7 +39,9 @@ class InPlace(Contender):
         return torch.add(x, 1, out=server.empty(x.shape, x.dtype))
 
     def connect(self, address: str, nbytes: int) -> None:
-        self._client = Client(address, arena_bytes=_arena_bytes(nbytes))
+        self._client = Client(
+            address, channel=self.channel, spin_us=self.spin_us, arena_bytes=_arena_bytes(nbytes), prefault=True
+        )
         self._tensor = self._client.empty((nbytes,), torch.uint8)
 
     def call(self, value: int) -> torch.Tensor:
@@ -49,7 +55,7 @@ class InPlace(Contender):
 class CopyIn(InPlace):
     """Argument and result are made elsewhere and copied in."""
 
-    name = "shmtransport copy in"
+    name = "zmq, copy in"
     copies = "2"
 
     @staticmethod
@@ -59,3 +65,17 @@ class CopyIn(InPlace):
     def connect(self, address: str, nbytes: int) -> None:
         super().connect(address, nbytes)
         self._tensor = torch.empty((nbytes,), dtype=torch.uint8)
+
+
+class DoorbellInPlace(InPlace):
+    """The same over the doorbell channel, blocking at once."""
+
+    name = "doorbell, in place"
+    channel = "doorbell"
+
+
+class SpinningInPlace(DoorbellInPlace):
+    """The same, looking for a while before it blocks."""
+
+    name = "doorbell + spin, in place"
+    spin_us = 2000.0

@@ -21,7 +21,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
-from shmtransport import Client, Statistics
+from shmtransport import ChannelKind, Client, Statistics
 
 from ..cache import GrowingCache
 from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name, open_checkpoint
@@ -74,6 +74,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
         snapshot: bool = False,
+        channel: ChannelKind = "zmq",
+        spin_us: float = 0.0,
         progress: Progress | None = None,
     ) -> SplitLlamaForCausalLM:
         """Load this side's weights and connect to the worker, which must serve the same model.
@@ -81,7 +83,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         The model is a directory, a GGUF file, a hub id, or a ``Checkpoint`` that is open already.
         ``worker`` is its address, ``dtype`` that of weights, arithmetic and wire (default: the checkpoint's, float32
         for GGUF), ``arena_bytes`` the size of each direction's arena (default: by the model's shape), ``timeout_s``
-        the longest that one call may take.
+        the longest that one call may take; ``channel`` and ``spin_us`` are those of ``shmtransport.Client``.
 
         Raises:
             CheckpointError: no model there, or none that can be split.
@@ -105,6 +107,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             timeout_s=timeout_s,
             connect_timeout_s=connect_timeout_s,
             snapshot=snapshot,
+            channel=channel,
+            spin_us=spin_us,
         )
         try:
             remote = Remote(client, checkpoint, chosen, arena_bytes)

@@ -8,7 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from llama_split.operations import REVEALED, Mode
+from shmtransport.connection import segment_layout
 from shmtransport.layout import FORMAT_VERSION, HEADER, MAGIC, Layout
+from shmtransport.message_ring import MessageRing
+from shmtransport.segment import Segment
 from tests.conftest import ROOT, Process
 
 README = (ROOT / "README.md").read_text()
@@ -48,6 +51,32 @@ def test_the_layout_document_gives_the_header_as_it_is() -> None:
     assert int.from_bytes(header[40:48], "little") == layout.release_offset
     assert int.from_bytes(header[56:64], "little") == layout.data_offset
     assert int.from_bytes(header[64:72], "little") == layout.data_bytes
+
+
+def test_the_memory_layout_shows_the_message_rings_cells() -> None:
+    """Each cell of the document's second table is where a ring's owner writes it, and the records begin behind them."""
+    text = (ROOT / "docs/memory-layout.md").read_text()
+    rows = dict(re.findall(r"^\| (\d+) \| (published|consumed|1 while|1 once)", text, re.MULTILINE))
+    layout = segment_layout(4096, 1024)
+    one, other = Segment.create(layout), Segment.create(layout)
+    try:
+        ring, peer = MessageRing(one, other), MessageRing(other, one)
+        assert ring.write(b"record")
+        assert peer.write(b"answer")
+        assert ring.read() == b"answer"
+        ring.want_room(True)
+        ring.end()
+        area = one.view[layout.message_ring_offset : layout.message_ring_offset + layout.message_ring_bytes]
+        cells = {offset: int.from_bytes(area[offset : offset + 8], "little") for offset in map(int, rows)}
+        assert cells == {0: 16, 64: 16, 128: 1, 192: 1}
+        assert [*rows.values()] == ["published", "consumed", "1 while", "1 once"]
+        assert bytes(area[256:266]) == b"\x06\0\0\0record"
+        assert "first 256 bytes" in text
+        area.release()
+        del ring, peer
+    finally:
+        one.close()
+        other.close()
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/security.md"])

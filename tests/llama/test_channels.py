@@ -1,0 +1,26 @@
+"""The split works over either channel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_split import SplitLlamaForCausalLM
+from shmtransport import CHANNEL_KINDS, ChannelKind
+
+from .conftest import Small, Worker
+from .prompts import SHARED, single_prompt
+
+
+@pytest.mark.parametrize("mode", ["fused", "layer"])
+@pytest.mark.parametrize("channel", CHANNEL_KINDS)
+def test_greedy_tokens_do_not_depend_on_the_channel(
+    plain: Small, plain_worker: Worker, channel: ChannelKind, mode: str
+) -> None:
+    """Over ZeroMQ and over the doorbell, every token is the unsplit model's."""
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    with SplitLlamaForCausalLM.from_pretrained(
+        plain.path, worker=plain_worker.address, mode=mode, channel=channel
+    ) as split:
+        assert split.remote.client.channel == channel
+        assert torch.equal(split.generate(**single_prompt(), **SHARED, do_sample=False), expected)
