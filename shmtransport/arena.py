@@ -170,7 +170,13 @@ class SendArena:
         shape = tuple(tensor.shape)
         # No tensor of another device or kind has a storage at one of these addresses.
         loan = self._by_address.get(tensor.untyped_storage().data_ptr())
-        if loan is not None and self._is_sent_as_it_is(tensor):
+        if (
+            loan is not None
+            and tensor.is_contiguous()
+            and not (tensor.is_conj() or tensor.is_neg())
+            and len(shape) <= MAX_DIMENSIONS
+            and tensor.nbytes > 0
+        ):
             with self._lock:
                 slot, sequence = self._hold(loan)
             return TensorDescriptor(tensor.data_ptr() - self._address, shape, row.name, slot, sequence)
@@ -210,16 +216,6 @@ class SendArena:
                 if descriptor.sequence:
                     self._end_hold(descriptor.slot)
 
-    @staticmethod
-    def _is_sent_as_it_is(tensor: torch.Tensor) -> bool:
-        """Whether the bytes of a tensor over a loan are its elements, in order."""
-        return (
-            tensor.is_contiguous()
-            and not (tensor.is_conj() or tensor.is_neg())
-            and tensor.dim() <= MAX_DIMENSIONS
-            and tensor.nbytes > 0
-        )
-
     def _export_copy(self, copy: torch.Tensor) -> TensorDescriptor:
         with self._lock:
             self._counters.bytes_copied += copy.nbytes
@@ -228,7 +224,8 @@ class SendArena:
 
     def _hold(self, loan: _Loan) -> tuple[int, int]:
         """Hold a block for the peer; the slot and sequence that will release it."""
-        self._collect_oldest()
+        if self._held_by_peer:
+            self._collect_oldest()
         if not self._free_slots:
             self._wait_until(lambda: bool(self._free_slots), self._no_slot)
         slot = self._free_slots.pop()
@@ -265,11 +262,11 @@ class SendArena:
         counters = self._counters
         started = time.monotonic()
         pause_s = _FIRST_PAUSE_S
-        counters.stalls += 1
         while not possible():
             waited_s = time.monotonic() - started
             if waited_s >= self._claim_timeout_s or not self._held_by_peer:
                 raise failure()
+            counters.stalls += pause_s == _FIRST_PAUSE_S
             self._lock.release()
             try:
                 self._check_peer()

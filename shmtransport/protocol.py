@@ -76,11 +76,14 @@ class _Parcel:
 
     def add(self, tensor: torch.Tensor | np.ndarray[Any, Any]) -> int:
         """Describe a tensor to the peer; its index in the message."""
-        index = len(self.descriptors)
+        descriptors = self.descriptors
+        index = len(descriptors)
         if index == MAX_TENSORS:
             raise LocalProtocolError(f"one message carries {MAX_TENSORS} tensors at most")
-        export = self._exporter.export if isinstance(tensor, torch.Tensor) else self._exporter.export_array
-        self.descriptors.append(export(tensor))  # type: ignore[arg-type]
+        if isinstance(tensor, torch.Tensor):
+            descriptors.append(self._exporter.export(tensor))
+        else:
+            descriptors.append(self._exporter.export_array(tensor))
         self.nbytes += tensor.nbytes
         return index
 
@@ -198,7 +201,10 @@ class PendingReply:
         if not self.done:
             self._wait(self, timeout_s)
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self  # the error's traceback holds this frame: a cycle, and with it the caller's arguments
         return self._result
 
     def resolve(self, result: Any) -> None:

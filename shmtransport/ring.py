@@ -74,15 +74,20 @@ class Ring:
             gap = gap.next or self._first
             if gap is self._cursor:
                 return None
-        block = Block(self._next_position(gap.offset), gap.offset, needed, held=True)
-        self._position = block.position
+        # The first position beyond the last one given that falls on the gap's offset.
+        position = self._position - self._position % self.capacity + gap.offset
+        if position <= self._position:
+            position += self.capacity
+        self._position = position
+        block = Block(position, gap.offset, needed, held=True)
         self._held_count += 1
         self.held_bytes += needed
         self._link(gap.previous, block)
         if gap.nbytes > needed:
             gap.offset += needed
             gap.nbytes -= needed
-            self._link(block, gap)
+            block.next = gap
+            gap.previous = block
             self._cursor = gap
         else:
             self._link(block, gap.next)
@@ -100,24 +105,25 @@ class Ring:
         block.held = False
         self._held_count -= 1
         self.held_bytes -= block.nbytes
-        gap = Block(_NO_POSITION, block.offset, block.nbytes)
-        before, after = block.previous, block.next
-        replaced = [block]
-        if after is not None and not after.held:
-            gap.nbytes += after.nbytes
-            replaced.append(after)
-            after = after.next
+        gap = block.next
+        if gap is None or gap.held:
+            gap = Block(_NO_POSITION, block.offset, block.nbytes)
+            self._link(gap, block.next)
+        else:  # the usual case: the gap behind grows to the front
+            gap.offset = block.offset
+            gap.nbytes += block.nbytes
+        if self._cursor is block:
+            self._cursor = gap
+        before = block.previous
         if before is not None and not before.held:
             gap.offset = before.offset
             gap.nbytes += before.nbytes
-            replaced.append(before)
+            if self._cursor is before:
+                self._cursor = gap
             before = before.previous
         self._link(before, gap)
-        self._link(gap, after)
         if self._held_count == 0:
             self._cursor = self._first
-        elif self._cursor in replaced:
-            self._cursor = gap
 
     def largest_gap(self) -> int:
         """Bytes in the largest gap; walks the list, for reports only."""
@@ -128,11 +134,6 @@ class Ring:
                 largest = max(largest, block.nbytes)
             block = block.next
         return largest
-
-    def _next_position(self, offset: int) -> int:
-        """The first position beyond the last one given that falls on ``offset``."""
-        candidate = self._position - self._position % self.capacity + offset
-        return candidate if candidate > self._position else candidate + self.capacity
 
     def _link(self, left: Block | None, right: Block | None) -> None:
         """Make two blocks neighbours; None is an end of the list."""
