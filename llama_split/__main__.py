@@ -78,7 +78,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to answer or, with --no-chat, to continue.")],
     model: ModelOption = None,
     mode: Annotated[
-        str, typer.Option(help="fused (attention and KV stay here) or layer (they are the worker's).")
+        str, typer.Option(help="fused (attention and KV stay here), layer or stack (they are the worker's).")
     ] = "fused",
     dtype: DtypeOption = None,
     worker: Annotated[

@@ -19,11 +19,18 @@ class Mode(str, Enum):
 
     FUSED = "fused"
     LAYER = "layer"
+    STACK = "stack"
+
+    @property
+    def worker_keeps_kv(self) -> bool:
+        """Whether attention, and so the KV cache, is the worker's."""
+        return self is not Mode.FUSED
 
 
 REVEALED: dict[Mode, str] = {
     Mode.FUSED: "the inputs and outputs of all linear layers: queries, keys, values and logits, so the generated text",
     Mode.LAYER: "all hidden states, positions, keys and values, and logits, so the generated text",
+    Mode.STACK: "all hidden states, positions, keys and values, and logits, so the generated text",
 }
 
 
@@ -62,12 +69,18 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Operation:
-    """One remote operation: a tensor [B, T, input_width] goes out, one [B, T, output_width] comes back."""
+    """One remote operation: a tensor [B, T, input_width] goes out, one [B, T, output_width] comes back.
+
+    Of an operation that is not ``per_token_out`` only the results of the positions whose logits are asked for come
+    back; of one that is not ``per_token_in`` only these are sent.
+    """
 
     name: str
     input_width: Callable[[Geometry], int]
     output_width: Callable[[Geometry], int]
     per_layer: bool = True
+    per_token_in: bool = True
+    per_token_out: bool = True
 
 
 QKV = Operation("qkv", lambda g: g.hidden, lambda g: g.query_width + 2 * g.kv_width)
@@ -82,25 +95,32 @@ GATE_UP = Operation("gate_up", lambda g: g.hidden, lambda g: 2 * g.intermediate)
 DOWN = Operation("down", lambda g: g.intermediate, lambda g: g.hidden)
 """The MLP's output projection."""
 
-LM_HEAD = Operation("lm_head", lambda g: g.hidden, lambda g: g.vocab, per_layer=False)
+LM_HEAD = Operation(
+    "lm_head", lambda g: g.hidden, lambda g: g.vocab, per_layer=False, per_token_in=False, per_token_out=False
+)
 """Logits of the positions that are asked for."""
 
 LAYER = Operation("layer", lambda g: g.hidden, lambda g: g.hidden)
 """A whole decoder layer, attention over the worker's KV cache included."""
 
+STACK = Operation("stack", lambda g: g.hidden, lambda g: g.vocab, per_layer=False, per_token_out=False)
+"""All decoder layers, attention over the worker's KV cache included, the final norm, and the logits."""
+
 LINEARS: tuple[Operation, ...] = (QKV, O, GATE_UP, DOWN, LM_HEAD)
 BY_MODE: dict[Mode, tuple[Operation, ...]] = {
     Mode.FUSED: (QKV, O, GATE_UP, DOWN, LM_HEAD),
     Mode.LAYER: (LAYER, LM_HEAD),
+    Mode.STACK: (STACK,),
 }
 
 
 def calls_per_forward(mode: Mode, geometry: Geometry) -> int:
-    """How many calls one forward makes: 4 L + 1 for ``fused``, L + 1 for ``layer``."""
+    """How many calls one forward makes: 4 L + 1 for ``fused``, L + 1 for ``layer``, 1 for ``stack``."""
     return sum(geometry.layers if operation.per_layer else 1 for operation in BY_MODE[mode])
 
 
 def widest(mode: Mode, geometry: Geometry) -> int:
     """Elements a token of the widest tensor that crosses for every token (logits are asked for a few only)."""
-    crossing = [operation for operation in BY_MODE[mode] if operation.per_layer]
-    return max(max(op.input_width(geometry), op.output_width(geometry)) for op in crossing)
+    sent = [op.input_width(geometry) for op in BY_MODE[mode] if op.per_token_in]
+    received = [op.output_width(geometry) for op in BY_MODE[mode] if op.per_token_out]
+    return max(sent + received)

@@ -39,16 +39,17 @@ class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: LlamaConfig, mode: Mode) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        own_layers = config.num_hidden_layers if mode is Mode.FUSED else 0
+        own_layers = 0 if mode.worker_keeps_kv else config.num_hidden_layers
         self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(own_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = None if mode is Mode.STACK else RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
 
     @staticmethod
     def weight_names(config: LlamaConfig, mode: Mode) -> list[str]:
         """The checkpoint's parameters that this part is made of."""
-        layers = range(config.num_hidden_layers if mode is Mode.FUSED else 0)
-        return [EMBEDDING, FINAL_NORM, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
+        layers = range(0 if mode.worker_keeps_kv else config.num_hidden_layers)
+        last = [] if mode is Mode.STACK else [FINAL_NORM]
+        return [EMBEDDING, *last, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
 
 
 class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
@@ -139,7 +140,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """
         generation = generation_config or self.generation_config
         named = kwargs.get("cache_implementation", generation.cache_implementation)
-        if named is not None and self.mode is not Mode.FUSED:
+        if named is not None and self.mode.worker_keeps_kv:
             raise UnsupportedBySplit(
                 f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV"
             )
@@ -154,9 +155,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def new_cache(self) -> Cache:
         """An empty KV cache of the kind that this split uses."""
-        if self.mode is Mode.FUSED:
-            return GrowingCache(self.config.num_hidden_layers)
-        return self.remote.new_cache()
+        if self.mode.worker_keeps_kv:
+            return self.remote.new_cache()
+        return GrowingCache(self.config.num_hidden_layers)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -184,17 +185,15 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         hidden_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
-        if cache is None and (use_cache or self.mode is not Mode.FUSED):
+        if cache is None and (use_cache or self.mode.worker_keeps_kv):
             cache = self.new_cache()
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(hidden_BTD.shape[1]) + past).unsqueeze(0)
-        if self.mode is Mode.FUSED:
-            hidden_BTD = self._fused(hidden_BTD, attention_mask, position_ids, cache)
+        if self.mode.worker_keeps_kv:
+            logits = self._remotely(hidden_BTD, attention_mask, position_ids, cache, logits_to_keep)
         else:
-            hidden_BTD = self._layers(hidden_BTD, attention_mask, position_ids, cache)
-        kept = slice_logits_to_keep(hidden_BTD, logits_to_keep)
-        logits = self.remote.lm_head(self.model.norm(kept, self.remote.empty))
+            logits = self._logits(self._fused(hidden_BTD, attention_mask, position_ids, cache), logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
@@ -218,13 +217,19 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         layers = cast("Sequence[DecoderLayer]", self.model.layers)
         return run(decoder(layers, hidden_BTD, context, self.remote.empty), self.remote.perform)
 
-    def _layers(
+    def _logits(self, hidden_BTD: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        norm = cast("RMSNorm", self.model.norm)
+        return self.remote.lm_head(norm(slice_logits_to_keep(hidden_BTD, logits_to_keep), self.remote.empty))
+
+    def _remotely(
         self,
         hidden_BTD: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: Cache | None,
+        logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
+        """The forward of the splits where the worker keeps the KV: logits."""
         if not isinstance(cache, RemoteCache):
             raise UnsupportedBySplit(
                 f"past_key_values is a {type(cache).__name__}: in mode {self.mode.value} the worker keeps the KV; "
@@ -232,7 +237,13 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise UnsupportedBySplit(f"in mode {self.mode.value} the attention mask must be [batch, tokens]")
-        return self.remote.layers(hidden_BTD, cache, position_ids, attention_mask)
+        if self.mode is Mode.LAYER:
+            hidden_BTD = self.remote.layers(hidden_BTD, cache, position_ids, attention_mask)
+            return self._logits(hidden_BTD, logits_to_keep)
+        last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        logits = self.remote.stack(hidden_BTD, cache, position_ids, attention_mask, last)
+        kept: torch.Tensor = slice_logits_to_keep(logits, logits_to_keep)
+        return kept
 
     def statistics(self) -> Statistics:
         """What the transport has done for this model."""

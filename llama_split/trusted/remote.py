@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,11 +19,20 @@ from ..checkpoint import Checkpoint
 from ..config import DTYPE_NAMES
 from ..decoder import Step
 from ..errors import UnsupportedBySplit, WorkerMismatch
-from ..operations import LAYER, LM_HEAD, Operation
+from ..operations import LAYER, LM_HEAD, STACK, Operation
 from .cache import RemoteCache
 
 _END_TIMEOUT_S = 5.0
 _ARENA_SHARE = 4  # one call's tensor takes at most this part of an arena; longer ones cross in several calls
+
+
+class Part(NamedTuple):
+    """A forward's tokens ``first`` to ``last``: their hidden states [B, T, D], what the worker must know to start."""
+
+    hidden: torch.Tensor
+    first: int
+    last: int
+    start: dict[str, Any] | None
 
 
 class Remote:
@@ -74,25 +83,70 @@ class Remote:
         Raises:
             UnsupportedBySplit: the cache is another connection's.
         """
-        if not cache.is_of(self._ended_sessions):
-            raise UnsupportedBySplit("past_key_values belongs to another model's connection; its KV is not there")
-        self.end_sessions()
-        batch, tokens, width = hidden_BTD.shape
-        past = cache.get_seq_length()
-        limit = max(self._rows_per_call(width) // batch, 1)
-        parts = []
-        for first in range(0, tokens, limit):  # causal: later tokens change nothing for earlier ones
-            last = min(first + limit, tokens)
-            part_BTD = hidden_BTD[:, first:last]
-            seen = None if padding is None else padding[:, : past + last]
-            start: dict[str, Any] | None = cache.start(positions[:, first:last], seen)
+
+        def through(part: Part) -> torch.Tensor:
+            part_BTD, start = part.hidden, part.start
             for index in range(self._geometry.layers):
                 part_BTD = self._call(LAYER, part_BTD, layer=index, session=cache.session, start=start)
                 start = None
+            return part_BTD
+
+        return self._in_parts(hidden_BTD, cache, positions, padding, hidden_BTD.shape[2], through)
+
+    def stack(
+        self,
+        hidden_BTD: torch.Tensor,
+        cache: RemoteCache,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None,
+        logits_of_last: int,
+    ) -> torch.Tensor:
+        """All layers, the final norm and the output matrix on the worker, in one call: the logits of the last tokens.
+
+        ``logits_of_last`` is of how many, 0 for all of them.
+
+        Raises:
+            UnsupportedBySplit: the cache is another connection's.
+        """
+        batch, tokens, width = hidden_BTD.shape
+        wanted = min(logits_of_last or tokens, tokens)
+
+        def through(part: Part) -> torch.Tensor:
+            keep = max(part.last - max(part.first, tokens - wanted), 0)
+            rows = (batch, keep)
+            return self._call(STACK, part.hidden, rows, session=cache.session, start=part.start, keep=keep)
+
+        logits_fit = batch * wanted <= self._rows_per_call(self._geometry.vocab)
+        widest = width if logits_fit else max(width, self._geometry.vocab)
+        return self._in_parts(hidden_BTD, cache, positions, padding, widest, through)
+
+    def _in_parts(
+        self,
+        hidden_BTD: torch.Tensor,
+        cache: RemoteCache,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None,
+        widest: int,
+        through: Callable[[Part], torch.Tensor],
+    ) -> torch.Tensor:
+        """A forward in as many parts as the arenas need; ``widest`` elements cross for each token at most."""
+        if not cache.is_of(self._ended_sessions):
+            raise UnsupportedBySplit("past_key_values belongs to another model's connection; its KV is not there")
+        self.end_sessions()
+        batch, tokens = hidden_BTD.shape[:2]
+        past = cache.get_seq_length()
+        limit = max(self._rows_per_call(widest) // batch, 1)
+        results = []
+        for first in range(0, tokens, limit):  # causal: later tokens change nothing for earlier ones
+            last = min(first + limit, tokens)
+            seen = None if padding is None else padding[:, : past + last]
+            start = cache.start(positions[:, first:last], seen)
+            result = through(Part(hidden_BTD[:, first:last], first, last, start))
             cache.advance(batch, last - first)
             # All but the last are copied out of the arena: the next part's results need the room.
-            parts.append(part_BTD if last == tokens else part_BTD.clone())
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            results.append(result if last == tokens else result.clone())
+            del result
+        return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
     def new_cache(self) -> RemoteCache:
         """A new session's cache; the session ends with it."""
@@ -110,10 +164,15 @@ class Remote:
     def statistics(self) -> Statistics:
         return self.client.statistics()
 
-    def _call(self, operation: Operation, argument: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        """One call; whatever the worker returns is checked against the boundary's description before it is used."""
+    def _call(
+        self, operation: Operation, argument: torch.Tensor, rows: tuple[int, ...] | None = None, **keywords: Any
+    ) -> torch.Tensor:
+        """One call; whatever the worker returns is checked against the boundary's description before it is used.
+
+        ``rows`` are the leading dimensions of the result; by default the argument's.
+        """
         result = self.client.call(operation.name, argument, **keywords)
-        expected = (*argument.shape[:-1], operation.output_width(self._geometry))
+        expected = (*(argument.shape[:-1] if rows is None else rows), operation.output_width(self._geometry))
         if not isinstance(result, torch.Tensor) or result.shape != expected or result.dtype != self._dtype:
             found = (
                 f"{list(result.shape)} of {result.dtype}" if isinstance(result, torch.Tensor) else type(result).__name__

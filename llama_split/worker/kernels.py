@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint import LAYER_NORMS, Checkpoint, Progress, layer_name
-from ..decoder import DecoderLayer, Step
+from ..checkpoint import FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name
+from ..decoder import DecoderLayer, RMSNorm, Step
 from ..operations import DOWN, GATE_UP, QKV, O, Operation
 
 _PARTS: dict[Operation, tuple[str, ...]] = {
@@ -41,7 +41,7 @@ class Linear:
 
 
 class Weights:
-    """All that the worker holds: every matrix of the layers and the output matrix, and the layers' norms.
+    """All that the worker holds: every matrix of the layers and the output matrix, and the norms.
 
     The embedding is not held unless it is the output matrix as well.
     """
@@ -63,8 +63,11 @@ class Weights:
         ]
         norms = [layer_name(index, norm) for index in range(self.geometry.layers) for norm in LAYER_NORMS]
         head = checkpoint.lm_head_name()
-        loaded = checkpoint.load([*names, *norms, head], dtype, device, progress)
+        loaded = checkpoint.load([*names, *norms, FINAL_NORM, head], dtype, device, progress)
         self.lm_head = Linear(loaded.pop(head), None)
+        self.norm = RMSNorm(self.geometry.hidden, self.config.rms_norm_eps)
+        self.norm.load_state_dict({"weight": loaded.pop(FINAL_NORM)}, assign=True)
+        self.norm.requires_grad_(False)
         self._linears: list[dict[Operation, Linear]] = []
         self.layers: list[DecoderLayer] = []
         for index in range(self.geometry.layers):

@@ -67,14 +67,14 @@ def test_every_mode_generates_the_same_tokens(command: Command, worker: str, tin
     """As many as were asked for, as one JSON object on standard output and nothing else, whatever the split."""
     common = ("--model", str(tiny), "--worker", worker, "--no-chat", "--json", "--max-new-tokens", "8")
     answers = {}
-    for mode in ("fused", "layer"):
+    for mode in ("fused", "layer", "stack"):
         done = command("generate", "--prompt", prompt, "--mode", mode, *common)
         assert (done.code, done.err) == (0, "")
         answers[mode] = json.loads(done.out)
         assert answers[mode]["mode"] == mode
         assert len(answers[mode]["token_ids"]) == 8
         assert answers[mode]["transport"]["address"] == worker
-    assert answers["fused"]["token_ids"] == answers["layer"]["token_ids"]
+    assert answers["fused"]["token_ids"] == answers["layer"]["token_ids"] == answers["stack"]["token_ids"]
     assert answers["fused"]["statistics"]["calls"] > answers["layer"]["statistics"]["calls"]
 
 

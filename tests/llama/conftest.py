@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_split import SplitLlamaForCausalLM
 from llama_split.checkpoint import open_checkpoint
 from llama_split.launcher import WorkerProcess
+from llama_split.operations import Mode
 from llama_split.settings import demo_model
 from llama_split.worker.kernels import Weights
 from llama_split.worker.service import Service
@@ -157,7 +158,7 @@ def worker(small: Small) -> Iterator[Worker]:
         yield running
 
 
-@pytest.fixture(params=["fused", "layer"])
+@pytest.fixture(params=[mode.value for mode in Mode])
 def mode(request: pytest.FixtureRequest) -> str:
     """Each split in turn."""
     chosen: str = request.param

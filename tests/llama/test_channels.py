@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM
+from llama_split.operations import Mode
 from shmtransport import CHANNEL_KINDS, ChannelKind
 
 from .conftest import Small, Worker
 from .prompts import SHARED, single_prompt
 
 
-@pytest.mark.parametrize("mode", ["fused", "layer"])
+@pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("channel", CHANNEL_KINDS)
 def test_greedy_tokens_do_not_depend_on_the_channel(
-    plain: Small, plain_worker: Worker, channel: ChannelKind, mode: str
+    plain: Small, plain_worker: Worker, channel: ChannelKind, mode: Mode
 ) -> None:
     """Over ZeroMQ and over the doorbell, every token is the unsplit model's."""
     expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)

@@ -9,41 +9,41 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.operations import BY_MODE, LM_HEAD, Geometry, Mode, calls_per_forward
+from llama_split.operations import BY_MODE, Geometry, Mode, calls_per_forward
 
 from .conftest import Small, Worker
 from .prompts import NEW_TOKENS, SHARED, difference, padded_prompts, prompt, single_prompt
 
 
 def test_a_forward_makes_the_promised_number_of_calls(small: Small, split: SplitLlamaForCausalLM, mode: str) -> None:
-    """4 L + 1 or L + 1 calls, for a prompt and for each token."""
+    """4 L + 1, L + 1 or 1 call, for a prompt and for each token."""
     calls = calls_per_forward(Mode(mode), Geometry.of(small.unsplit.config))
     layers = small.unsplit.config.num_hidden_layers
-    assert calls == {"fused": 4 * layers + 1, "layer": layers + 1}[mode]
+    assert calls == {"fused": 4 * layers + 1, "layer": layers + 1, "stack": 1}[mode]
     before = split.statistics()
     split(prompt())
     assert difference(before, split.statistics(), "calls") == calls
     split.remote.end_sessions()
     before = split.statistics()
     split.generate(**single_prompt(), **SHARED, do_sample=False)
-    ends = 1 if mode == "layer" else 0  # the session's end is one call more
+    ends = 1 if Mode(mode).worker_keeps_kv else 0  # the session's end is one call more
     assert difference(before, split.statistics(), "calls") == 16 * calls + ends
 
 
 def test_the_tensors_that_cross_are_those_of_the_boundary(
     small: Small, split: SplitLlamaForCausalLM, mode: str
 ) -> None:
-    """Bytes sent and received follow from ``operations`` alone; layer mode adds the positions."""
+    """Bytes sent and received follow from ``operations`` alone; where the worker keeps the KV, positions are added."""
     geometry, tokens = Geometry.of(small.unsplit.config), 23
     before = split.statistics()
     split(prompt(tokens), logits_to_keep=1)
     after = split.statistics()
     sent = received = 0
     for operation in BY_MODE[Mode(mode)]:
-        elements = 1 if operation is LM_HEAD else tokens * geometry.layers
-        sent += 4 * elements * operation.input_width(geometry)
-        received += 4 * elements * operation.output_width(geometry)
-    sent += 8 * tokens if mode == "layer" else 0
+        times = geometry.layers if operation.per_layer else 1
+        sent += 4 * times * (tokens if operation.per_token_in else 1) * operation.input_width(geometry)
+        received += 4 * times * (tokens if operation.per_token_out else 1) * operation.output_width(geometry)
+    sent += 8 * tokens if Mode(mode).worker_keeps_kv else 0
     assert difference(before, after, "tensor_bytes_sent") == sent
     assert difference(before, after, "tensor_bytes_received") == received
 
@@ -51,10 +51,10 @@ def test_the_tensors_that_cross_are_those_of_the_boundary(
 def test_the_trusted_model_is_a_llama_with_embedding_and_norms_only(
     small: Small, split: SplitLlamaForCausalLM, mode: str
 ) -> None:
-    """Its parameters are V × D of the embedding, D of the final norm, and in fused mode 2 D a layer."""
+    """Its parameters are V × D of the embedding; but for stack mode D of the final norm; in fused mode 2 D a layer."""
     config = small.unsplit.config
     assert isinstance(split, LlamaForCausalLM)
-    norms = 1 + (2 * config.num_hidden_layers if mode == "fused" else 0)
+    norms = {"fused": 1 + 2 * config.num_hidden_layers, "layer": 1, "stack": 0}[mode]
     expected = (config.vocab_size + norms) * config.hidden_size
     assert sum(parameter.numel() for parameter in split.parameters()) == expected
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in split.parameters())
@@ -91,11 +91,12 @@ def test_long_prompts_cross_a_tiny_arena_in_several_calls(plain: Small, plain_wo
         torch.testing.assert_close(split(ids).logits, plain.unsplit(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
 @pytest.mark.parametrize("padded", [False, True])
 def test_long_prompts_cross_a_tiny_arena_in_chunks_where_the_worker_attends(
-    plain: Small, plain_worker: Worker, padded: bool
+    plain: Small, plain_worker: Worker, padded: bool, mode: Mode
 ) -> None:
-    """In layer mode too a prompt may be longer than the arena holds: its tokens go in chunks, with the same result."""
+    """There too a prompt may be longer than the arena holds: its tokens go in chunks, with the same result."""
     ids = prompt(500)
     mask = torch.ones_like(ids)
     if padded:
@@ -104,10 +105,14 @@ def test_long_prompts_cross_a_tiny_arena_in_chunks_where_the_worker_attends(
     options: dict[str, Any] = {"attention_mask": mask, "do_sample": False}
     expected = plain.unsplit.generate(ids, **options, **SHARED)
     with SplitLlamaForCausalLM.from_pretrained(
-        plain.path, worker=plain_worker.address, mode="layer", arena_bytes=64 << 10
+        plain.path, worker=plain_worker.address, mode=mode, arena_bytes=64 << 10
     ) as split:
         assert torch.equal(split.generate(ids, **options, **SHARED), expected)
-        assert split.statistics().calls > 16 * calls_per_forward(Mode.LAYER, Geometry.of(plain.unsplit.config)) + 4
+        assert split.statistics().calls > 16 * calls_per_forward(mode, Geometry.of(plain.unsplit.config)) + 1
+        whole = plain.unsplit(ids, attention_mask=mask).logits
+        for last in (0, 1, 77):
+            logits = split(ids, attention_mask=mask, logits_to_keep=last).logits
+            torch.testing.assert_close(logits[0], whole[0, -last:], atol=1e-4, rtol=1e-4)
 
 
 def test_logits_may_be_kept(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:

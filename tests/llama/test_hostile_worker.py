@@ -10,7 +10,7 @@ import torch
 
 from llama_split import SplitLlamaForCausalLM, WorkerMismatch
 from llama_split.checkpoint import open_checkpoint
-from llama_split.operations import GATE_UP, LAYER, LINEARS, Geometry
+from llama_split.operations import GATE_UP, LAYER, LINEARS, STACK, Geometry, Mode
 from llama_split.worker import sessions
 from shmtransport import RemoteError, Server
 
@@ -28,11 +28,11 @@ def _liar(small: Small, answer: Callable[[str, torch.Tensor], Any]) -> dict[str,
     def handler(name: str) -> Callable[..., Any]:
         return lambda argument, **_keywords: answer(name, argument)
 
-    named = {operation.name: handler(operation.name) for operation in (*LINEARS, LAYER)}
+    named = {operation.name: handler(operation.name) for operation in (*LINEARS, LAYER, STACK)}
     return {**named, "describe": lambda: description, "end_session": lambda _number: None}
 
 
-@pytest.mark.parametrize("mode", ["fused", "layer"])
+@pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -45,10 +45,10 @@ def _liar(small: Small, answer: Callable[[str, torch.Tensor], Any]) -> dict[str,
     ids=["narrow", "batch", "dtype", "list", "nothing"],
 )
 def test_results_of_another_shape_or_kind_are_refused(
-    plain: Small, serve: Serve, address: str, mode: str, wrong: Callable[[torch.Tensor], Any]
+    plain: Small, serve: Serve, address: str, mode: Mode, wrong: Callable[[torch.Tensor], Any]
 ) -> None:
     """Nothing that a worker returns is broadcast or converted into logits."""
-    widths = {op.name: op.output_width(Geometry.of(plain.unsplit.config)) for op in (*LINEARS, LAYER)}
+    widths = {op.name: op.output_width(Geometry.of(plain.unsplit.config)) for op in (*LINEARS, LAYER, STACK)}
     serve(**_liar(plain, lambda name, x: wrong(torch.zeros(*x.shape[:-1], widths[name]))))
     with (
         SplitLlamaForCausalLM.from_pretrained(plain.path, worker=address, mode=mode) as split,
@@ -108,5 +108,5 @@ def test_a_forward_that_ended_half_way_shows_no_other_memory(layer_split: SplitL
 def test_the_boundary_names_what_the_worker_is_asked_for(plain_worker: Worker) -> None:
     """The worker registers the boundary's operations and nothing else that computes."""
     registered = set(plain_worker.server._handlers)
-    assert registered == {operation.name for operation in (*LINEARS, LAYER)} | {"describe", "end_session"}
+    assert registered == {operation.name for operation in (*LINEARS, LAYER, STACK)} | {"describe", "end_session"}
     assert GATE_UP.name in registered
