@@ -209,18 +209,18 @@ def test_the_trusted_side_reads_the_embedding_and_norms_only(small: Small, mode:
     """No weight matrix of a layer is read where only the embedding and norms are needed, each tensor once."""
     checkpoint = Recording(small.path, open_checkpoint(str(small.path)).config)
     checkpoint.load(TrustedPart.weight_names(checkpoint.config, mode), torch.float32, CPU)
-    norms = 2 * checkpoint.geometry.layers if mode is Mode.FUSED else 0
-    assert len(checkpoint.full) == len(set(checkpoint.full)) == 2 + norms
+    norms = {Mode.FUSED: 2 * checkpoint.geometry.layers + 1, Mode.LAYER: 1, Mode.STACK: 0}[mode]
+    assert len(checkpoint.full) == len(set(checkpoint.full)) == 1 + norms
     assert all(name == EMBEDDING or "norm" in name for name in checkpoint.full)
 
 
 def test_the_worker_reads_each_of_its_tensors_once_and_the_embedding_only_if_tied(small: Small) -> None:
-    """The worker needs neither the embedding nor the final norm, unless the embedding is the output matrix."""
+    """The worker needs all but the embedding, and that too if it is the output matrix."""
     checkpoint = Recording(small.path, open_checkpoint(str(small.path)).config)
     Weights(checkpoint, torch.float32, CPU)
     tied = checkpoint.config.tie_word_embeddings
     assert len(checkpoint.full) == len(set(checkpoint.full))
-    assert set(checkpoint.full) == needed(checkpoint) - {FINAL_NORM} - (set() if tied else {EMBEDDING})
+    assert set(checkpoint.full) == needed(checkpoint) - (set() if tied else {EMBEDDING})
 
 
 @pytest.mark.parametrize("name", [EMBEDDING, LM_HEAD, "model.layers.1.self_attn.k_proj.weight", FINAL_NORM])
