@@ -6,6 +6,7 @@ numpy has no such type; those arrive as torch tensors only.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,5 +58,10 @@ TABLE: tuple[DType, ...] = (
     *(_row(name, True) for name in _IN_BOTH),
     *(_row(name, False) for name in _TORCH_ONLY),
 )
+# torch warns of complex32 once, the first time that such a tensor is made: not in the middle of some call.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.empty(0, dtype=torch.complex32)
+
 BY_NAME: dict[str, DType] = {row.name: row for row in TABLE}
 BY_TORCH: dict[torch.dtype, DType] = {row.torch: row for row in TABLE}

@@ -107,7 +107,8 @@ class Layout:
         if max(data_bytes, slots, ring_bytes) > segment_bytes:
             raise PeerProtocolError(f"the peer's segment header names areas beyond its {segment_bytes} bytes")
         layout = cls(data_bytes=data_bytes, release_slots=slots, message_ring_bytes=ring_bytes)
-        if layout.header() != header or layout.total_bytes != segment_bytes:
+        # The size first: it bounds what the header's fields would have to hold.
+        if layout.total_bytes != segment_bytes or layout.header() != header:
             raise PeerProtocolError(
                 f"the peer's segment header contradicts itself or the segment's size of {segment_bytes} bytes"
             )
