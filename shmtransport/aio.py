@@ -1,8 +1,7 @@
-"""The asyncio client and server: the same protocol and channels, driven by an event loop.
+"""The asyncio client: the same protocol and channels, driven by an event loop.
 
-Rules that they keep: everything happens in the loop's thread, except connecting and closing, which may take a while,
-and handlers that are plain functions; nothing waits in the loop's thread. Works with any event loop that has
-``add_reader``, uvloop among them.
+Rules that it keeps: everything happens in the loop's thread, except connecting and closing, which may take a while;
+nothing waits in the loop's thread. Works with any event loop that has ``add_reader``, uvloop among them.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import inspect
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from .channel import deadline_in
+from .channel import QUEUE_LIMIT, deadline_in
 from .client import ClientBase
 from .errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtocolError, TransportError
-from .host import Arrival, Host, HostedClient
 from .link import Link
-from .protocol import Call, PendingReply
+from .protocol import PendingReply
+from .threads import in_a_thread
 
 logger = logging.getLogger("shmtransport")
 
@@ -35,23 +32,25 @@ _LONGEST_PAUSE_S = 5e-3
 
 
 class _AwaitedReply(PendingReply):
-    """A call in flight whose outcome goes to a future."""
+    """A call in flight; ``ended`` is done when it is, and holds neither result nor error: the loop keeps it longer."""
 
-    __slots__ = ("future",)
+    __slots__ = ("ended",)
 
-    def __init__(self, method: str, future: asyncio.Future[Any]) -> None:
+    def __init__(self, method: str, ended: asyncio.Future[None]) -> None:
         super().__init__(method, _never_wait)
-        self.future = future
+        self.ended = ended
 
     def resolve(self, result: Any) -> None:
-        self.done = True
-        if not self.future.done():
-            self.future.set_result(result)
+        super().resolve(result)
+        self._wake()
 
     def fail(self, error: BaseException) -> None:
-        self.done = True
-        if not self.future.done():
-            self.future.set_exception(error)
+        super().fail(error)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
 
 
 def _never_wait(_pending: PendingReply, _timeout_s: float | None) -> None:
@@ -63,10 +62,16 @@ class AsyncClient(ClientBase):
 
     ``async with AsyncClient(address) as client: y = await client.call("linear", x, layer=0)``. Any number of calls may
     be in flight. A call that is cancelled is given up: what its late reply holds is released. Time-outs other than
-    ``timeout_s`` are asyncio's own (``asyncio.timeout``, ``asyncio.wait_for``).
+    ``timeout_s`` are asyncio's own (``asyncio.timeout``, ``asyncio.wait_for``). A call waits for room; ``empty``, which
+    can't be awaited, raises ``ArenaFull`` at once.
 
     Belongs to the event loop in which it was connected.
     """
+
+    @functools.cached_property
+    def _changing(self) -> asyncio.Lock:
+        """Held while the connection is made or ended: several tasks may ask for that at once."""
+        return asyncio.Lock()
 
     async def connect(self) -> AsyncClient:
         """Connect; ``async with`` does it too.
@@ -74,9 +79,10 @@ class AsyncClient(ClientBase):
         Raises:
             As ``Client``.
         """
-        if self._link is not None:
-            raise LocalProtocolError("this client is connected already: use reconnect()")
-        await self._open()
+        async with self._changing:
+            if self._link is not None:
+                raise LocalProtocolError("this client is connected already: use reconnect()")
+            await self._open()
         return self
 
     async def reconnect(self) -> None:
@@ -85,8 +91,9 @@ class AsyncClient(ClientBase):
         Raises:
             As ``Client``; afterwards this may be tried again.
         """
-        await self._shut("the client reconnects")
-        await self._open()
+        async with self._changing:
+            await self._shut("the client reconnects")
+            await self._open()
 
     async def call(self, method: str, /, *arguments: Any, **keywords: Any) -> Any:
         """Call a method of the server; see ``Client.submit`` for what may be sent.
@@ -98,29 +105,24 @@ class AsyncClient(ClientBase):
             PeerDied, PeerProtocolError, Closed: the connection ended first.
         """
         link = self._live()
-        loop = asyncio.get_running_loop()
-        pending = _AwaitedReply(method, loop.create_future())
+        pending = _AwaitedReply(method, asyncio.get_running_loop().create_future())
         deadline = deadline_in(self._timeout_s)
-        data = await self._request(link, pending, arguments, keywords, deadline)
-        link.protocol.start(pending)
         try:
-            await self._send(link, data, deadline)
-        except BaseException:
-            link.protocol.take_back(pending)
-            raise
-        loop.call_soon(self._on_readable, link)  # sending may have taken away what would tell of a reply
-        timer = loop.call_later(max(deadline - time.monotonic(), 0.0), self._on_timeout, link, pending)
-        try:
-            return await pending.future
-        except asyncio.CancelledError:
-            link.protocol.give_up(pending, Closed("the call was cancelled"))
-            raise
+            data = await self._request(link, pending, arguments, keywords, deadline)
+            link.protocol.start(pending)
+            try:
+                await self._send(link, data, deadline)
+            except BaseException:
+                link.protocol.take_back(pending)
+                raise
+            return await self._reply(link, pending, deadline)
         finally:
-            timer.cancel()
+            del pending  # an error's traceback holds this frame, and pending the error: a cycle that holds arguments
 
     async def close(self) -> None:
         """End the connection; calls in flight fail with ``Closed``. Results stay valid. A second call does nothing."""
-        await self._shut("this client was closed")
+        async with self._changing:
+            await self._shut("this client was closed")
 
     async def __aenter__(self) -> AsyncClient:
         return self if self._link is not None else await self.connect()
@@ -135,14 +137,14 @@ class AsyncClient(ClientBase):
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        opening = self._loop.run_in_executor(None, Link, self._options, self._counters)
+        opening = in_a_thread(Link, self._options, self._counters)
         try:
-            link = await asyncio.shield(opening)
+            link = await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(_close_unwanted)
             raise
         self._link, self._ended = link, None
-        self._closing: asyncio.Future[None] | None = None
+        self._closing: Future[None] | None = None
         self._loop.add_reader(link.channel.fileno(), self._on_readable, link)
         descriptor = link.connection.watch.fileno()
         if descriptor is not None:
@@ -160,12 +162,20 @@ class AsyncClient(ClientBase):
     ) -> bytes:
         """The request's bytes; waits for the server to release something while there is no room."""
         pause_s = _FIRST_PAUSE_S
+        started = 0.0
         while True:
             try:
-                return link.protocol.request(pending, arguments, keywords)
+                data = link.protocol.request(pending, arguments, keywords)
             except ArenaFull:
                 if time.monotonic() >= deadline or not link.connection.send_arena.held_by_peer:
                     raise
+            else:
+                if started:
+                    self._counters.stall_seconds += time.monotonic() - started
+                return data
+            if not started:
+                started = time.monotonic()
+                self._counters.stalls += 1
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s + 50e-6, _LONGEST_PAUSE_S)
             self._check(link)
@@ -174,38 +184,58 @@ class AsyncClient(ClientBase):
         """Send a request; waits while the queue is full."""
         self._check(link)
         try:
+            if link.channel.send(data):
+                return
+            self._counters.stalls += 1
             while not link.channel.send(data):
                 if time.monotonic() >= deadline:
                     raise self._full_error()
-                self._counters.stalls += 1
                 await asyncio.sleep(_LONGEST_PAUSE_S)
                 self._check(link)
         except PeerProtocolError as error:
             self._end(link, error)
             raise
 
+    async def _reply(self, link: Link, pending: _AwaitedReply, deadline: float) -> Any:
+        """Wait for the reply to what was sent."""
+        self._loop.call_soon(self._on_readable, link)  # sending may have taken away what would tell of a reply
+        timer = self._loop.call_later(max(deadline - time.monotonic(), 0.0), self._on_timeout, link, pending)
+        try:
+            await pending.ended
+            return pending.result()
+        except asyncio.CancelledError:
+            link.protocol.give_up(pending, Closed("the call was cancelled"))
+            raise
+        finally:
+            timer.cancel()
+            del pending  # as in ``call``
+
     def _check(self, link: Link) -> None:
         if self._live() is not link:
             raise Closed("the client was reconnected while this request was being made")
 
     def _on_readable(self, link: Link) -> None:
+        if self._receive(link, _MESSAGES_AT_ONCE):
+            self._loop.call_soon(self._on_readable, link)
+
+    def _receive(self, link: Link, most: int) -> bool:
+        """Take up to so many messages; whether there may be more."""
         try:
-            for _ in range(_MESSAGES_AT_ONCE):
+            for _ in range(most):
                 if self._ended is not None or link is not self._link:
-                    return
+                    return False
                 data = link.channel.receive()
                 if data is None:
                     if link.channel.ended():
                         self._on_death(link)
-                    return
+                    return False
                 link.protocol.receive(data)
         except PeerDied as error:
             self._end(link, error)
         except PeerProtocolError as error:
             link.say_goodbye("protocol error")
             self._end(link, error)
-        else:
-            self._loop.call_soon(self._on_readable, link)
+        return self._ended is None
 
     def _on_death(self, link: Link) -> None:
         """The server's process has ended, or it has ended the connection."""
@@ -226,6 +256,8 @@ class AsyncClient(ClientBase):
 
     def _on_timeout(self, link: Link, pending: _AwaitedReply) -> None:
         if not pending.done:
+            self._receive(link, QUEUE_LIMIT)  # it may be the loop that took too long, and the reply may be there
+        if not pending.done:
             link.protocol.give_up(pending, self._timeout_error(link, pending, self._timeout_s))
 
     def _end(self, link: Link, error: TransportError) -> None:
@@ -238,7 +270,7 @@ class AsyncClient(ClientBase):
         if descriptor is not None:
             self._loop.remove_reader(descriptor)
         link.protocol.fail_all(error)
-        self._closing = self._loop.run_in_executor(None, functools.partial(link.close, flush=self._flush()))
+        self._closing = in_a_thread(functools.partial(link.close, flush=self._flush()))
 
     async def _shut(self, reason: str) -> None:
         link = self._link
@@ -248,133 +280,12 @@ class AsyncClient(ClientBase):
             link.say_goodbye(reason)
             self._end(link, Closed(reason))
         if self._closing is not None:
-            await asyncio.shield(self._closing)
+            await asyncio.shield(asyncio.wrap_future(self._closing))
 
 
-def _close_unwanted(opening: asyncio.Future[Link]) -> None:
-    """Connecting was cancelled, and has succeeded nevertheless."""
+def _close_unwanted(opening: Future[Link]) -> None:
+    """Connecting was cancelled, and may have succeeded nevertheless; in the thread that connected, most likely."""
     if not opening.cancelled() and opening.exception() is None:
         link = opening.result()
         link.say_goodbye("connecting was cancelled")
         link.close(flush=True)
-
-
-class AsyncServer(Host):
-    """Answers calls at ``address`` from an event loop; for its options see ``Server``.
-
-    Handlers may be coroutine functions, which run in the loop, or plain functions, which run in threads; so several
-    may run at the same time, also for one client. ``max_calls_in_progress`` bounds them for each client: a call
-    beyond it fails. ``drain_timeout_s`` is how long calls in progress may go on after ``stop``.
-    """
-
-    def __init__(self, address: str, *, max_calls_in_progress: int = 256, **options: Any) -> None:
-        super().__init__(address, **options)
-        self._max_calls_in_progress = max_calls_in_progress
-        self._calls: set[asyncio.Task[None]] = set()
-
-    async def serve(self) -> None:
-        """Answer calls until ``stop``; in the main thread SIGINT and SIGTERM stop it too."""
-        self._loop = asyncio.get_running_loop()
-        self._stopped = asyncio.Event()
-        descriptor = self._channel.fileno()
-        self._loop.add_reader(descriptor, self._on_readable)
-        try:
-            with self._stopped_by_signals():
-                self._on_readable()
-                while not self._stopped.is_set():
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self._stopped.wait(), _ASK_INTERVAL_S if self._unwatched else None)
-                    self._ask_unwatched()
-                await self._drain()
-        finally:
-            self._loop.remove_reader(descriptor)
-
-    async def close(self) -> None:
-        """End all connections and remove the socket. A second call does nothing."""
-        for task in list(self._calls):
-            task.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
-        self._drop_all()
-        await asyncio.to_thread(self._channel.close)
-
-    async def __aenter__(self) -> AsyncServer:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def _on_readable(self) -> None:
-        self._drop_ended(self._channel.wait(0))
-        if self._stopping.is_set():
-            self._stopped.set()
-        for _ in range(_MESSAGES_AT_ONCE):
-            received = self._receive()
-            if isinstance(received, Arrival):
-                self._begin(*received)
-            elif not received:
-                return
-        self._loop.call_soon(self._on_readable)
-
-    def _begin(self, client: HostedClient, call: Call) -> None:
-        if client.in_progress >= self._max_calls_in_progress:
-            error = LocalProtocolError(
-                f"{client.in_progress} calls of this client are in progress; the server's max_calls_in_progress is "
-                f"{self._max_calls_in_progress}: wait for some of them"
-            )
-            self._reply(client, self._failure(client, call, error))
-            return
-        client.in_progress += 1
-        task = self._loop.create_task(self._serve_call(client, [call]))
-        self._calls.add(task)
-        self._counters.in_flight_peak = max(self._counters.in_flight_peak, len(self._calls))
-        task.add_done_callback(self._calls.discard)
-
-    async def _serve_call(self, client: HostedClient, call: list[Call]) -> None:
-        """Handle a call, taken out of its list so that nothing holds its arguments longer than the handler does."""
-        started = time.perf_counter()
-        self._current.set(client)  # in this task's own context
-        try:
-            data = await self._answer(client, call.pop())
-        finally:
-            client.in_progress -= 1
-            self._counters.count_call(time.perf_counter() - started)
-        self._reply(client, data)
-        self._loop.call_soon(self._on_readable)  # sending may have taken away what would tell of a request
-
-    async def _answer(self, client: HostedClient, call: Call) -> bytes:
-        try:
-            handler = self._handler(call)
-            if inspect.iscoroutinefunction(handler):
-                result = await handler(*call.arguments, **call.keywords)
-            else:
-                result = await asyncio.to_thread(handler, *call.arguments, **call.keywords)
-                if inspect.isawaitable(result):
-                    result = await result
-            return client.protocol.reply(call.call_id, result)
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its caller's to know
-            return self._failure(client, call, error)
-
-    async def _drain(self) -> None:
-        """Let the calls in progress end; those that take too long are cancelled."""
-        if self._calls:
-            _, late = await asyncio.wait(self._calls, timeout=self._drain_timeout_s)
-            for task in late:
-                task.cancel()
-            if late:
-                logger.warning("%d calls were still in progress after %g s", len(late), self._drain_timeout_s)
-
-    @contextlib.contextmanager
-    def _stopped_by_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        for number in numbers:
-            self._loop.add_signal_handler(number, self.stop)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                self._loop.remove_signal_handler(number)

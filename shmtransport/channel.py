@@ -16,11 +16,17 @@ from abc import ABC, abstractmethod
 import zmq
 
 from . import address as addresses
+from .alarm import Alarm
+from .backlog import QUEUE_LIMIT as QUEUE_LIMIT
+from .backlog import QUEUED_BYTES_LIMIT, Backlogs
 from .errors import AddressError, Closed, PeerProtocolError
+from .message import is_reply
 
 _GOODBYE_LINGER_MS = 500
-QUEUE_LIMIT = 10_000
-"""The most messages that are queued for a peer that does not read."""
+_RETRY_S = 0.01
+_HELD_BYTES = 2 << 20
+"""What ZeroMQ itself holds for or of one peer of a server: it frees none of that before the peer's socket goes."""
+_FEWEST_HELD = 8
 
 
 class Channel(ABC):
@@ -98,6 +104,10 @@ class ServerChannel(ABC):
         """Queue one message; False if that client is gone or does not read."""
 
     @abstractmethod
+    def disconnect(self, peer: bytes) -> None:
+        """This client is gone or has to go; its last messages are still sent if it reads."""
+
+    @abstractmethod
     def receive(self) -> tuple[bytes, bytes] | None:
         """The next message and who sent it, or None if there is none now.
 
@@ -153,7 +163,8 @@ class ZmqChannel(Channel):
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.maxmsgsize = max_message_bytes
-        self._socket.sndhwm = self._socket.rcvhwm = QUEUE_LIMIT
+        self._socket.sndhwm = QUEUE_LIMIT
+        self._socket.rcvhwm = max(QUEUED_BYTES_LIMIT // max_message_bytes, _FEWEST_HELD)
         self._socket.linger = 0  # a client that is dropped without close() must not hang in a garbage collection
         self._fd = int(self._socket.get(zmq.FD))
         self._poll = select.poll()
@@ -234,12 +245,15 @@ class ZmqServerChannel(ServerChannel):
         self._socket.maxmsgsize = max_message_bytes
         self._socket.linger = _GOODBYE_LINGER_MS
         self._socket.router_mandatory = True
-        self._socket.sndhwm = self._socket.rcvhwm = QUEUE_LIMIT
+        self._socket.sndhwm = self._socket.rcvhwm = max(_HELD_BYTES // max_message_bytes, _FEWEST_HELD)
+        self._backlogs = Backlogs(self._send)
+        self._retry = Alarm()
         self._fd = int(self._socket.get(zmq.FD))
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._own_descriptors = (self._fd, self._wake_reader, self._retry.fileno())
         self._epoll = select.epoll()
-        self.watch(self._fd)
-        self.watch(self._wake_reader)
+        for descriptor in self._own_descriptors:
+            self.watch(descriptor)
         mask = os.umask(0o177)  # the socket file is never open to others, not for a moment
         try:
             self._socket.bind(address)
@@ -257,27 +271,71 @@ class ZmqServerChannel(ServerChannel):
     def send(self, peer: bytes, data: bytes) -> bool:
         if self._closed:
             return False
-        try:
-            self._socket.send_multipart((peer, data), zmq.DONTWAIT)
-        except zmq.ZMQError as error:
-            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+        if peer not in self._backlogs:
+            sent = self._send(peer, data)
+            if sent is not None:
+                return sent
+            if not is_reply(data):  # a stranger's answer, perhaps: nothing is kept for strangers
                 return False
-            raise Closed(f"the channel is closed: {error.strerror}") from error
-        return True
+        return self._backlogs.add(peer, data)
+
+    def disconnect(self, peer: bytes) -> None:
+        self._backlogs.leave(peer)
 
     def receive(self) -> tuple[bytes, bytes] | None:
         if self._closed:
             return None
+        received = self._receive()
+        if self._backlogs:
+            if received is not None:
+                self._backlogs.flush_next()
+            else:
+                received = self._flush()
+        return received
+
+    def _flush(self) -> tuple[bytes, bytes] | None:
+        """Send what there is room for; a message that has come meanwhile.
+
+        That there is room again for one peer ZeroMQ may tell while it is asked about another, or about messages, and
+        then not once more: so this is tried again after a while, too.
+        """
+        self._backlogs.flush()
+        if self._backlogs:
+            self._retry.set(_RETRY_S)
+        return self._receive()  # sending may have taken away what would have told of a message
+
+    def _receive(self) -> tuple[bytes, bytes] | None:
         try:
-            while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
                 frames = self._socket.recv_multipart(zmq.DONTWAIT)
-                if len(frames) == 2:
-                    return frames[0], frames[1]
+                # A message in several parts is none of ours: an empty one takes its place, and is refused.
+                return frames[0], frames[1] if len(frames) == 2 else b""
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
             raise Closed(f"the channel is closed: {error.strerror}") from error
         return None
+
+    def _send(self, peer: bytes, data: bytes) -> bool | None:
+        """Hand one message to ZeroMQ: True if that was done, False if the peer is gone, None if there is no room."""
+        try:
+            self._socket.send_multipart((peer, data), zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise Closed(f"the channel is closed: {error.strerror}") from error
+        return True
+
+    def _flush_for(self, timeout_s: float) -> None:
+        """Give those that do read so much time to read what waits for them."""
+        deadline = time.monotonic() + timeout_s
+        self._backlogs.flush()
+        while self._backlogs and time.monotonic() < deadline:
+            time.sleep(_RETRY_S)
+            self._socket.get(zmq.EVENTS)  # lets ZeroMQ see who has read on
+            self._backlogs.flush()
 
     def watch(self, descriptor: int) -> None:
         self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLET)
@@ -288,12 +346,9 @@ class ZmqServerChannel(ServerChannel):
     def wait(self, timeout_s: float | None) -> list[int]:
         ready = [descriptor for descriptor, _ in self._epoll.poll(timeout_s)]
         if self._wake_reader in ready:
-            ready.remove(self._wake_reader)
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_reader, 4096)
-        if self._fd in ready:
-            ready.remove(self._fd)
-        return ready
+        return [descriptor for descriptor in ready if descriptor not in self._own_descriptors]
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -313,6 +368,8 @@ class ZmqServerChannel(ServerChannel):
     def close(self) -> None:
         if self._closed:
             return
+        if self._bound and self._backlogs:
+            self._flush_for(_GOODBYE_LINGER_MS / 1000)
         self._closed = True
         if self._bound:  # before the socket is closed: after that the file may be a successor's
             with contextlib.suppress(FileNotFoundError):
@@ -320,6 +377,7 @@ class ZmqServerChannel(ServerChannel):
         self._socket.close()
         self._context.term()
         self._epoll.close()
+        self._retry.close()
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 

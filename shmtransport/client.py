@@ -83,7 +83,12 @@ class ClientBase:
             LocalProtocolError: no tensor of this shape or dtype can be sent.
             Closed, PeerDied.
         """
-        return self._live().connection.send_arena.empty(shape, dtype)
+        link = self._live()
+        try:
+            return link.connection.send_arena.empty(shape, dtype)
+        except Closed:
+            self._live()  # what another thread has ended it with
+            raise
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """As ``empty``, with the shape and dtype of another tensor."""
@@ -207,6 +212,9 @@ class Client(ClientBase):
             with self._lock:
                 self._end(link, error)
             raise
+        except Closed:
+            self._live()  # what another thread has ended it with
+            raise
         with self._lock:
             try:
                 self._start(link, pending, data)
@@ -225,8 +233,9 @@ class Client(ClientBase):
         """
         with self._lock:
             self._close("the client reconnects")
-            while self._receiving:
+            while self._receiver is not None:
                 self._receiver_left.wait()
+                self._close("the client reconnects")  # what another thread has connected meanwhile
             self._link = Link(self._options, self._counters)
             self._ended = None
 
@@ -247,7 +256,7 @@ class Client(ClientBase):
 
     def _reset_threads(self) -> None:
         self._lock = threading.RLock()
-        self._receiving = False
+        self._receiver: object | None = None  # the key of the thread that waits for the channel
         self._receiver_left = threading.Condition(self._lock)
         self._followers: dict[object, threading.Condition] = {}
 
@@ -260,13 +269,17 @@ class Client(ClientBase):
         link.protocol.start(pending)
         if not self._send(link, data):
             self._counters.stalls += 1
-            deadline = deadline_in(self._timeout_s)
-            while not self._send(link, data):
-                if time.monotonic() >= deadline:
-                    raise self._full_error()
-                self._step(link, pending, _SEND_SLICE_S)
-                self._live()
-        if self._receiving:  # sending may have taken away what would have told the receiver of a reply
+            started = time.monotonic()
+            try:
+                while not self._send(link, data):
+                    if time.monotonic() - started >= self._timeout_s:
+                        raise self._full_error()
+                    self._step(link, pending, _SEND_SLICE_S)
+                    self._live()
+            finally:
+                self._counters.stall_seconds += time.monotonic() - started
+                self._hand_over()
+        if self._receiver is not None:  # sending may have taken away what would have told the receiver of a reply
             self._receive_all(link)
 
     def _send(self, link: Link, data: bytes) -> bool:
@@ -292,27 +305,33 @@ class Client(ClientBase):
                     else:
                         self._step(link, pending, left_s)
             finally:
-                if self._followers and not self._receiving:
-                    next(iter(self._followers.values())).notify()
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """This thread will not receive any more: let the one that has waited longest do it."""
+        if self._followers and self._receiver is None:
+            next(iter(self._followers.values())).notify_all()
 
     def _step(self, link: Link, key: object, timeout_s: float) -> None:
         """Receive for all, or wait while another thread does."""
-        if self._receiving:
-            turn = self._followers[key] = threading.Condition(self._lock)
+        if self._receiver is not None:
+            turn = self._followers.setdefault(key, threading.Condition(self._lock))
             try:
                 turn.wait(timeout_s)
             finally:
-                del self._followers[key]
+                if self._followers.get(key) is turn:
+                    del self._followers[key]
+                    turn.notify_all()  # several threads may wait for one call
             return
         if not link.channel.looks_first and self._receive(link):
             return
-        self._receiving = True
+        self._receiver = key
         self._lock.release()
         try:
             self._counters.waits += link.channel.wait(min(timeout_s, _WATCH_SLICE_S))
         finally:
             self._lock.acquire()
-            self._receiving = False
+            self._receiver = None
             if self._ended is not None:  # meanwhile; whoever ended it has left the closing to this thread
                 link.close(flush=self._flush())
                 self._receiver_left.notify_all()
@@ -333,8 +352,12 @@ class Client(ClientBase):
             link.say_goodbye("protocol error")
             self._end(link, error)
         else:
-            if self._followers and completed in self._followers:
-                self._followers[completed].notify()
+            if completed is None:
+                pass
+            elif completed is self._receiver:  # taken by another thread: nothing else may wake it
+                link.channel.wake()
+            elif self._followers and completed in self._followers:
+                self._followers[completed].notify_all()
         return True
 
     def _receive_all(self, link: Link) -> None:
@@ -354,8 +377,8 @@ class Client(ClientBase):
         self._ended = error
         link.protocol.fail_all(error)
         for turn in self._followers.values():
-            turn.notify()
-        if self._receiving:
+            turn.notify_all()
+        if self._receiver is not None:
             link.channel.wake()
         else:
             link.close(flush=self._flush())

@@ -31,6 +31,24 @@ class Bells(NamedTuple):
     peer: Bell
 
 
+class _PeerCheck:
+    """What a claim asks while it waits for the peer to release something.
+
+    No method of the connection, which holds the arena that asks: in a cycle the memory of a closed connection would
+    stay until the next garbage collection, for ever in a server that has nothing to do.
+    """
+
+    def __init__(self, watch: PeerWatch) -> None:
+        self._watch = watch
+        self.closed = False
+
+    def __call__(self) -> None:
+        if self.closed:
+            raise Closed("the connection was closed while a claim waited for room")
+        if not self._watch.alive():
+            raise PeerDied(f"process {self._watch.pid} ended while a claim waited for it to release results")
+
+
 class Connection:
     """Both segments of one connection, mapped, and what lies in them.
 
@@ -50,11 +68,11 @@ class Connection:
     ) -> None:
         self._own = own
         self._peer = peer
-        self._closed = False
         self.bells = bells
         self.ring = None if bells is None else MessageRing(own, peer)
         self.watch = PeerWatch(peer.fd)
-        self.send_arena = SendArena(own, release_cells(peer), counters, claim_timeout_s, self._check_peer)
+        self._peer_check = _PeerCheck(self.watch)
+        self.send_arena = SendArena(own, release_cells(peer), counters, claim_timeout_s, self._peer_check)
         self.receive_arena = ReceiveArena(peer, release_cells(own))
         self.codec = Codec(self.send_arena, self.receive_arena, counters, max_message_bytes, snapshot=snapshot)
 
@@ -65,7 +83,7 @@ class Connection:
 
     def abandon(self) -> None:
         """In a forked child: nothing that is done or dies here may reach the parent's connection."""
-        self._closed = True
+        self._peer_check.closed = True
         self.receive_arena.abandon()
         self._own.abandon()
         self._peer.abandon()
@@ -75,15 +93,9 @@ class Connection:
 
     def close(self) -> None:
         """Give the segments back; tensors that still look into them keep their memory."""
-        self._closed = True
+        self._peer_check.closed = True
         self.watch.close()
         self._own.close()
         self._peer.close()
         if self.bells is not None:
             self.bells.peer.close()
-
-    def _check_peer(self) -> None:
-        if self._closed:
-            raise Closed("the connection was closed while a claim waited for room")
-        if not self.watch.alive():
-            raise PeerDied(f"process {self.watch.pid} ended while a claim waited for it to release results")

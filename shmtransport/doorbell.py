@@ -20,14 +20,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from .backlog import QUEUE_LIMIT, QUEUED_BYTES_LIMIT
 from .bell import Bell
-from .channel import QUEUE_LIMIT, BrokenPeer, Channel, ServerChannel
+from .channel import BrokenPeer, Channel, ServerChannel
 from .connection import Bells
-from .errors import PeerProtocolError
+from .errors import MessageTooLarge, PeerProtocolError
 from .message_ring import MessageRing
 
 _SLICE_S = 0.5
-_QUEUED_BYTES_LIMIT = 16 << 20
 
 
 class _Relay:
@@ -48,6 +48,11 @@ class _Relay:
         self._stopping = True
         self._interrupt()
         self._thread.join()
+
+
+def _too_large(data: bytes, ring: MessageRing) -> PeerProtocolError:
+    """A ring takes two of the largest messages; one may not be as large as both."""
+    return PeerProtocolError(f"the peer sent a message of {len(data)} bytes; {ring.largest_message} were agreed")
 
 
 class DoorbellChannel(Channel):
@@ -93,6 +98,8 @@ class DoorbellChannel(Channel):
             data = self._ring.read()  # what came before the descriptor was cleared
             if data is None:
                 return None
+        if len(data) > self._ring.largest_message:
+            raise _too_large(data, self._ring)
         self._untaken += 1
         if self._ring.made_room:
             self._ring.made_room = False
@@ -166,7 +173,7 @@ class _Line:
         self.queued_bytes += len(data)
         self.ring.want_room(True)
         self.flush()
-        return len(self.queue) <= QUEUE_LIMIT and self.queued_bytes <= _QUEUED_BYTES_LIMIT
+        return len(self.queue) <= QUEUE_LIMIT and self.queued_bytes <= QUEUED_BYTES_LIMIT
 
     def flush(self) -> None:
         """Send what was queued, as far as there is room."""
@@ -216,7 +223,7 @@ class DoorbellServerChannel(ServerChannel):
             self._start_relay()
 
     def disconnect(self, peer: bytes) -> None:
-        """This client, of either kind, is gone or has to go."""
+        self._base.disconnect(peer)
         line = self._lines.pop(peer, None)
         if line is None:
             return
@@ -237,6 +244,8 @@ class DoorbellServerChannel(ServerChannel):
             return line.send(data)
         except PeerProtocolError as error:
             raise BrokenPeer(peer, error) from error
+        except MessageTooLarge:  # no reply, which is held to what was agreed: a goodbye with a long reason
+            return False
 
     def receive(self) -> tuple[bytes, bytes] | None:
         if not self._lines:
@@ -254,8 +263,10 @@ class DoorbellServerChannel(ServerChannel):
 
     def wait(self, timeout_s: float | None) -> list[int]:
         if self._relay is None or self._in_event_loop:
+            readable = self._take_readable()
+            timeout_s = 0 if readable else timeout_s  # what the relay saw before its end is not to wait for more
             self.waits += timeout_s != 0
-            return [*self._take_readable(), *self._base.wait(timeout_s)]
+            return [*readable, *self._base.wait(timeout_s)]
         bell = self.bell()
         while self._untaken and bell.take():
             self._untaken -= 1
@@ -311,6 +322,8 @@ class DoorbellServerChannel(ServerChannel):
                 if line.queue:
                     line.flush()
                 data = line.ring.read()
+                if data is not None and len(data) > line.ring.largest_message:
+                    raise _too_large(data, line.ring)
             except PeerProtocolError as error:
                 raise BrokenPeer(line.peer, error) from error
             if data is not None:

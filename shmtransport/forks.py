@@ -27,8 +27,7 @@ def abandon_after_fork(thing: Forkable) -> None:
 
 def _abandon_all() -> None:
     for thing in list(_registered):
-        thing.abandon()
-    _registered.clear()
+        thing.abandon()  # and stays registered: it may connect anew in the child, and the child fork in turn
 
 
 os.register_at_fork(after_in_child=_abandon_all)

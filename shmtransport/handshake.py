@@ -13,15 +13,18 @@ Each side allocates only after the other has committed to as much::
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from .bell import Bell
+from .bell import Bell, bell_file, is_bell_name
 from .connection import Bells, Connection, segment_layout
 from .errors import ConnectRefused, PeerProtocolError, SegmentError
+from .layout import Layout
 from .message import (
     MIN_MESSAGE_BYTES,
     Attach,
@@ -82,10 +85,15 @@ def client_handshake(wishes: Wishes, counters: Counters) -> Generator[bytes, byt
         undo.callback(own.close)
         own_bell = undo.enter_context(Bell.create()) if by_doorbell else None
         attach = Attach(own.name, "" if own_bell is None else own_bell.name)
-        welcome = _expect(Welcome, (yield encode(attach)))
-        peer = Segment.attach(welcome.segment, segment_layout(sizes.reply_arena_bytes, ring_message_bytes))
+        _of_clients.add(own.name)
+        try:
+            welcome = _expect(Welcome, (yield encode(attach)))
+            layout = segment_layout(sizes.reply_arena_bytes, ring_message_bytes)
+            peer = _attach_peers(welcome.segment, layout, _of_clients)
+        finally:
+            _of_clients.discard(own.name)
         undo.callback(peer.close)
-        bells = None if own_bell is None else Bells(own_bell, undo.enter_context(Bell.open(welcome.bell)))
+        bells = None if own_bell is None else Bells(own_bell, undo.enter_context(_open_peers(welcome.bell, own_bell)))
         own.unlink()
         if own_bell is not None:
             own_bell.unlink()
@@ -100,6 +108,33 @@ def client_handshake(wishes: Wishes, counters: Counters) -> Generator[bytes, byt
         )
         undo.pop_all()
         return connection
+
+
+_of_clients: set[str] = set()
+_of_servers: set[str] = set()
+"""Names of segments that this process's clients and servers have made, while a peer could still find them by name."""
+
+
+def _attach_peers(name: str, layout: Layout, of_own_kind: set[str]) -> Segment:
+    """Map the peer's segment.
+
+    What a server has made is no client's, nor the other way round: a peer that names such a segment could not be
+    watched, since its owner is this process, which lives.
+    """
+    if name in of_own_kind:
+        raise PeerProtocolError("the peer gave the name of a segment that is not its own")
+    return Segment.attach(name, layout)
+
+
+def _open_peers(name: str, own: Bell) -> Bell:
+    """Open the peer's bell: never this side's own, and nothing that a semaphore can't be in."""
+    if name == own.name:
+        raise PeerProtocolError("the peer gave the name of a bell that is not its own")
+    if is_bell_name(name):
+        with contextlib.suppress(OSError):  # for ``open`` to say
+            if not os.stat(bell_file(name)).st_size:
+                raise PeerProtocolError("the peer's bell is an empty file")
+    return Bell.open(name)
 
 
 def _expect(kind: type[Expected], data: bytes) -> Expected:
@@ -138,6 +173,11 @@ class _Newcomer(NamedTuple):
     since: float
 
 
+class _Granted(NamedTuple):
+    sizes: Sizes
+    segment: str
+
+
 class Admission:
     """The server's half, for all clients that are not connected yet.
 
@@ -149,7 +189,7 @@ class Admission:
         self._own_bell = own_bell
         self._counters = counters
         self._newcomers: dict[bytes, _Newcomer] = {}
-        self._admitted_sizes: dict[bytes, Sizes] = {}
+        self._admitted: dict[bytes, _Granted] = {}
 
     def receive(self, identity: bytes, data: bytes) -> tuple[Message | None, Admitted | None]:
         """Take one message of a client that is not connected: the answer, and the connection if it now stands.
@@ -179,14 +219,17 @@ class Admission:
     def forget(self, identity: bytes) -> None:
         """A client has gone, admitted or not: what it took counts no more."""
         self._newcomers.pop(identity, None)
-        self._admitted_sizes.pop(identity, None)
+        granted = self._admitted.pop(identity, None)
+        if granted is not None:
+            _of_servers.discard(granted.segment)
 
     def _refusal(self, sizes: Sizes, max_message_bytes: int) -> str | None:
         """Why these sizes are not granted, or None."""
         if max_message_bytes < MIN_MESSAGE_BYTES:
             return f"max_message_bytes is {max_message_bytes}; it must be {MIN_MESSAGE_BYTES} or more"
         limits = self._limits
-        granted = [*self._admitted_sizes.values(), *(newcomer.sizes for newcomer in self._newcomers.values())]
+        granted = [one.sizes for one in self._admitted.values()]
+        granted += [newcomer.sizes for newcomer in self._newcomers.values()]
         asked = sum(sizes)
         taken = sum(map(sum, granted))
         if len(granted) >= limits.max_clients:
@@ -213,11 +256,13 @@ class Admission:
         ring_message_bytes = newcomer.max_message_bytes if by_doorbell else 0
         with ExitStack() as undo:
             try:
-                peer = Segment.attach(attach.segment, segment_layout(sizes.request_arena_bytes, ring_message_bytes))
+                layout = segment_layout(sizes.request_arena_bytes, ring_message_bytes)
+                peer = _attach_peers(attach.segment, layout, _of_servers)
                 undo.callback(peer.close)
                 bells = None
                 if by_doorbell:
-                    bells = Bells(self._own_bell(), undo.enter_context(Bell.open(attach.bell)))
+                    own_bell = self._own_bell()
+                    bells = Bells(own_bell, undo.enter_context(_open_peers(attach.bell, own_bell)))
                     bells.peer.unlink()
                 own = Segment.create(segment_layout(sizes.reply_arena_bytes, ring_message_bytes))
                 undo.callback(own.close)
@@ -232,7 +277,8 @@ class Admission:
                 claim_timeout_s=self._limits.claim_timeout_s,
             )
             undo.pop_all()
-        self._admitted_sizes[identity] = sizes
+        self._admitted[identity] = _Granted(sizes, own.name)
+        _of_servers.add(own.name)
         return Welcome(own.name, "" if bells is None else bells.own.name), Admitted(sizes, connection)
 
     def _forget_unfinished(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from . import address as addresses
+from . import leftovers
 from .channel import BrokenPeer, ZmqServerChannel
 from .connection import Connection
 from .doorbell import DoorbellServerChannel
@@ -26,6 +27,11 @@ from .units import size_text
 logger = logging.getLogger("shmtransport")
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+ECHO, PROBE = "__echo__", "__probe__"
+"""Methods that every server has: the first returns its tensor, copied into the reply arena (or nothing for nothing),
+the second as many bytes of the reply arena as asked for, uninitialised and not copied."""
 
 
 class HostedClient:
@@ -93,6 +99,7 @@ class Host:
         self._channel = DoorbellServerChannel(ZmqServerChannel(address, max_message_bytes), spin_us)
         self._admission = Admission(limits, self._counters, self._channel.bell)
         abandon_after_fork(self)
+        leftovers.sweep()
 
     def method(self, handler: Handler) -> Handler:
         """Decorator: register a function under its own name."""
@@ -103,8 +110,10 @@ class Host:
         """Let clients call ``handler`` as ``name``. Tensors reach it as borrowed views of the client's arena.
 
         Raises:
-            LocalProtocolError: the name is taken.
+            LocalProtocolError: the name is taken, or starts with "__" as those do that every server answers.
         """
+        if name.startswith("__"):
+            raise LocalProtocolError(f"{name!r} can't be registered: names that start with '__' are the server's own")
         if name in self._handlers:
             raise LocalProtocolError(f"a handler for {name!r} is already registered")
         self._handlers[name] = handler
@@ -137,6 +146,7 @@ class Host:
 
     def statistics(self) -> Statistics:
         """Totals over all clients since this server was made."""
+        self._counters.waits = self._channel.waits
         return self._counters.snapshot()
 
     def stop(self) -> None:
@@ -148,6 +158,7 @@ class Host:
         """In a forked child: this server is the parent's, and nothing that is done here may reach it."""
         self._channel.abandon()
         for client in self._clients.values():
+            client.gone = True
             client.connection.abandon()
         self._clients.clear()
         self._watched.clear()
@@ -199,12 +210,23 @@ class Host:
             self._refuse(client, broken.error)
 
     def _handler(self, call: Call) -> Callable[..., Any]:
-        handler = self._handlers.get(call.method)
+        handler = self._handlers.get(call.method) or self._built_in(call.method)
         if handler is None:
             raise LocalProtocolError(
                 f"there is no method {call.method!r}; there are: {', '.join(sorted(self._handlers)) or 'none'}"
             )
         return handler
+
+    def _built_in(self, name: str) -> Callable[..., Any] | None:
+        """What every server answers, so that its channels can be measured."""
+        built_in: dict[str, Callable[..., Any]] = {ECHO: _echo, PROBE: self._probe}
+        return built_in.get(name)
+
+    def _probe(self, nbytes: int, _tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """So many bytes of the caller's reply arena, as they are; nobody looks at the tensor that came."""
+        if type(nbytes) is not int or nbytes < 0:
+            raise LocalProtocolError(f"{PROBE} takes a number of bytes, and a tensor if you like")
+        return self.empty((nbytes,), torch.uint8)
 
     def _failure(self, client: HostedClient, call: Call, error: BaseException) -> bytes:
         """The bytes that tell a caller of its call's exception."""
@@ -216,8 +238,10 @@ class Host:
     def _drop_ended(self, readable: Sequence[int]) -> None:
         """Drop the clients whose processes have ended, by the descriptors that told so."""
         for descriptor in readable:
-            if descriptor in self._watched:
-                self._drop(self._watched[descriptor], "its process ended")
+            client = self._watched.get(descriptor)
+            # Asked once more: the number may meanwhile be that of another client's descriptor.
+            if client is not None and not client.connection.watch.alive():
+                self._drop(client, "its process ended")
 
     def _ask_unwatched(self) -> None:
         """Drop those clients that have ended of which no descriptor would tell."""
@@ -298,3 +322,9 @@ class Host:
             return self._channel.send(identity, encode(message))
         except BrokenPeer:
             return False
+
+
+def _echo(tensor: torch.Tensor | None = None) -> torch.Tensor | None:
+    if tensor is not None and not isinstance(tensor, torch.Tensor):
+        raise LocalProtocolError(f"{ECHO} takes one tensor, or nothing")
+    return tensor

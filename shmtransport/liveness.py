@@ -19,7 +19,6 @@ import struct
 from .errors import PeerProtocolError
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence, start, length, pid
-_F_OFD_SETLK = 37  # a lock of one open file, not of the process: it excludes other threads too (typeshed lacks it)
 _OWNER_BYTES = 1  # from the start of the segment
 _CLAIM_BYTES = 2  # these and one more
 
@@ -47,7 +46,7 @@ def keep_claims_out(fd: int) -> bool:
     """
     sweeper = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _OWNER_BYTES, _CLAIM_BYTES - _OWNER_BYTES, 0)
     try:
-        fcntl.fcntl(fd, _F_OFD_SETLK, sweeper)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, sweeper)  # of this open file, not of the process: threads exclude each other
     except (BlockingIOError, PermissionError):
         return False
     return True

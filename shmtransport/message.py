@@ -121,6 +121,8 @@ class Failure(Message, frozen=True, array_like=True, tag=8):
 AnyMessage = Hello | Refused | Offer | Attach | Welcome | Goodbye | Request | Reply | Failure
 _PLAIN_TYPES = frozenset({type(None), bool, int, float, str, bytes})
 _KEY_TYPES = frozenset({str, int})
+_REPLY_TAGS = frozenset(kind.__struct_config__.tag for kind in (Reply, Failure))
+_REASON_CHARACTERS = 200
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)
@@ -146,6 +148,11 @@ def encode(message: Message, max_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> byte
     return data
 
 
+def is_reply(data: bytes) -> bool:
+    """Whether the bytes of a message of our own are a call's answer: what only a connected client is sent."""
+    return data[len(PREAMBLE) + 1] in _REPLY_TAGS
+
+
 def decode(data: bytes) -> AnyMessage:
     """The typed message in a peer's bytes.
 
@@ -157,7 +164,7 @@ def decode(data: bytes) -> AnyMessage:
     try:
         message: AnyMessage = _decoder.decode(memoryview(data)[2:])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise PeerProtocolError(f"the peer sent an invalid message: {error}") from None
+        raise PeerProtocolError(f"the peer sent an invalid message: {_reason(error)}") from None
     return message
 
 
@@ -172,6 +179,12 @@ def _decode_other_version(data: bytes) -> Refused:
             f"the peer speaks format version {data[1]}, this side {FORMAT_VERSION}: "
             "install the same shmtransport on both sides"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """A decoder's words on one short line: they may repeat the peer's, which could go on for ever or forge a log's."""
+    text = str(error)[:_REASON_CHARACTERS]
+    return "".join(one if one.isprintable() and one.isascii() else ascii(one)[1:-1] for one in text)
 
 
 def shorten(text: str, limit: int = 4096) -> str:

@@ -9,7 +9,7 @@ Rules that it keeps:
 * nothing is unlinked by an exit handler: the handshake unlinks a segment as soon as both sides have it mapped. From
   then on a killed process leaves nothing behind. What one has left before that can be removed by anyone who finds
   the lock free, and by nobody else;
-* no process opens a segment of its own by name once more: closing that descriptor would end the owner's lock.
+* nobody looks at a segment of its own process by name: closing that descriptor would end the owner's lock.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class Segment:
             os.close(memory.fd)
             if isinstance(error, OSError):
                 raise SegmentError(f"the peer's segment can't be mapped: {os.strerror(error.errno or 0)}") from error
+            if isinstance(error, ValueError):  # mmap has looked at the size once more
+                raise PeerProtocolError("the peer's segment changed its size while it was being mapped") from error
             raise
         segment.unlink()
         return segment

@@ -1,0 +1,176 @@
+"""The asyncio server: the same protocol and channels, driven by an event loop.
+
+Rules that it keeps: everything happens in the loop's thread, except handlers that are plain functions, and closing;
+nothing waits in the loop's thread. Works with any event loop that has ``add_reader``, uvloop among them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+from .channel import deadline_in
+from .errors import LocalProtocolError
+from .host import Arrival, Host, HostedClient
+from .protocol import Call
+from .threads import in_a_thread
+
+logger = logging.getLogger("shmtransport")
+
+_ASK_INTERVAL_S = 0.5  # for clients whose process the kernel does not show to this one, as in another container
+_MESSAGES_AT_ONCE = 64  # then the loop's other work has its turn
+
+
+class AsyncServer(Host):
+    """Answers calls at ``address`` from an event loop; for its options see ``Server``.
+
+    Handlers may be coroutine functions, which run in the loop, or plain functions, which run in threads; so several
+    may run at the same time, also for one client. ``max_calls_in_progress`` bounds them for each client: a call
+    beyond it fails. ``drain_timeout_s`` is how long calls in progress may go on after ``stop``.
+    """
+
+    def __init__(self, address: str, *, max_calls_in_progress: int = 256, **options: Any) -> None:
+        super().__init__(address, **options)
+        self._max_calls_in_progress = max_calls_in_progress
+        self._calls: set[asyncio.Task[None]] = set()
+        self._cutting = False  # calls in progress are cancelled
+        self._closed = False
+
+    async def serve(self) -> None:
+        """Answer calls until ``stop``; in the main thread SIGINT and SIGTERM stop it too."""
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        descriptor = self._channel.fileno()
+        self._loop.add_reader(descriptor, self._on_readable)
+        try:
+            with self._stopped_by_signals():
+                self._on_readable()
+                while not self._stopped.is_set():
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self._stopped.wait(), _ASK_INTERVAL_S if self._unwatched else None)
+                    self._ask_unwatched()
+                await self._drain()
+        finally:
+            self._loop.remove_reader(descriptor)
+
+    async def close(self) -> None:
+        """End all connections and remove the socket. A second call does nothing."""
+        self._cut(list(self._calls))
+        await asyncio.gather(*self._calls, return_exceptions=True)
+        self._closed = True
+        self._drop_all()
+        await asyncio.wrap_future(in_a_thread(self._channel.close))
+
+    async def __aenter__(self) -> AsyncServer:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _on_readable(self) -> None:
+        if self._closed:  # the channel is another thread's now
+            return
+        self._drop_ended(self._channel.wait(0))
+        if self._stopping.is_set():
+            self._stopped.set()
+        for _ in range(_MESSAGES_AT_ONCE):
+            received = self._receive()
+            if isinstance(received, Arrival):
+                self._begin(*received)
+            elif not received:
+                return
+        self._loop.call_soon(self._on_readable)
+
+    def _begin(self, client: HostedClient, call: Call) -> None:
+        if client.in_progress >= self._max_calls_in_progress:
+            error = LocalProtocolError(
+                f"{client.in_progress} calls of this client are in progress; the server's max_calls_in_progress is "
+                f"{self._max_calls_in_progress}: wait for some of them"
+            )
+            self._reply(client, self._failure(client, call, error))
+            return
+        client.in_progress += 1
+        task = self._loop.create_task(self._serve_call(client, [call]))
+        self._calls.add(task)
+        self._counters.in_flight_peak = max(self._counters.in_flight_peak, len(self._calls))
+        task.add_done_callback(self._calls.discard)
+
+    async def _serve_call(self, client: HostedClient, call: list[Call]) -> None:
+        """Handle a call, taken out of its list so that nothing holds its arguments longer than the handler does."""
+        started = time.perf_counter()
+        self._current.set(client)  # in this task's own context
+        try:
+            data = await self._answer(client, call.pop())
+        finally:
+            client.in_progress -= 1
+            self._counters.count_call(time.perf_counter() - started)
+        self._reply(client, data)
+        self._loop.call_soon(self._on_readable)  # sending may have taken away what would tell of a request
+
+    async def _answer(self, client: HostedClient, call: Call) -> bytes:
+        try:
+            handler = self._handler(call)
+            if inspect.iscoroutinefunction(handler):
+                result = await handler(*call.arguments, **call.keywords)
+            else:
+                box: list[Any] = [call]
+                await asyncio.to_thread(_handle, handler, box)
+                result = box.pop()
+                if inspect.isawaitable(result):
+                    result = await result
+            return client.protocol.reply(call.call_id, result)
+        except asyncio.CancelledError as error:  # of this call, or of something that the handler awaited
+            if self._cutting:
+                raise
+            return self._failure(client, call, error)
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its caller's to know
+            return self._failure(client, call, error)
+
+    async def _drain(self) -> None:
+        """Let the calls in progress end; those that take too long are cancelled."""
+        deadline = deadline_in(self._drain_timeout_s)
+        while self._calls and (left_s := deadline - time.monotonic()) > 0:
+            await asyncio.wait(self._calls, timeout=left_s)  # what had come was begun meanwhile
+        if self._calls:
+            logger.warning("%d calls were still in progress after %g s", len(self._calls), self._drain_timeout_s)
+            self._cut(self._calls)
+
+    def _cut(self, calls: Iterable[asyncio.Task[None]]) -> None:
+        """Cancel calls in progress; their callers learn from the goodbye that the server has ended."""
+        self._cutting = True
+        for task in calls:
+            task.cancel()
+
+    @contextlib.contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            self._loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                self._loop.remove_signal_handler(number)
+
+
+def _handle(handler: Callable[..., Any], box: list[Any]) -> None:
+    """Run a plain handler in a thread: takes the call out of the box and puts the result in.
+
+    What a thread of an executor was given, and what it returns, it may hold for a moment longer than it takes to
+    answer; and who has the reply counts on the room that both took.
+    """
+    call: Call = box.pop()
+    box.append(handler(*call.arguments, **call.keywords))

@@ -1,0 +1,377 @@
+"""What processes leave in /dev/shm when they are killed, and that nobody takes away what a living one holds."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from shmtransport import Client, Server, leftovers, liveness
+from shmtransport.bell import Bell, bell_file
+from shmtransport.connection import segment_layout
+from shmtransport.errors import SegmentError
+from shmtransport.facts import connected_segments, mapped_by
+from shmtransport.layout import Layout
+from shmtransport.leftovers import SharedObject, in_words, list_all, remove_dead, sweep
+from shmtransport.message import DEFAULT_MAX_MESSAGE_BYTES, Attach, ChannelKind, Hello, Offer, Welcome, decode, encode
+from shmtransport.segment import NAME_PREFIX, Segment, owner_of, remove_if_dead, segment_file
+from tests.conftest import ROOT, Process
+
+from .helpers import MIB, Serve, echo, eventually
+from .left_behind import FIRST_BYTE_ONLY, FORKING_SERVER, IN_PIECES, MAKER, OWNER, REMOVER, kill, named
+from .strangers import Stranger
+
+pytestmark = pytest.mark.timeout(60)
+
+Spawn = Callable[..., Process]
+LAYOUT = Layout(data_bytes=MIB, release_slots=16)
+SERVER = ROOT / "tests/scripts/server.py"
+
+
+@pytest.fixture
+def run_script(directory: Path, spawn: Spawn) -> Callable[..., Process]:
+    """Start a script that is given as text."""
+
+    def start(text: str, *arguments: str, ready: bool = True) -> Process:
+        script = directory / f"script{len(text)}.py"
+        script.write_text(text)
+        return spawn(script, *arguments, ready=ready)
+
+    return start
+
+
+@pytest.fixture
+def owner(run_script: Callable[..., Process]) -> tuple[Process, str, str]:
+    """A process that owns a segment and a bell, with their names."""
+    process = run_script(OWNER)
+    segment_name, bell_name = process.readline().split()
+    return process, segment_name, bell_name
+
+
+@pytest.fixture
+def clean_up() -> Iterator[list[str]]:
+    """Paths to remove in the end."""
+    paths: list[str] = []
+    yield paths
+    for path in paths:
+        if os.path.lexists(path):
+            os.unlink(path)
+
+
+def test_what_a_killed_process_left_is_removed_and_not_before(owner: tuple[Process, str, str]) -> None:
+    """Running or stopped it is its owner; once it is killed both are dead, and only they are removed."""
+    process, *names = owner
+    for number in (signal.SIGCONT, signal.SIGSTOP):
+        process.signal(number)
+        found = named()
+        assert [found[name].owner_pid for name in names] == [process.pid, process.pid]
+        assert not {one.name for one in remove_dead()} & set(names)
+    assert found[names[0]].kind == "segment"
+    assert found[names[0]].nbytes == LAYOUT.total_bytes
+    assert 0 <= found[names[0]].age_s < 60
+    assert found[names[1]].kind == "bell"
+    assert not found[names[1]].dead
+
+    kill(process)
+    found = named()
+    assert [found[name].owner_pid for name in names] == [None, None]
+    assert found[names[0]].dead
+    assert {one.name for one in remove_dead()} >= set(names)
+    assert not named().keys() & set(names)
+    assert not os.path.exists(segment_file(names[0]))
+    assert not os.path.exists(bell_file(names[1]))
+
+
+def test_this_processs_own_are_never_removed_nor_given_up_by_looking(run_script: Callable[..., Process]) -> None:
+    """Closing any descriptor of an own segment would end its lock: after looking, another process still respects it."""
+    segment, bell = Segment.create(LAYOUT), Bell.create()
+    try:
+        found = named()
+        assert [found[one.name].owner_pid for one in (segment, bell)] == [os.getpid(), os.getpid()]
+        assert not {one.name for one in remove_dead()} & {segment.name, bell.name}
+        assert not remove_if_dead(segment.name)
+        other = run_script(REMOVER)
+        assert not set(other.readline().split()) & {segment.name, bell.name}
+        assert os.path.exists(segment_file(segment.name))
+        assert os.path.exists(bell_file(bell.name))
+    finally:
+        segment.close()
+        bell.close()
+    assert not named().keys() & {segment.name, bell.name}
+
+
+def test_a_segment_that_is_just_being_made_is_not_lost(run_script: Callable[..., Process]) -> None:
+    """While others sweep without pause, every segment that is made has its name when it is handed out."""
+    maker = run_script(MAKER)
+    while not select.select([maker.output], [], [], 0)[0]:
+        remove_dead()
+    made, lost = map(int, maker.readline().split())
+    assert made > 100
+    assert lost == 0
+    assert not [one for one in list_all() if one.owner_pid == maker.pid]
+
+
+@pytest.mark.parametrize("removed", [True, False], ids=["after", "during"])
+def test_a_maker_whose_segment_is_swept_makes_another(monkeypatch: pytest.MonkeyPatch, *, removed: bool) -> None:
+    """Between its making and its locking a sweeper may have removed the name, or be about to."""
+    seen: list[str] = []
+    sweepers: list[int] = []
+    claim = liveness.claim_ownership
+
+    def claim_late(fd: int) -> bool:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        seen.append(path)
+        if len(seen) == 1:
+            sweepers.append(os.open(path, os.O_RDWR))
+            assert liveness.keep_claims_out(sweepers[0])
+            if removed:
+                os.unlink(path)
+                os.close(sweepers.pop())
+        return claim(fd)
+
+    monkeypatch.setattr(liveness, "claim_ownership", claim_late)
+    segment = Segment.create(LAYOUT)
+    try:
+        assert len(seen) == 2
+        assert segment_file(segment.name) == seen[1]
+        assert os.path.exists(seen[1])
+        assert not os.path.exists(seen[0])
+    finally:
+        segment.close()
+        for fd in sweepers:
+            os.close(fd)
+
+
+def test_a_maker_whose_segments_are_all_swept_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some attempts it says what must be going on; nothing of them is left."""
+    attempts: list[int] = []
+    monkeypatch.setattr(liveness, "claim_ownership", lambda fd: bool(attempts.append(fd)))
+    before, open_before = set(named()), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SegmentError, match="does something sweep /dev/shm"):
+        Segment.create(LAYOUT)
+    assert 2 <= len(attempts) < 100
+    assert not {name for name in set(named()) - before if owner_of(name) == os.getpid()}
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_sweeper_is_never_taken_for_an_owner(owner: tuple[Process, str, str]) -> None:
+    """While one process removes a dead segment, another that looks at it still finds it dead, and leaves it alone."""
+    process, name, bell_name = owner
+    kill(process)
+    fd = os.open(segment_file(name), os.O_RDWR)
+    try:
+        assert liveness.keep_claims_out(fd)
+        assert liveness.holder(fd) is None
+        assert owner_of(name) is None
+        assert not remove_if_dead(name)
+    finally:
+        os.close(fd)
+    assert remove_if_dead(name)
+    os.unlink(bell_file(bell_name))
+
+
+def test_an_owner_that_keeps_no_sweeper_out_is_an_owner(
+    run_script: Callable[..., Process], clean_up: list[str]
+) -> None:
+    """The first byte's lock alone says who owns a segment, whoever made it."""
+    name = NAME_PREFIX + "a" * 32
+    clean_up.append(segment_file(name))
+    process = run_script(FIRST_BYTE_ONLY, segment_file(name))
+    assert named()[name].owner_pid == process.pid
+    assert not remove_if_dead(name)
+    kill(process)
+    assert remove_if_dead(name)
+
+
+def test_names_that_are_not_ours_are_neither_listed_nor_removed(clean_up: list[str], tmp_path: Path) -> None:
+    """Other programs' files, near misses, and a link to a file."""
+    digits = "e" * 32
+    target = tmp_path / "target"
+    target.write_text("precious")
+    files = [
+        f"/dev/shm/unrelated-{digits}",
+        f"/dev/shm{NAME_PREFIX}{digits}.old",
+        f"/dev/shm{NAME_PREFIX}{digits[1:]}",
+        "/dev/shm/sem.unrelated",
+        f"/dev/shm/sem.{NAME_PREFIX[1:]}{digits}",
+        "/dev/shm/sem.shmtransport-bell-1",
+    ]
+    link = f"/dev/shm{NAME_PREFIX}{'d' * 32}"
+    clean_up += [*files, link]
+    for path in files:
+        Path(path).write_bytes(b"")
+    os.symlink(target, link)
+    before = {one.name for one in list_all()}
+    assert not {segment_file(name) for name in before} & set(clean_up)
+    remove_dead()
+    for path in clean_up:
+        assert os.path.lexists(path)
+    assert not remove_if_dead(link.removeprefix("/dev/shm")), "a link is not followed"
+    assert target.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
+def test_another_users_are_left_alone_even_by_root(clean_up: list[str]) -> None:
+    """A dead segment and bell of another user stay."""
+    paths = [f"/dev/shm{NAME_PREFIX}{'b' * 32}", f"/dev/shm/sem.shmtransport-bell-1-{'b' * 32}"]
+    clean_up += paths
+    for path in paths:
+        Path(path).write_bytes(b"x")
+        os.chown(path, 65534, 65534)
+    assert not {one.name for one in list_all()} & {"/" + Path(path).name.removeprefix("sem.") for path in paths}
+    remove_dead()
+    assert all(os.path.exists(path) for path in paths)
+
+
+# Real processes, killed at the worst moment
+
+
+def test_a_client_killed_before_the_server_maps_its_segment(
+    fake_server: zmq.Socket[bytes], address: str, run_script: Callable[..., Process]
+) -> None:
+    """Its segment and bell stay behind, and are found."""
+    client = run_script(
+        "import sys\nfrom shmtransport import Client\nprint('ready', flush=True)\n"
+        "Client(sys.argv[1], channel='doorbell', arena_bytes=1 << 20, connect_timeout_s=30.0)\n",
+        address,
+    )
+    assert fake_server.poll(20_000)
+    identity, data = fake_server.recv_multipart()
+    assert isinstance(decode(data), Hello)
+    fake_server.send_multipart([identity, encode(Offer(DEFAULT_MAX_MESSAGE_BYTES))])
+    assert fake_server.poll(20_000)
+    attach = decode(fake_server.recv_multipart()[1])
+    assert isinstance(attach, Attach)
+    found = named()
+    assert (found[attach.segment].owner_pid, found[attach.bell].owner_pid) == (client.pid, client.pid)
+    kill(client)
+    assert {one.name for one in remove_dead()} >= {attach.segment, attach.bell}
+
+
+def test_a_server_killed_before_the_client_maps_its_segment(
+    spawn: Spawn, address: str, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next server to start, at whatever address, removes the segment and the bell, and says so without names."""
+    process = spawn(SERVER, address)
+    one = Stranger(address)
+    one.send(Hello(MIB, MIB, DEFAULT_MAX_MESSAGE_BYTES, "doorbell"))
+    offer = one.receive()
+    assert isinstance(offer, Offer)
+    with Bell.create() as bell:
+        segment = Segment.create(segment_layout(MIB, offer.max_message_bytes))
+        one.send(Attach(segment.name, bell.name))
+        welcome = one.receive()
+        segment.close()
+    one.close()
+    assert isinstance(welcome, Welcome)
+    left = {welcome.segment, welcome.bell}
+    assert {found.owner_pid for name, found in named().items() if name in left} == {process.pid}
+    with Server(f"ipc://{directory}/second.ipc"):
+        assert named().keys() >= left, "a living server's are left alone by others that start"
+    kill(process)
+    assert all(found.dead for name, found in named().items() if name in left)
+    caplog.set_level(logging.INFO, "shmtransport")
+    with Server(f"ipc://{directory}/third.ipc"):
+        assert not named().keys() & left
+    lines = [record.getMessage() for record in caplog.records if "removed from /dev/shm" in record.getMessage()]
+    assert len(lines) == 1
+    assert "segment" in lines[0]
+    assert "bell" in lines[0]
+    assert NAME_PREFIX not in lines[0]
+
+
+def test_a_forked_child_does_not_keep_its_dead_parents_bell(run_script: Callable[..., Process], address: str) -> None:
+    """The child has all descriptors of the server, but is not the bell's owner."""
+    server = run_script(FORKING_SERVER, address)
+    with Client(address, channel="doorbell") as client:
+        child = client.call("fork")
+        try:
+            bells = [name for name, one in named().items() if one.kind == "bell" and one.owner_pid == server.pid]
+            assert len(bells) == 1
+            kill(server)
+            os.kill(child, 0)  # raises if it does not run
+            assert named()[bells[0]].dead
+            assert bells[0] in {one.name for one in remove_dead()}
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+# The sweep of a server that starts
+
+
+def test_a_server_starts_even_if_sweeping_fails(
+    serve: Serve, address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong with what others have left, it is no error of this server."""
+
+    def fail() -> list[SharedObject]:
+        raise RuntimeError("/dev/shm is odd")
+
+    caplog.set_level(logging.INFO, "shmtransport")
+    monkeypatch.setattr(leftovers, "remove_dead", fail)
+    serve(echo=echo)
+    with Client(address) as client:
+        assert client.call("echo", 1) == 1
+    assert "could not be removed" in caplog.text
+
+
+def test_a_machine_without_shared_memory_has_no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No /dev/shm, nothing in it; and where nothing was left nothing is logged."""
+    monkeypatch.setattr(leftovers, "_DIRECTORY", "/no/such/directory")
+    assert list_all() == []
+    sweep()
+
+
+def test_what_was_found_is_said_in_words() -> None:
+    """Numbers, kinds and the memory; singular and plural."""
+    segment = SharedObject("segment", "/a", MIB, None, 1.0)
+    bell = SharedObject("bell", "/b", 4096, None, 1.0)
+    assert in_words([]) == "nothing"
+    assert in_words([segment]) == "1 segment (1.0 MiB) of dead processes"
+    assert in_words([segment, segment, bell]) == "2 segments and 1 bell (2.0 MiB) of dead processes"
+    assert in_words([bell, bell]) == "2 bells (8.0 KiB) of dead processes"
+
+
+# What connections hold, by no name
+
+
+def test_a_segment_counts_in_full(run_script: Callable[..., Process]) -> None:
+    """However many pieces its mapping has; one that has its name still doesn't count, nor does a dead process."""
+    process = run_script(IN_PIECES)
+    assert list(mapped_by(str(process.pid)).values()) == [LAYOUT.total_bytes]
+    kill(process)
+    assert mapped_by(str(process.pid)) == {}
+    before = mapped_by(str(os.getpid()))
+    segment = Segment.create(LAYOUT)
+    assert mapped_by(str(os.getpid())) == before
+    segment.close()
+
+
+def test_a_closed_connections_memory_is_given_back_without_a_collection(
+    spawn: Spawn, address: str, channel: ChannelKind
+) -> None:
+    """While it is open both processes have both segments mapped; an idle server keeps nothing of a client that left."""
+    server = spawn(SERVER, address)
+
+    def of_server() -> int:
+        return len(mapped_by(str(server.pid)))
+
+    gc.disable()
+    try:
+        with Client(address, channel=channel, arena_bytes=4 * MIB) as client:
+            client.call("echo", torch.ones(1000))
+            found = connected_segments()
+            assert {server.pid, os.getpid()} <= set(found.processes)
+            assert of_server() == 2
+            assert found.nbytes >= 8 * MIB
+        assert eventually(lambda: of_server() == 0)
+    finally:
+        gc.enable()
