@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,14 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from shmtransport import Server
+from shmtransport.bell import is_owned, remove_if_dead
 from shmtransport.liveness import holder
 
 ROOT = Path(__file__).parent.parent
 _OURS_IN_SHM = "shmtransport-"
+_OUR_BELLS = "sem.shmtransport-bell-"
+_started: set[int] = {os.getpid()}
+"""The processes of this run, dead or alive."""
 
 # All temporary files of this run, its children's too, go here: other runs on the machine are none of its business.
 _TEMPORARY = tempfile.mkdtemp(prefix="shmt-")
@@ -32,8 +38,14 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(_TEMPORARY, ignore_errors=True)
 
 
+def _bells(pids: set[int]) -> list[str]:
+    """The files of these processes' bells."""
+    prefixes = {f"{_OUR_BELLS}{pid}" for pid in pids}
+    return [name for name in os.listdir("/dev/shm") if name.rpartition("-")[0] in prefixes]
+
+
 def _traces() -> set[str]:
-    """Segments that no other living process holds, and temporary files."""
+    """Segments that no other living process holds, temporary files, and bells of this process and of its dead ones."""
     theirs = ("pytest-of-", "torchinductor_")  # made by pytest for tmp_path, and by torch when it is imported
     traces = {name for name in os.listdir(_TEMPORARY) if not name.startswith(theirs)}
     for name in os.listdir("/dev/shm"):
@@ -41,6 +53,11 @@ def _traces() -> set[str]:
             with contextlib.suppress(FileNotFoundError), open(f"/dev/shm/{name}", "rb") as segment:
                 if holder(segment.fileno()) is None:
                     traces.add(name)
+    traces.update(_bells({os.getpid()}))
+    for name in _bells(_started):
+        with contextlib.suppress(FileNotFoundError):
+            if not is_owned(f"/dev/shm/{name}"):
+                traces.add(name)
     return traces
 
 
@@ -57,7 +74,7 @@ def leaves_nothing_behind() -> Iterator[None]:
     before = _traces()
     yield
     gc.collect()
-    deadline = time.monotonic() + 2.0
+    deadline = time.monotonic() + 10.0  # a segment may be that of another run, whose test removes it
     while (left := _traces() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left
@@ -103,27 +120,39 @@ class Process:
     """A Python child process that prints "ready" once it is."""
 
     def __init__(self, script: str | Path, *arguments: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
         self.popen = subprocess.Popen(
             [sys.executable, str(script), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=self.environment(),
         )
+        self.remember()
+
+    @staticmethod
+    def environment() -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def remember(self) -> None:
+        """It has started."""
+        _started.add(self.pid)
 
     @property
     def pid(self) -> int:
         return self.popen.pid
 
-    def wait_until_ready(self) -> None:
+    @property
+    def output(self) -> IO[str]:
+        """What it prints, errors too."""
         assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
+        return self.popen.stdout
+
+    def wait_until_ready(self) -> None:
+        line = self.output.readline()
         assert line.startswith("ready"), f"the process said {line!r}, not ready"
 
     def readline(self) -> str:
-        assert self.popen.stdout is not None
-        return self.popen.stdout.readline().rstrip("\n")
+        return self.output.readline().rstrip("\n")
 
     def wait(self, timeout_s: float = 30.0) -> int:
         return self.popen.wait(timeout_s)
@@ -134,9 +163,14 @@ class Process:
     def end(self) -> None:
         if self.popen.poll() is None:
             self.popen.kill()
-        self.popen.wait()
-        if self.popen.stdout is not None:
-            self.popen.stdout.close()
+        self.forget(self.popen.wait())
+
+    def forget(self, code: int) -> None:
+        """It has ended with this exit code. A killed one may leave its bell, for the next server to remove."""
+        self.output.close()
+        if code == -signal.SIGKILL:
+            for name in _bells({self.pid}):
+                remove_if_dead(f"/dev/shm/{name}")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import signal
@@ -14,19 +15,52 @@ import pytest
 import torch
 import zmq
 
+from shmtransport.message import ChannelKind
 from tests.conftest import ROOT, Process
 
+from .children import Child, Mother
 from .commands import LLAMA, Command, Finished, environment
 from .strangers import Stranger
 
 VOCABULARY = 2000  # a row of logits is 8000 bytes, more than the smallest arena
 
 
+@pytest.fixture(params=["zmq", "doorbell"])
+def channel(request: pytest.FixtureRequest) -> ChannelKind:
+    """Both kinds of channel, in turn."""
+    kind: ChannelKind = request.param
+    return kind
+
+
 @pytest.fixture(scope="session")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mother() -> Iterator[Mother]:
+    """What the tests' processes are forked from."""
+    mother = Mother()
+    yield mother
+    mother.end()
+
+
+@pytest.fixture
+def spawn(mother: Mother) -> Iterator[Callable[..., Process]]:
+    """Start scripts as processes of their own, quickly; what still runs at the test's end is killed."""
+    started: list[Process] = []
+
+    def start(script: str | Path, *arguments: str, ready: bool = True) -> Process:
+        started.append(Child(mother, script, *arguments))
+        if ready:
+            started[-1].wait_until_ready()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.end()
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory, mother: Mother) -> Iterator[str]:
     """The address of a server in a process of its own, shared by these tests."""
     address = f"ipc://{tmp_path_factory.mktemp('server')}/server.ipc"
-    process = Process(ROOT / "tests/scripts/server.py", address)
+    process = Child(mother, ROOT / "tests/scripts/server.py", address)
     process.wait_until_ready()
     yield address
     process.end()
@@ -44,6 +78,14 @@ def stranger(address: str) -> Iterator[Callable[[], Stranger]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def nothing_unhandled(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No event loop and no executor had an exception that nobody took."""
+    yield
+    gc.collect()
+    assert not [record for record in caplog.get_records("call") if record.name in ("asyncio", "concurrent.futures")]
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from shmtransport import Client, RemoteError, Server
+from shmtransport.message import ChannelKind
 
 from .helpers import MIB, Serve
 
 
-def test_statistics_count_calls_and_bytes_on_both_sides(serve: Serve, address: str) -> None:
+def test_statistics_count_calls_and_bytes_on_both_sides(serve: Serve, address: str, channel: ChannelKind) -> None:
     """Calls, failures, tensor bytes, copies and control bytes; what one side sends the other receives."""
     server: Server
 
@@ -18,7 +19,7 @@ def test_statistics_count_calls_and_bytes_on_both_sides(serve: Serve, address: s
         return torch.mul(x, 2, out=server.empty(x.shape, x.dtype))
 
     server = serve(double=double)
-    with Client(address) as client:
+    with Client(address, channel=channel) as client:
         for _ in range(10):
             client.call("double", torch.ones(100))
         loan = client.empty((50,), torch.float64).fill_(0)
@@ -40,9 +41,9 @@ def test_statistics_count_calls_and_bytes_on_both_sides(serve: Serve, address: s
     assert 0 < theirs.control_bytes_sent == mine.control_bytes_received < 12 * 400
 
 
-def test_statistics_are_frozen_and_print_as_a_table(shared_server: str) -> None:
+def test_statistics_are_frozen_and_print_as_a_table(shared_server: str, channel: ChannelKind) -> None:
     """A snapshot of the totals that later calls don't change, in rows with units."""
-    with Client(shared_server) as client:
+    with Client(shared_server, channel=channel) as client:
         client.call("echo", torch.zeros(MIB, dtype=torch.uint8))
         before = client.statistics()
         client.call("echo")
@@ -54,9 +55,9 @@ def test_statistics_are_frozen_and_print_as_a_table(shared_server: str) -> None:
         assert any(line.split() == ["tensors", "sent", "1.0", "MiB"] for line in lines)
 
 
-def test_control_messages_do_not_grow_with_the_tensor(shared_server: str) -> None:
+def test_control_messages_do_not_grow_with_the_tensor(shared_server: str, channel: ChannelKind) -> None:
     """A few hundred bytes a call, whether a tensor has 4 bytes or 16 MiB."""
-    with Client(shared_server) as client:
+    with Client(shared_server, channel=channel) as client:
         client.call("double", torch.zeros(1))
         small = client.statistics().control_bytes_sent
         client.call("double", torch.zeros(4 * MIB))

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from shmtransport import ArenaFull, Client, LocalProtocolError, MessageTooLarge, Server, TensorTooLarge
+from shmtransport.message import ChannelKind
 
 from .helpers import MIB, Serve, echo
 
 
-def test_results_made_by_empty_are_not_copied(serve: Serve, address: str) -> None:
+def test_results_made_by_empty_are_not_copied(serve: Serve, address: str, channel: ChannelKind) -> None:
     """Nor slices and views of them, nor in nested structures, nor one sent twice."""
     server: Server
 
@@ -21,7 +22,7 @@ def test_results_made_by_empty_are_not_copied(serve: Serve, address: str) -> Non
         return [out, out[1:], out.view(-1), out]
 
     server = serve(compute=compute)
-    with Client(address) as client:
+    with Client(address, channel=channel) as client:
         for n in range(2, 20):
             first, rest, flat, again = client.call("compute", n)
             assert torch.equal(first, torch.full((n, 4), float(n)))
@@ -32,9 +33,9 @@ def test_results_made_by_empty_are_not_copied(serve: Serve, address: str) -> Non
     assert server.statistics().tensors_copied == 0
 
 
-def test_arguments_made_by_empty_are_not_copied(shared_server: str) -> None:
+def test_arguments_made_by_empty_are_not_copied(shared_server: str, channel: ChannelKind) -> None:
     """A loan is sent by descriptor, whole, sliced, viewed or through numpy; and may be sent again."""
-    with Client(shared_server) as client:
+    with Client(shared_server, channel=channel) as client:
         x = client.empty((8, 16), torch.float32).fill_(1)
         assert client.call("double", x).sum() == 256
         assert client.call("double", x[2:4]).sum() == 64
@@ -46,7 +47,7 @@ def test_arguments_made_by_empty_are_not_copied(shared_server: str) -> None:
         assert client.statistics().bytes_copied == 8 * 16 * 4, "a transposed loan is copied once"
 
 
-def test_the_handler_sees_the_callers_memory_itself(serve: Serve, address: str) -> None:
+def test_the_handler_sees_the_callers_memory_itself(serve: Serve, address: str, channel: ChannelKind) -> None:
     """Zero copies on the way: the server's view and the client's loan are one memory."""
     kept: list[torch.Tensor] = []
 
@@ -54,7 +55,7 @@ def test_the_handler_sees_the_callers_memory_itself(serve: Serve, address: str) 
         kept.append(x)
 
     serve(keep=keep)
-    with Client(address) as client:
+    with Client(address, channel=channel) as client:
         x = client.empty((4,), torch.float32).fill_(1)
         client.call("keep", x)
         x[2] = 5
@@ -62,12 +63,12 @@ def test_the_handler_sees_the_callers_memory_itself(serve: Serve, address: str) 
         kept.clear()
 
 
-def test_many_calls_wrap_a_small_arena_with_every_byte_right(shared_server: str) -> None:
+def test_many_calls_wrap_a_small_arena_with_every_byte_right(shared_server: str, channel: ChannelKind) -> None:
     """500 calls of changing sizes go round both 64 KiB arenas many times; some results are held for a while."""
     generator = torch.Generator().manual_seed(7)
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
     sent = 0
-    with Client(shared_server, arena_bytes=64 * 1024) as client:
+    with Client(shared_server, channel=channel, arena_bytes=64 * 1024) as client:
         for i in range(500):
             x = torch.randn(int(torch.randint(1, 1500, (1,), generator=generator)), generator=generator)
             sent += x.nbytes
@@ -81,17 +82,17 @@ def test_many_calls_wrap_a_small_arena_with_every_byte_right(shared_server: str)
     assert sent > 20 * 64 * 1024
 
 
-def test_a_calls_arguments_are_free_again_when_its_result_is_there(shared_server: str) -> None:
+def test_a_calls_arguments_are_free_again_when_its_result_is_there(shared_server: str, channel: ChannelKind) -> None:
     """An arena with room for one argument serves any number of calls in turn: no race with the server's release."""
-    with Client(shared_server, arena_bytes=64 * 1024, reply_arena_bytes=MIB) as client:
+    with Client(shared_server, channel=channel, arena_bytes=64 * 1024, reply_arena_bytes=MIB) as client:
         x = torch.ones(10 * 1024)  # 40 KiB of 64
         for _ in range(100):
             assert client.call("echo", [x.shape[0], x])[0] == 10 * 1024
 
 
-def test_held_results_fill_the_arena_and_dropping_them_makes_room(shared_server: str) -> None:
+def test_held_results_fill_the_arena_and_dropping_them_makes_room(shared_server: str, channel: ChannelKind) -> None:
     """ArenaFull says count, limit and remedy; the connection goes on, and recovers once results are dropped."""
-    with Client(shared_server, arena_bytes=MIB) as client:
+    with Client(shared_server, channel=channel, arena_bytes=MIB) as client:
         held = [client.call("fill", 64 * 1024, float(i)) for i in range(4)]
         with pytest.raises(ArenaFull, match=r"requested 256\.0 KiB.*arena is 1\.0 MiB.*release results"):
             client.call("fill", 64 * 1024, 9.0)
@@ -106,9 +107,9 @@ def test_held_results_fill_the_arena_and_dropping_them_makes_room(shared_server:
         assert torch.equal(client.call("fill", 200 * 1024, 3.0), torch.full((200 * 1024,), 3.0))
 
 
-def test_loans_fill_the_arena_and_dropping_them_makes_room(shared_server: str) -> None:
+def test_loans_fill_the_arena_and_dropping_them_makes_room(shared_server: str, channel: ChannelKind) -> None:
     """The same for what this side holds; the figures are of this arena."""
-    with Client(shared_server, arena_bytes=MIB) as client:
+    with Client(shared_server, channel=channel, arena_bytes=MIB) as client:
         loans = [client.empty((256 * 1024,), torch.uint8) for _ in range(4)]
         with pytest.raises(ArenaFull, match=r"4 blocks held"):
             client.empty((1,), torch.uint8)
@@ -119,9 +120,9 @@ def test_loans_fill_the_arena_and_dropping_them_makes_room(shared_server: str) -
         assert client.call("echo", torch.ones(3)).tolist() == [1, 1, 1]
 
 
-def test_a_tensor_larger_than_the_arena_is_refused_with_figures(shared_server: str) -> None:
+def test_a_tensor_larger_than_the_arena_is_refused_with_figures(shared_server: str, channel: ChannelKind) -> None:
     """TensorTooLarge: waiting can't help, and the message says what would; on either side of the call."""
-    with Client(shared_server, arena_bytes=MIB) as client:
+    with Client(shared_server, channel=channel, arena_bytes=MIB) as client:
         with pytest.raises(TensorTooLarge, match=r"2\.0 MiB.*1\.0 MiB.*raise arena_bytes"):
             client.call("echo", torch.zeros(2 * MIB, dtype=torch.uint8))
         with pytest.raises(TensorTooLarge, match=r"2\.0 MiB.*1\.0 MiB"):
@@ -131,10 +132,12 @@ def test_a_tensor_larger_than_the_arena_is_refused_with_figures(shared_server: s
         assert client.call("fill", MIB // 4, 1.0).numel() == MIB // 4, "the whole arena can be used"
 
 
-def test_a_message_of_too_many_plain_bytes_is_refused_with_figures(serve: Serve, address: str) -> None:
+def test_a_message_of_too_many_plain_bytes_is_refused_with_figures(
+    serve: Serve, address: str, channel: ChannelKind
+) -> None:
     """MessageTooLarge on either side; nothing was sent, no block stays held, the connection goes on."""
     serve(echo=echo, large=lambda: "x" * 100_000)
-    with Client(address, arena_bytes=64 * 1024) as client:
+    with Client(address, channel=channel, arena_bytes=64 * 1024) as client:
         for _ in range(40):
             with pytest.raises(MessageTooLarge, match=r"\d+ bytes; the limit is 65536"):
                 client.call("echo", torch.zeros(1024), b"x" * 70_000)
@@ -143,12 +146,12 @@ def test_a_message_of_too_many_plain_bytes_is_refused_with_figures(serve: Serve,
         assert client.call("echo", "x" * 60_000) == "x" * 60_000
 
 
-def test_both_sides_can_raise_the_message_limit(serve: Serve, address: str) -> None:
+def test_both_sides_can_raise_the_message_limit(serve: Serve, address: str, channel: ChannelKind) -> None:
     """With max_message_bytes raised on both sides larger messages go, both ways; raised on one the error stays."""
     serve({"max_message_bytes": MIB}, echo=echo, large=lambda: "x" * 100_000)
-    with Client(address, timeout_s=5.0, max_message_bytes=MIB) as client:
+    with Client(address, channel=channel, timeout_s=5.0, max_message_bytes=MIB) as client:
         assert client.call("echo", b"x" * 500_000) == b"x" * 500_000
-    with Client(address, timeout_s=5.0) as client:
+    with Client(address, channel=channel, timeout_s=5.0) as client:
         with pytest.raises(MessageTooLarge):
             client.call("echo", b"x" * 500_000)
         with pytest.raises(MessageTooLarge, match="on the server"):
@@ -156,9 +159,9 @@ def test_both_sides_can_raise_the_message_limit(serve: Serve, address: str) -> N
         assert client.call("echo", 1) == 1
 
 
-def test_more_tensors_than_a_message_takes_is_a_local_error(shared_server: str) -> None:
+def test_more_tensors_than_a_message_takes_is_a_local_error(shared_server: str, channel: ChannelKind) -> None:
     """And the blocks of those before it are free again."""
-    with Client(shared_server, arena_bytes=256 * 1024) as client:
+    with Client(shared_server, channel=channel, arena_bytes=256 * 1024) as client:
         for _ in range(4):
             with pytest.raises(LocalProtocolError, match="1024 tensors"):
                 client.call("echo", [torch.zeros(1) for _ in range(1025)])
@@ -168,7 +171,7 @@ def test_more_tensors_than_a_message_takes_is_a_local_error(shared_server: str) 
 # Snapshots
 
 
-def test_a_snapshot_never_changes_afterwards(serve: Serve, address: str) -> None:
+def test_a_snapshot_never_changes_afterwards(serve: Serve, address: str, channel: ChannelKind) -> None:
     """With snapshot=True the server can't change a result that the client has checked; without, it can."""
     server: Server
     kept: list[torch.Tensor] = []
@@ -182,7 +185,7 @@ def test_a_snapshot_never_changes_afterwards(serve: Serve, address: str) -> None
             tensor.fill_(666)
 
     server = serve(give=give, tamper=tamper)
-    with Client(address, snapshot=True) as careful, Client(address) as trusting:
+    with Client(address, channel=channel, snapshot=True) as careful, Client(address, channel=channel) as trusting:
         private, array = careful.call("give")
         view, _ = trusting.call("give")
         trusting.call("tamper")
@@ -192,8 +195,8 @@ def test_a_snapshot_never_changes_afterwards(serve: Serve, address: str) -> None
     kept.clear()
 
 
-def test_snapshots_hold_no_room_in_the_arena(shared_server: str) -> None:
+def test_snapshots_hold_no_room_in_the_arena(shared_server: str, channel: ChannelKind) -> None:
     """Any number of them can be kept."""
-    with Client(shared_server, arena_bytes=64 * 1024, snapshot=True) as client:
+    with Client(shared_server, channel=channel, arena_bytes=64 * 1024, snapshot=True) as client:
         kept = [client.call("fill", 8 * 1024, float(i)) for i in range(20)]
     assert [int(tensor[-1]) for tensor in kept] == list(range(20))

@@ -1,4 +1,4 @@
-"""A client process for tests: ``checking_client.py ADDRESS NUMBER``; checks 100 results, says if all were right."""
+"""A client process for tests: ``checking_client.py ADDRESS NUMBER CHANNEL``; checks 100 results, says if all are so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shmtransport import Client
 
 number = int(sys.argv[2])
 generator = torch.Generator().manual_seed(number)
-with Client(sys.argv[1], arena_bytes=256 * 1024) as client:
+with Client(sys.argv[1], channel=sys.argv[3], arena_bytes=256 * 1024) as client:
     print("ready", flush=True)
     wrong = 0
     for call in range(100):

@@ -1,7 +1,12 @@
-"""A server process for tests: ``server.py ADDRESS``; prints "ready", serves until a signal, prints "stopped"."""
+"""A server process for tests: ``server.py ADDRESS [OPTIONS]``; prints "ready", serves until a signal, prints "stopped".
+
+OPTIONS are those of Server, in JSON; with ``"tells": true`` it also prints "left N" for every client that has gone.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from typing import Any
@@ -10,7 +15,12 @@ import torch
 
 from shmtransport import Server
 
-server = Server(sys.argv[1])
+options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+tells = options.pop("tells", False)
+server = Server(sys.argv[1], **options)
+kept: list[torch.Tensor] = []
+if tells:
+    server.on_disconnect(lambda number: print(f"left {number}", flush=True))
 
 
 @server.method
@@ -31,6 +41,53 @@ def sleep(seconds: float) -> None:
 @server.method
 def fill(size: int, value: float) -> torch.Tensor:
     return server.empty((size,), torch.float32).fill_(value)
+
+
+@server.method
+def total(x: torch.Tensor, seconds: float = 0.0) -> float:
+    """The sum of a tensor, which is borrowed for so long."""
+    time.sleep(seconds)
+    return x.sum().item()
+
+
+@server.method
+def keep(x: torch.Tensor) -> None:
+    """Borrow a tensor until ``drop``."""
+    kept.append(x)
+
+
+@server.method
+def drop() -> None:
+    kept.clear()
+
+
+@server.method
+def look(index: int) -> list[float]:
+    """What a kept tensor holds now."""
+    return kept[index].tolist()
+
+
+@server.method
+def statistics() -> dict[str, float]:
+    """Some of this server's totals."""
+    now = server.statistics()
+    return {name: getattr(now, name) for name in ("calls", "stalls", "stall_seconds", "waits", "tensors_copied")}
+
+
+@server.method
+def fork(how: str) -> int:
+    """Fork a child that ends in one of four ways; its exit code."""
+    child = os.fork()
+    if child == 0:
+        if how == "at once":
+            os._exit(0)
+        if how == "in order":
+            sys.exit(0)
+        if how == "by an error":
+            raise RuntimeError("the child's own")
+        return -1  # as if it went on serving
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 with server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,9 +18,18 @@ from shmtransport.statistics import Counters
 
 
 class Pair:
-    """A send arena and the peer's receive arena over it; each end of a segment is a mapping of its own."""
+    """A send arena and the peer's receive arena over it; each end of a segment is a mapping of its own.
 
-    def __init__(self, data_bytes: int = 16 * 1024, slots: int = 64) -> None:
+    ``claim_timeout_s`` and ``check_peer``: see ``SendArena``.
+    """
+
+    def __init__(
+        self,
+        data_bytes: int = 16 * 1024,
+        slots: int = 64,
+        claim_timeout_s: float = 0.0,
+        check_peer: Callable[[], None] = lambda: None,
+    ) -> None:
         self.data_bytes = data_bytes
         layout = Layout(data_bytes=data_bytes, release_slots=slots)
         self.owner, self.reader = Segment.create(layout), Segment.create(layout)
@@ -31,7 +41,8 @@ class Pair:
         ]
         self.counters = Counters()
         self.cells = release_cells(self.reader)
-        self.send = SendArena(self.owner, release_cells(self._segments[3]), self.counters)
+        released = release_cells(self._segments[3])
+        self.send = SendArena(self.owner, released, self.counters, claim_timeout_s, check_peer)
         self.receive = ReceiveArena(self._segments[2], self.cells)
 
     def pass_on(self, value: torch.Tensor | np.ndarray) -> torch.Tensor:

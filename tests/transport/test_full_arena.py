@@ -1,4 +1,4 @@
-"""An arena without room: what the errors say, and that nothing stays held."""
+"""An arena without room: waiting for the peer to make some, what the errors say, and that nothing stays held."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shmtransport.errors import ArenaFull, TensorTooLarge
+from shmtransport.errors import ArenaFull, PeerDied, TensorTooLarge
 
 from .arenas import Pair
 
@@ -90,3 +90,91 @@ def test_withdrawing_frees_what_was_never_sent(pair: Pair) -> None:
     for _ in range(3 * len(pair.cells)):
         pair.send.withdraw([pair.send.export(torch.ones(1))])
     assert pair.is_free()
+
+
+# --- waiting for room -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["room", "slot"])
+def test_a_claim_waits_until_the_peer_has_released_something(what: str) -> None:
+    """For a gap that is large enough, or for a release slot; meanwhile others may use the arena."""
+    borrows: list[torch.Tensor] = []
+    looks: list[bool] = []
+
+    def release_one() -> None:
+        looks.append(pair.send.export(torch.empty(0)).sequence == 0)
+        if len(looks) % 3 == 0:
+            borrows.pop(0)
+
+    pair = Pair(4096, slots=2, claim_timeout_s=3600.0, check_peer=release_one)
+    size = {"room": 2048, "slot": 64}[what]
+    for number in range(12):
+        borrows.append(pair.pass_on(torch.full((size,), number, dtype=torch.uint8)))
+        assert bool((borrows[-1] == number).all())
+    assert len(looks) == 3 * 10, "the first two had room"
+    assert all(looks)
+    snapshot = pair.counters.snapshot()
+    assert snapshot.stalls == 10
+    assert snapshot.stall_seconds > 0
+    borrows.clear()
+    assert pair.is_free()
+    pair.close()
+
+
+def test_a_claim_waits_until_its_gap_is_large_enough() -> None:
+    """Releases that leave only small gaps are not enough: it goes on to wait for the right one."""
+    borrows: list[torch.Tensor] = []
+    pair = Pair(4096, claim_timeout_s=3600.0, check_peer=lambda: borrows.pop(order.pop(0)))
+    borrows += [pair.pass_on(torch.empty(1024, dtype=torch.uint8)) for _ in range(4)]
+    order = [0, 1, 0]  # the first, the third, then the second: only now there are 2 KiB in one piece
+    assert pair.send.empty((2048,), torch.uint8).shape == (2048,)
+    assert order == []
+    borrows.clear()
+    pair.close()
+
+
+def test_a_claim_gives_up_when_its_time_is_up() -> None:
+    """ArenaFull says what is held, as if there had been no wait; what was tried counts as a stall."""
+    looks: list[None] = []
+    pair = Pair(4096, claim_timeout_s=0.02, check_peer=lambda: looks.append(None))
+    borrow = pair.pass_on(torch.empty(4096, dtype=torch.uint8))
+    with pytest.raises(ArenaFull, match=r"1 borrows by the peer, oldest for \d+\.\d s"):
+        pair.send.empty((64,), torch.uint8)
+    assert looks
+    assert pair.counters.snapshot().stalls == 1
+    del borrow
+    assert pair.is_free()
+    pair.close()
+
+
+def test_a_claim_does_not_wait_for_a_peer_that_holds_nothing() -> None:
+    """Only this side's own loans are in the way: nobody else could make room, so the error comes at once."""
+
+    def never() -> None:
+        raise AssertionError("waited")
+
+    pair = Pair(4096, claim_timeout_s=3600.0, check_peer=never)
+    loan = pair.send.empty((4096,), torch.uint8)
+    with pytest.raises(ArenaFull, match="none of them by the peer"):
+        pair.send.empty((64,), torch.uint8)
+    del loan
+    assert pair.is_free()
+    pair.close()
+
+
+def test_a_claim_stops_waiting_when_the_peer_is_gone() -> None:
+    """``check_peer`` says so by raising; the arena is as it was, its lock free."""
+
+    def gone() -> None:
+        raise PeerDied("the peer has ended")
+
+    pair = Pair(4096, claim_timeout_s=3600.0, check_peer=gone)
+    borrow = pair.pass_on(torch.empty(4096, dtype=torch.uint8))
+    for _ in range(2):
+        with pytest.raises(PeerDied):
+            pair.send.empty((64,), torch.uint8)
+    assert pair.send.held_by_peer == 1
+    del borrow
+    assert pair.is_free()
+    assert pair.send.held_by_peer == 0
+    pair.close()

@@ -176,3 +176,14 @@ def test_a_borrow_outlives_its_arenas() -> None:
     receive = pair.receive
     del pair, result
     assert len(receive) == 0
+
+
+def test_an_abandoned_arena_releases_nothing(pair: Pair) -> None:
+    """In a forked child what dies is still borrowed in the parent: its release never reaches the owner."""
+    before = pair.pass_on(torch.arange(3))
+    pair.receive.abandon()
+    assert before.tolist() == [0, 1, 2]
+    del before
+    assert list(pair.cells) == [0] * len(pair.cells)
+    assert not pair.is_free()
+    assert pair.send.held_by_peer == 1

@@ -100,6 +100,20 @@ def test_an_overlong_method_name_is_the_callers_error() -> None:
         link.client.request(PendingReply("m" * 300, never_wait), (), {})
 
 
+def test_a_request_that_could_not_be_sent_is_taken_back() -> None:
+    """Its tensors are held no more, it is not in flight, and a reply to it completes nothing; others are untouched."""
+    link = Link()
+    other, other_call = link.submit(torch.ones(1))
+    pending, _ = link.request(torch.ones(2), [torch.ones(3)])
+    assert (len(link.client), len(link.up.held)) == (2, 3)
+    link.client.take_back(pending)
+    assert (len(link.client), len(link.up.held)) == (1, 1)
+    assert link.client.receive(link.server.reply(pending.call_id, "unasked")) is None
+    assert not pending.done
+    link.client.receive(link.server.reply(other_call.call_id, "done"))
+    assert other.result() == "done"
+
+
 # --- what a peer may send ---------------------------------------------------------------------------------------------
 
 

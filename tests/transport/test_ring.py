@@ -94,6 +94,13 @@ def test_claims_are_rounded_up_to_the_alignment() -> None:
     assert ring.held_bytes == 256
 
 
+def test_a_block_tells_where_it_lies() -> None:
+    """In errors and debuggers: its figures, not its neighbours'."""
+    ring = Ring(1024)
+    _claim(ring, 64)
+    assert repr(_claim(ring, 65)) == "Block(position=64, offset=64, nbytes=128)"
+
+
 def test_another_alignment_is_kept() -> None:
     """The alignment is a parameter: offsets and sizes are multiples of it."""
     ring = Ring(4096, alignment=1024)

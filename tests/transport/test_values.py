@@ -122,6 +122,41 @@ def test_subclasses_of_containers_arrive_as_plain_ones() -> None:
     assert same(through([Point(1, 2), Mapping(a=1)]), [(1, 2), {"a": 1}])
 
 
+class _Foreign:
+    """Another library's array, as far as DLPack shows it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._tensor.__dlpack_device__()
+
+
+def test_whatever_has_dlpack_is_sent_as_a_tensor() -> None:
+    """Without a copy: the tensor that is exported lies over the same memory."""
+    source = torch.arange(4)
+    exported: list[Any] = []
+    packed = pack([_Foreign(source), 1], lambda value: exported.append(value) or 0)
+    assert exported[0].data_ptr() == source.data_ptr()
+    received = unpack(packed, exported)
+    assert isinstance(received[0], torch.Tensor)
+    assert received[0].tolist() == [0, 1, 2, 3]
+
+
+def test_a_broken_dlpack_is_the_callers_error() -> None:
+    """Whatever another library's code raises is told as the reason why its object can't be sent."""
+
+    class Broken(_Foreign):
+        def __dlpack__(self, **_options: Any) -> Any:
+            raise BufferError("on another device")
+
+    with pytest.raises(LocalProtocolError, match="a Broken can't be sent: its __dlpack__ failed: on another device"):
+        pack([Broken(torch.ones(1))], no_tensors)
+
+
 class _Colour(enum.IntEnum):
     RED = 1
 

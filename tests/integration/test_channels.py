@@ -1,0 +1,235 @@
+"""The two channels: their options, both at one server, messages of all sizes, and that waiting costs nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from shmtransport import Client, LocalProtocolError, MessageTooLarge, Server
+from shmtransport.message import ChannelKind
+
+from .helpers import KIB, MIB, Serve, Spawn, echo, in_thread, start_server
+
+pytestmark = pytest.mark.timeout(60)
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"channel": "carrier pigeon"}, "no channel 'carrier pigeon'; there are: zmq, doorbell"),
+        ({"channel": ""}, "no channel ''"),
+        ({"spin_us": 10.0}, "spin_us=10: it is the doorbell channel"),
+        ({"channel": "doorbell", "spin_us": -1.0}, "spin_us=-1"),
+    ],
+    ids=["unknown", "empty", "spin with zmq", "negative spin"],
+)
+def test_options_that_make_no_sense_are_refused_at_once(address: str, options: dict[str, Any], reason: str) -> None:
+    """A LocalProtocolError with the remedy, before anybody is asked: there is no server here."""
+    started = time.monotonic()
+    with pytest.raises(LocalProtocolError, match=reason):
+        Client(address, **options)
+    assert time.monotonic() - started < 4.0, "less than it takes to find nobody"
+
+
+def test_the_channel_really_in_use_is_told_and_logged(
+    serve: Serve, address: str, channel: ChannelKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the client, and in one line on each side."""
+    caplog.set_level(logging.INFO, "shmtransport")
+    serve(echo=echo)
+    with Client(address, channel=channel) as client:
+        client.call("echo")
+        assert client.channel == channel
+        lines = [line for line in caplog.messages if "connected" in line]
+        assert len(lines) == 2
+        assert all(f"(ipc, {channel} channel)" in line for line in lines)
+
+
+@pytest.mark.parametrize("server_us", [0.0, 200.0])
+@pytest.mark.parametrize("client_us", [0.0, 200.0])
+def test_either_side_may_look_before_it_waits(spawn: Spawn, address: str, client_us: float, server_us: float) -> None:
+    """``spin_us`` on one side, on both or on none: results are the same; a client of ZeroMQ is served as well."""
+    start_server(spawn, address, spin_us=server_us)
+    with (
+        Client(address, channel="doorbell", spin_us=client_us, timeout_s=20.0) as client,
+        Client(address, timeout_s=20.0) as other,
+    ):
+        for i in range(200):
+            x = torch.full((1 + i,), float(i))
+            pending = [client.submit("double", x) for _ in range(1 + i % 3)]
+            assert all(torch.equal(reply.result(), x * 2) for reply in pending)
+            if i % 20 == 0:
+                assert other.call("echo", i) == i
+                assert client.call("sleep", 0.002) is None, "longer than it looks"
+
+
+@pytest.mark.parametrize("server_prefaults", [False, True])
+def test_prefault_changes_nothing_but_the_page_tables(
+    spawn: Spawn, address: str, channel: ChannelKind, server_prefaults: bool
+) -> None:
+    """With it all pages of both arenas are mapped once connected, on the side that has asked; calls go as ever."""
+
+    def mapped_bytes(pid: int) -> int:
+        """How many bytes of segments this process has entered in its page table."""
+        total, ours = 0, False
+        with open(f"/proc/{pid}/smaps") as smaps:
+            for line in smaps:
+                if "-" in line.split(" ", 1)[0]:
+                    ours = "/dev/shm/shmtransport-" in line
+                elif ours and line.startswith("Rss:"):
+                    total += int(line.split()[1]) * KIB
+        return total
+
+    server = start_server(spawn, address, prefault=server_prefaults)
+    with Client(address, channel=channel, arena_bytes=4 * MIB, reply_arena_bytes=2 * MIB, prefault=True) as client:
+        assert client.call("echo", 1) == 1
+        assert mapped_bytes(os.getpid()) >= 6 * MIB
+        assert (mapped_bytes(server.pid) >= 6 * MIB) is server_prefaults
+        for value in (1.0, 2.0):
+            x = torch.full((MIB // 4,), value)
+            assert torch.equal(client.call("double", x), x * 2)
+    with Client(address, channel=channel, arena_bytes=4 * MIB, reply_arena_bytes=2 * MIB) as client:
+        assert client.call("echo", 1) == 1
+        assert mapped_bytes(os.getpid()) < 6 * MIB
+
+
+# Both at one server
+
+
+def test_clients_of_both_kinds_share_a_server(shared_server: str) -> None:
+    """Six clients, half of them of each kind, all at once: none waits for another's kind, all contents are right."""
+
+    def work(number: int) -> None:
+        kind: ChannelKind = "doorbell" if number % 2 else "zmq"
+        with Client(shared_server, channel=kind, arena_bytes=256 * KIB, timeout_s=20.0) as client:
+            for i in range(100):
+                x = torch.full((100 + i,), 1000.0 * number + i)
+                pending = [client.submit("double", x), client.submit("echo", f"{number}/{i}")]
+                assert torch.equal(pending[0].result(), x * 2)
+                assert pending[1].result() == f"{number}/{i}"
+
+    for thread in [in_thread(work, number) for number in range(6)]:
+        thread.result(30.0)
+
+
+def test_doorbell_clients_may_come_and_go(serve: Serve, address: str) -> None:
+    """The server's bell lasts, whoever is there: none, one of each kind, several, in any order."""
+    server = serve(echo=echo)
+    for _ in range(5):
+        with Client(address, arena_bytes=4 * KIB) as zmq:
+            assert zmq.call("echo", 1) == 1
+            with Client(address, channel="doorbell", arena_bytes=4 * KIB) as first:
+                assert (first.call("echo", 2), zmq.call("echo", 3)) == (2, 3)
+                with Client(address, channel="doorbell", arena_bytes=4 * KIB) as second:
+                    assert (second.call("echo", 4), first.call("echo", 5)) == (4, 5)
+                assert (zmq.call("echo", 6), first.call("echo", 7)) == (6, 7)
+            assert zmq.call("echo", 8) == 8
+    assert server.statistics().calls == 5 * 8
+
+
+def test_a_client_that_floods_keeps_no_other_from_being_served(shared_server: str, channel: ChannelKind) -> None:
+    """Turn by turn: with 400 calls of one client queued, another's is answered long before they all are."""
+    other_kind: ChannelKind = "zmq" if channel == "doorbell" else "doorbell"
+    with Client(shared_server, channel=channel) as flood, Client(shared_server, channel=other_kind) as other:
+        other.call("echo")
+        queued = [flood.submit("sleep", 0.005) for _ in range(400)]
+        assert other.call("echo", 1) == 1
+        assert flood.submit("echo", "behind them all").done is False
+        assert not queued[-1].done
+        flood._receive_all(flood._live())
+        assert sum(reply.done for reply in queued) < 200
+        flood.close()
+
+
+# Messages
+
+
+def test_messages_of_all_sizes_pass_in_order(shared_server: str, channel: ChannelKind) -> None:
+    """From nothing to the limit, so that the ends of the message rings fall everywhere into them."""
+    with Client(shared_server, channel=channel, timeout_s=20.0) as client:
+        sizes = [*range(64), *(997 * i % 60_000 for i in range(150)), 65_000]
+        pending = []
+        for number, size in enumerate(sizes):
+            text = chr(65 + number % 26) * size
+            pending.append((client.submit("echo", [number, text]), [number, text]))
+            if len(pending) > 7:
+                reply, expected = pending.pop(0)
+                assert reply.result() == expected
+        for reply, expected in pending:
+            assert reply.result() == expected
+
+
+def test_a_message_beyond_the_limit_is_refused_before_anything_is_sent(
+    serve: Serve, address: str, channel: ChannelKind
+) -> None:
+    """The limit is the smaller of both sides' limits; what fits exactly passes; nothing stays held."""
+    server = serve({"max_message_bytes": 2 * KIB}, echo=echo)
+    with Client(address, channel=channel, arena_bytes=64 * KIB, timeout_s=10.0) as client:
+        for _ in range(3):
+            with pytest.raises(MessageTooLarge, match=r"\d+ bytes; the limit is 2048"):
+                client.call("echo", [torch.ones(12 * KIB), "x" * 2100])
+        assert client.statistics().control_bytes_sent == 0
+        largest = max(size for size in range(1900, 2048) if _fits(client, size))
+        assert largest > 2000
+        assert client.call("echo", 1) == 1
+        assert server.statistics().failures == 0
+
+
+def _fits(client: Client, size: int) -> bool:
+    try:
+        return bool(client.call("echo", "x" * size) == "x" * size)
+    except MessageTooLarge:
+        return False
+
+
+# Waiting
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process has used of its processors, all of its threads together."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_an_idle_connection_uses_no_processor(spawn: Spawn, address: str) -> None:
+    """Neither the server nor a client, connected by both channels, nor one that waits for a reply: nobody polls."""
+    server = start_server(spawn, address)
+    with Client(address, channel="doorbell") as client, Client(address) as other:
+        assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
+        before = _cpu_seconds(server.pid), time.process_time()
+        pending = client.submit("sleep", 0.7)
+        assert pending.result() is None
+        time.sleep(0.8)
+        server_s, own_s = _cpu_seconds(server.pid) - before[0], time.process_time() - before[1]
+    assert server_s < 0.1
+    assert own_s < 0.1
+
+
+def test_an_idle_server_that_looks_before_it_waits_does_wait(spawn: Spawn, address: str) -> None:
+    """``spin_us`` bounds the looking: after it nothing is used either."""
+    server = start_server(spawn, address, spin_us=1000.0)
+    with Client(address, channel="doorbell", spin_us=1000.0) as client:
+        client.call("echo")
+        before = _cpu_seconds(server.pid)
+        time.sleep(1.0)
+        assert _cpu_seconds(server.pid) - before < 0.1
+
+
+def test_a_server_in_a_thread_stops_with_clients_of_both_kinds(address: str) -> None:
+    """``stop`` wakes it wherever it waits, again and again."""
+    for _ in range(5):
+        with Server(address) as server:
+            server.register("echo", echo)
+            serving = in_thread(server.serve)
+            with Client(address, channel="doorbell") as client, Client(address) as other:
+                assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
+                server.stop()
+                serving.result(5.0)

@@ -1,0 +1,136 @@
+"""A server's doorbell channel and clients of both kinds in one process, over real segments, bells and sockets."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from shmtransport.bell import Bell
+from shmtransport.channel import ZmqChannel, ZmqServerChannel
+from shmtransport.connection import Bells, segment_layout
+from shmtransport.doorbell import DoorbellChannel, DoorbellServerChannel
+from shmtransport.message_ring import MessageRing
+from shmtransport.segment import Segment
+
+from .rings import Forger, record_bytes
+
+MAX_MESSAGE_BYTES = 1020  # a record of 1 KiB, two of which fill a ring
+
+
+class Caller:
+    """A client by doorbell.
+
+    ``name`` is what the server knows it by, ``ring`` and ``server_ring`` the two ends of the message ring, ``bell``
+    what wakes the client; ``forger`` writes into the client's segment without any rule.
+    """
+
+    def __init__(self, party: Party, name: bytes, spin_us: float) -> None:
+        self.name = name
+        layout = segment_layout(1, party.max_message_bytes)
+        self._segments = [Segment.create(layout), Segment.create(layout)]
+        self._segments += [Segment.attach(segment.name, layout) for segment in self._segments]
+        of_client, of_server, seen_by_server, seen_by_client = self._segments
+        self.ring = MessageRing(of_client, seen_by_client)
+        self.server_ring = MessageRing(of_server, seen_by_server)
+        self.forger = Forger(of_client, 2 * record_bytes(party.max_message_bytes))
+        self.bell = Bell.create()
+        self._bells = [Bell.open(self.bell.name), Bell.open(party.server.bell().name)]
+        self.bell.unlink()
+        self.channel = DoorbellChannel(
+            ZmqChannel(party.address, party.max_message_bytes), self.ring, Bells(self.bell, self._bells[1]), spin_us
+        )
+
+    def connect(self, party: Party) -> None:
+        party.server.connect(self.name, self.server_ring, self._bells[0])
+
+    def close(self) -> None:
+        self.channel.close(flush=False)
+        for bell in self._bells:
+            bell.close()
+        for segment in self._segments:
+            segment.close()
+
+
+class Party:
+    """The server, over ``base`` for ZeroMQ, and its clients; ``close`` ends all of them."""
+
+    def __init__(self, address: str, spin_us: float = 0.0, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.address = address
+        self.max_message_bytes = max_message_bytes
+        self.base = ZmqServerChannel(address, max_message_bytes)
+        self.server = DoorbellServerChannel(self.base, spin_us)
+        self._callers: list[Caller] = []
+        self._zmq: list[ZmqChannel] = []
+
+    def caller(self, name: bytes = b"caller", spin_us: float = 0.0) -> Caller:
+        """Connect a client by doorbell."""
+        made = Caller(self, name, spin_us)
+        self._callers.append(made)
+        made.connect(self)
+        return made
+
+    def zmq_client(self) -> ZmqChannel:
+        """Connect a client by ZeroMQ."""
+        self._zmq.append(ZmqChannel(self.address, self.max_message_bytes))
+        return self._zmq[-1]
+
+    def next_message(self) -> tuple[bytes, bytes]:
+        """The server's next message and who sent it; waits for it as a server does."""
+        while (received := self.server.receive()) is None:
+            self.server.wait(None)
+        return received
+
+    def close(self) -> None:
+        self.server.close()
+        for caller in self._callers:
+            caller.close()
+        for channel in self._zmq:
+            channel.close(flush=False)
+        self._callers.clear()
+        self._zmq.clear()
+
+
+def next_message(caller: Caller) -> bytes:
+    """A client's next message; waits for it as a client does."""
+    while (received := caller.channel.receive()) is None:
+        caller.channel.wait(60.0)
+    return received
+
+
+def all_messages(caller: Caller) -> list[bytes]:
+    """All that a client can receive now."""
+    messages = []
+    while (received := caller.channel.receive()) is not None:
+        messages.append(received)
+    return messages
+
+
+def relays() -> list[str]:
+    """The names of the relay threads that run."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shmtransport ")]
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
+    """Whether something that another thread does has come true; waits for it."""
+    deadline = time.monotonic() + within_s
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return true
+
+
+def in_thread(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def ended(thread: threading.Thread) -> bool:
+    """Whether a thread has come to its end; waits for it."""
+    thread.join(30.0)
+    return not thread.is_alive()
