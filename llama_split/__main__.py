@@ -59,7 +59,10 @@ notices = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(help="Directory, .gguf file or hub id. Default: $LLAMA_MODEL_PATH, then the demo's model."),
+    typer.Option(
+        help="Directory, .gguf file, hub id or, with --random-weights, a shape. "
+        "Default: $LLAMA_MODEL_PATH, then the demo's model."
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
@@ -70,6 +73,11 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where the worker computes: cpu, cuda:0. Default: $LLAMA_GPU_DEVICE, then cpu.")
 ]
+RandomOption = Annotated[
+    bool,
+    typer.Option("--random-weights", help="--model names a shape: llama-3.2-1b, llama-3.1-8b, tinyllama-1.1b."),
+]
+SeedOption = Annotated[int, typer.Option(help="Of random weights; the same on both sides.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log what both processes do.")]
 
 
@@ -93,6 +101,8 @@ def generate(
     chat: Annotated[bool, typer.Option(" /--no-chat", help="Take the prompt as plain text to continue.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a stream.")] = False,
     arena_bytes: Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")] = None,
+    random_weights: RandomOption = False,
+    seed: SeedOption = 0,
     verbose: VerboseOption = False,
 ) -> None:
     """Generate text greedily; streams it as it comes, then prints what the transport did."""
@@ -106,16 +116,16 @@ def generate(
         if address is None:  # started first, so that both processes import and load at the same time
             device_name = settings.pick(device, DEVICE_VARIABLE, "cpu")
             options = ["--model", model_name, "--dtype", dtype_name, "--device", device_name]
+            options += ["--random-weights", "--seed", str(seed)] if random_weights else []
             own = stack.enter_context(WorkerProcess(options, verbose=verbose))
             address = own.address
         elif device is not None:
             _notice(f"--device {device} has no effect: the worker at {address} runs where it was started")
-        from .checkpoint import open_checkpoint
         from .config import parse_channel, parse_dtype, parse_mode
         from .trusted.model import SplitLlamaForCausalLM
 
         chosen_mode, chosen_dtype, chosen_channel = parse_mode(mode), parse_dtype(dtype_name), parse_channel(channel)
-        checkpoint = open_checkpoint(model_name)
+        checkpoint = _open(model_name, seed if random_weights else None)
         tokenizer = checkpoint.tokenizer()
         ids = _encode(tokenizer, prompt, chat=chat)
         _check_length(ids.shape[1], checkpoint)
@@ -150,6 +160,8 @@ def worker(
     model: ModelOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
+    random_weights: RandomOption = False,
+    seed: SeedOption = 0,
     verbose: VerboseOption = False,
     parent: Annotated[int | None, typer.Option(hidden=True, help="End with this process.")] = None,
 ) -> None:
@@ -169,14 +181,13 @@ def worker(
         device_name = settings.pick(device, DEVICE_VARIABLE, "cpu")
         from shmtransport import Server
 
-        from .checkpoint import open_checkpoint
         from .config import parse_device, parse_dtype
         from .worker.kernels import Weights
         from .worker.service import Service
 
         chosen_dtype, chosen_device = parse_dtype(dtype_name), parse_device(device_name)
         server = stack.enter_context(Server(parse_address(address)))
-        checkpoint = open_checkpoint(model_name)
+        checkpoint = _open(model_name, seed if random_weights else None)
         with _progress("loading weights") as progress:
             weights = Weights(checkpoint, chosen_dtype, chosen_device, progress)
         Service(server, weights, checkpoint)
@@ -184,6 +195,17 @@ def worker(
         server.serve()
         if verbose:
             notices.print(_table(server.statistics()))
+
+
+def _open(model_name: str, seed: int | None) -> Checkpoint:
+    """The model of this name; with a seed, one of this shape with random weights."""
+    if seed is not None:
+        from .synthetic import RandomCheckpoint
+
+        return RandomCheckpoint(model_name, seed)
+    from .checkpoint import open_checkpoint
+
+    return open_checkpoint(model_name)
 
 
 def _model_name(settings: Settings, model: str | None) -> str:

@@ -1,0 +1,88 @@
+"""Models of a known shape with random weights."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from llama_split import CheckpointError, SplitLlamaForCausalLM
+from llama_split.synthetic import SHAPES, RandomCheckpoint
+from llama_split.worker.kernels import Weights
+from llama_split.worker.service import Service
+from shmtransport import Server
+
+from .prompts import prompt
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+}
+
+
+def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
+    """The error lists the names."""
+    with pytest.raises(CheckpointError, match=r"llama-9.*llama-3\.2-1b, llama-3\.1-8b, tinyllama-1\.1b"):
+        RandomCheckpoint("llama-9")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_parameters_are_those_of_the_shape(name: str) -> None:
+    """Names and shapes are those that transformers gives a Llama of this configuration."""
+    checkpoint = RandomCheckpoint(name)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(checkpoint.config)
+    assert {n: tuple(p.shape) for n, p in model.named_parameters()} == {
+        n: checkpoint.shape(n) for n in checkpoint.names
+    }
+
+
+def test_weights_follow_from_name_and_seed_alone() -> None:
+    """Two processes make the same numbers; another seed or another tensor has others; no two rows are alike."""
+    one, same, other = (RandomCheckpoint("llama-3.2-1b", seed, **SMALL) for seed in (1, 1, 2))
+    name, sibling = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(one.read(name), same.read(name))
+    assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+    assert not torch.equal(one.read(name), other.read(name))
+    assert not torch.equal(one.read(name), one.read(sibling))
+    assert torch.equal(one.read_first_row(name), one.read(name)[:1])
+    assert torch.unique(one.read(name), dim=0).shape == one.read(name).shape
+    assert 0.015 < one.read(name).std().item() < 0.025
+
+
+@pytest.mark.parametrize("mode", ["fused", "stack"])
+def test_both_sides_run_the_same_random_model(address: str, mode: str) -> None:
+    """A split of random weights gives the logits of the unsplit model with these weights."""
+    checkpoint = RandomCheckpoint("tinyllama-1.1b", 3, **SMALL)
+    unsplit = LlamaForCausalLM(checkpoint.config).eval()
+    unsplit.load_state_dict({name: checkpoint.read(name) for name in checkpoint.names}, strict=True)
+    with Server(address) as server:
+        Service(server, Weights(checkpoint, torch.float32, torch.device("cpu")), checkpoint)
+        thread = threading.Thread(target=server.serve)
+        thread.start()
+        try:
+            mine = RandomCheckpoint("tinyllama-1.1b", 3, **SMALL)
+            with SplitLlamaForCausalLM.from_pretrained(mine, worker=address, mode=mode, dtype="float32") as split:
+                logits = split(prompt(9) % 300).logits
+                torch.testing.assert_close(logits, unsplit(prompt(9) % 300).logits, atol=1e-5, rtol=1e-5)
+        finally:
+            server.stop()
+            thread.join()
+
+
+def test_its_tokenizer_has_a_token_for_each_byte() -> None:
+    """Any text comes back from its tokens."""
+    tokenizer = RandomCheckpoint("tinyllama-1.1b").tokenizer()
+    text = "What is 1 + 1?\n Zwölf – €"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text.encode())
+    assert max(ids) < 256
+    assert tokenizer.decode(ids) == text
