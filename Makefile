@@ -10,6 +10,7 @@ PROMPT ?= What is the capital of France?
 MODE ?= fused
 DTYPE ?=
 INPUTS ?= 1000000
+MINUTES ?= 10
 
 # Every branch of these modules is run by a test: they decide what a hostile peer can do.
 FULLY_COVERED := protocol ring arena descriptor message message_ring doorbell
@@ -17,7 +18,7 @@ FULLY_COVERED := protocol ring arena descriptor message message_ring doorbell
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz coverage check fix bench clean
+.PHONY: help install demo test fuzz coverage soak check fix bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +51,9 @@ coverage: install ## lines and branches of shmtransport that tests run; fails un
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=95
 	$(BIN)/coverage report --fail-under=100 --include=$(shell echo $(FULLY_COVERED:%=shmtransport/%.py) | tr ' ' ,)
+
+soak: install ## servers and clients in many processes, some killed, every reply checked: MINUTES=10
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 check: install ## formatting, lint, types
 	$(BIN)/ruff format --check .
