@@ -34,7 +34,10 @@ class AsyncServer(Host):
 
     Handlers may be coroutine functions, which run in the loop, or plain functions, which run in threads; so several
     may run at the same time, also for one client. ``max_calls_in_progress`` bounds them for each client: a call
-    beyond it fails. ``drain_timeout_s`` is how long calls in progress may go on after ``stop``.
+    beyond it fails. ``drain_timeout_s`` is how long calls in progress may go on after ``stop``; a plain function that
+    takes longer goes on by itself, and Python waits for it when the process exits. ``claim_timeout_s`` holds up the
+    loop when a coroutine calls ``empty`` or a result is copied. When a client has gone, its calls in progress may
+    still go on after the ``on_disconnect`` callbacks.
     """
 
     def __init__(self, address: str, *, max_calls_in_progress: int = 256, **options: Any) -> None:

@@ -65,13 +65,11 @@ class Backlogs:
         if len(self._leaving) > LEAVING_LIMIT:
             self._leaving.popitem(last=False)
 
-    def flush(self) -> bool:
-        """Send what there is room for, to everyone; whether anything was sent or given up."""
-        moved = False
+    def flush(self) -> None:
+        """Send what there is room for, to everyone."""
         for queues in (self._queues, self._leaving):
             for peer in list(queues):
-                moved |= self._flush(queues, peer)
-        return moved
+                self._flush(queues, peer)
 
     def flush_next(self) -> None:
         """As ``flush``, for the one peer whose turn it is."""
@@ -81,15 +79,13 @@ class Backlogs:
             queues.move_to_end(peer)
             self._flush(queues, peer)
 
-    def _flush(self, queues: OrderedDict[bytes, _Queue], peer: bytes) -> bool:
+    def _flush(self, queues: OrderedDict[bytes, _Queue], peer: bytes) -> None:
         queue = queues[peer]
-        waiting = len(queue.messages)
         while queue.messages:
             sent = self._send(peer, queue.messages[0])
             if sent is None:
-                return len(queue.messages) < waiting
+                return
             if not sent:
                 break
             queue.nbytes -= len(queue.messages.popleft())
         del queues[peer]
-        return True

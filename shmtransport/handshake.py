@@ -13,7 +13,6 @@ Each side allocates only after the other has committed to as much::
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Generator
@@ -130,11 +129,12 @@ def _open_peers(name: str, own: Bell) -> Bell:
     """Open the peer's bell: never this side's own, and nothing that a semaphore can't be in."""
     if name == own.name:
         raise PeerProtocolError("the peer gave the name of a bell that is not its own")
-    if is_bell_name(name):
-        with contextlib.suppress(OSError):  # for ``open`` to say
-            if not os.stat(bell_file(name)).st_size:
-                raise PeerProtocolError("the peer's bell is an empty file")
-    return Bell.open(name)
+    try:
+        if is_bell_name(name) and not os.stat(bell_file(name)).st_size:  # looking into it would end this process
+            raise PeerProtocolError("the peer's bell is an empty file")
+        return Bell.open(name)
+    except (OSError, ValueError) as error:  # nothing is there, or a directory
+        raise PeerProtocolError("the peer's bell can't be opened: does it run in another container?") from error
 
 
 def _expect(kind: type[Expected], data: bytes) -> Expected:

@@ -113,7 +113,7 @@ class Segment:
             raise PeerProtocolError("the peer gave a segment name that this protocol never makes")
         try:
             memory = posix_ipc.SharedMemory(name)
-        except (OSError, posix_ipc.Error) as error:
+        except (OSError, ValueError, posix_ipc.Error) as error:  # ValueError: it is a directory
             raise PeerProtocolError("the peer's segment can't be opened: does it run in another container?") from error
         try:
             found = Layout.from_header(os.pread(memory.fd, HEADER.size, 0), os.fstat(memory.fd).st_size)

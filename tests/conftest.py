@@ -50,9 +50,11 @@ def _traces() -> set[str]:
     traces = {name for name in os.listdir(_TEMPORARY) if not name.startswith(theirs)}
     for name in os.listdir("/dev/shm"):
         if name.startswith(_OURS_IN_SHM):
-            with contextlib.suppress(FileNotFoundError), open(f"/dev/shm/{name}", "rb") as segment:
-                if holder(segment.fileno()) is None:
+            with contextlib.suppress(OSError):
+                segment = os.open(f"/dev/shm/{name}", os.O_RDONLY | os.O_NONBLOCK)  # it may be another test's pipe
+                if holder(segment) is None:
                     traces.add(name)
+                os.close(segment)
     traces.update(_bells({os.getpid()}))
     for name in _bells(_started):
         with contextlib.suppress(FileNotFoundError):

@@ -31,7 +31,7 @@ from shmtransport.message import (
 )
 from shmtransport.message_ring import MessageRing
 from shmtransport.segment import Segment
-from tests.transport.rings import Forger, record_bytes
+from tests.transport.rings import CELL_BYTES, ENDED, Forger, record_bytes
 
 ARENA_BYTES = 64 * 1024
 ANSWER_S = 5.0
@@ -90,8 +90,8 @@ class Raw:
 
     def __init__(self, address: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(address.removeprefix("ipc://"))  # waits while too many others are doing so
         self.socket.settimeout(ANSWER_S)
-        self.socket.connect(address.removeprefix("ipc://"))
 
     def write(self, data: bytes) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it was thrown out already
@@ -100,11 +100,14 @@ class Raw:
     def greet(self, identity: bytes = b"") -> None:
         """Finish the handshake of ZMTP, not that of shmtransport."""
         self.write(self.GREETING)
+        heard = self.hear_all(b"NULL")
         properties = ((b"Socket-Type", b"DEALER"), (b"Identity", identity))
         ready = b"\x05READY" + b"".join(
             bytes([len(key)]) + key + struct.pack(">I", len(value)) + value for key, value in properties
         )
-        self.write(bytes([4, len(ready)]) + ready)
+        self.write(b"\x06" + struct.pack(">Q", len(ready)) + ready)
+        end = b"Identity" + bytes(4)
+        assert end in heard or end in self.hear_all(end)
 
     def say(self, data: bytes, *, more: bool = False) -> None:
         self.write(bytes([2 | more]) + struct.pack(">Q", len(data)) + data)
@@ -188,15 +191,22 @@ class Impostor:
         if self._bell is None:
             return self.wire.hear(timeout_s)
         deadline = time.monotonic() + timeout_s
-        while (data := self.ring.read()) is None:
-            if time.monotonic() >= deadline or self.ring.ended():
+        while True:
+            last = self.ended() or time.monotonic() >= deadline
+            data = self.ring.read()
+            if data is not None:
+                return decode(data)
+            if last:
                 return None
             self._bell.wait(0.01)
-        return decode(data)
 
     def ask(self, message: Message | bytes) -> AnyMessage | None:
         self.send(message)
         return self.hear()
+
+    def ended(self) -> bool:
+        """Whether the server says by the ring that it has ended this connection."""
+        return self.replies.view[self.layout.message_ring_offset + ENDED * CELL_BYTES] != 0
 
     def assert_served(self) -> None:
         """It is a client still, whose calls are answered."""

@@ -26,6 +26,7 @@ from .loops import (
     in_each_loop,
     on_each_channel,
     served,
+    serving,
     settle,
     wholly_free,
 )
@@ -80,13 +81,42 @@ def test_calls_that_go_on_for_too_long_are_cut(run: Run, channel: ChannelKind, a
             raise
 
     async def main() -> None:
-        async with served(address, options={"drain_timeout_s": 0.2}, hang=hang) as server:
+        server = AsyncServer(address, drain_timeout_s=0.2)
+        server.register("hang", hang)
+        async with server:
+            task = asyncio.create_task(server.serve())
             client = await AsyncClient(address, channel=channel).connect()
             tasks = [asyncio.create_task(client.call("hang", i)) for i in range(3)]
             assert await becomes(lambda: server.statistics().in_flight_peak == 3)
+            server.stop()
+            await task
+            assert await becomes(lambda: sorted(cut) == [0, 1, 2])
+            assert not any(task.done() for task in tasks)
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, PeerDied)
-        assert sorted(cut) == [0, 1, 2]
+        await client.close()
+
+    run(main())
+
+
+def test_a_call_that_comes_while_others_end_is_answered_too(run: Run, channel: ChannelKind, address: str) -> None:
+    """As long as ``drain_timeout_s`` has not passed."""
+    first, second = Gate(), Gate()
+
+    async def main() -> None:
+        async with served(address, first=first.passed, second=second.passed) as server:
+            client = await AsyncClient(address, channel=channel).connect()
+            tasks = [asyncio.create_task(client.call("first"))]
+            assert await becomes(lambda: first.entered == 1)
+            server.stop()
+            await settle()
+            tasks.append(asyncio.create_task(client.call("second")))
+            assert await becomes(lambda: second.entered == 1)
+            first.open()
+            await tasks[0]
+            await settle()
+            second.open()
+        assert await asyncio.gather(*tasks) == [None, None]
         await client.close()
 
     run(main())
@@ -165,6 +195,18 @@ def test_serving_can_be_cancelled(run: Run, channel: ChannelKind, address: str) 
             await client.reconnect()
             assert await client.call("echo", 1) == 1
         await client.close()
+
+    run(main())
+
+
+def test_nothing_is_read_after_the_end(run: Run, channel: ChannelKind, address: str) -> None:
+    """What a call's end had scheduled finds the channel given away, and leaves it alone."""
+
+    async def main() -> None:
+        server = AsyncServer(address)
+        async with serving(server), AsyncClient(address, channel=channel):
+            pass
+        server._on_readable()
 
     run(main())
 

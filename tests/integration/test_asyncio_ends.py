@@ -278,7 +278,7 @@ def test_a_server_killed_while_calls_are_in_flight_is_noticed(
 
     async def main() -> None:
         options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES, "timeout_s": 3600.0}
-        async with AsyncClient(address, connect_timeout_s=0.2, **options) as client:
+        async with AsyncClient(address, connect_timeout_s=2.0, **options) as client:
             held = await client.call("fill", ARENA_BYTES, 7)
             loan = client.empty((ARENA_BYTES,), torch.uint8)
             calls = [client.call("nap", 3600.0), client.call("size", loan), client.call("echo", torch.zeros(1))]

@@ -148,7 +148,7 @@ def test_a_full_queue_is_waited_for(run: Run, channel: ChannelKind, address: str
     async def main() -> None:
         async with (
             served(address, Server, block=gate.wait),
-            AsyncClient(address, channel=channel) as client,
+            AsyncClient(address, channel=channel, arena_bytes=ARENA_BYTES) as client,
         ):
             block = asyncio.create_task(client.call("block"))
             assert await becomes(lambda: gate.entered == 1)
@@ -156,7 +156,7 @@ def test_a_full_queue_is_waited_for(run: Run, channel: ChannelKind, address: str
             tasks = [asyncio.create_task(client.call("echo", text)) for text in texts]
             if channel == "doorbell":
                 assert await becomes(lambda: client.statistics().stalls > 0)
-            cancelled = asyncio.create_task(client.call("echo", texts[-1]))
+            cancelled = asyncio.create_task(client.call("echo", [torch.zeros(100), texts[-1]]))
             await settle()
             cancelled.cancel()
             gate.open()
@@ -164,6 +164,30 @@ def test_a_full_queue_is_waited_for(run: Run, channel: ChannelKind, address: str
             assert await block is None
             with pytest.raises(asyncio.CancelledError):
                 await cancelled
+            assert await client.call("echo", 1) == 1  # after the late reply, if the cancelled call was sent
+            assert await wholly_free(client)
+
+    run(main())
+
+
+def test_a_queue_that_stays_full_is_a_call_timeout(run: Run, address: str, channel: ChannelKind) -> None:
+    """After ``timeout_s`` the call says that it was not sent; it holds nothing. (ZeroMQ queues far more than this.)"""
+    gate = Gate()
+
+    async def main() -> None:
+        options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES, "timeout_s": 0.3}
+        async with served(address, Server, block=gate.wait), AsyncClient(address, **options) as client:
+            calls = [client.call("block"), *(client.call("echo", [torch.zeros(10), "x" * 60_000]) for _ in range(9))]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(outcome, CallTimeout) for outcome in outcomes)
+            unsent = sum("was not sent: the queue to the server stayed full" in str(outcome) for outcome in outcomes)
+            assert unsent > 0 if channel == "doorbell" else unsent == 0
+            gate.open()
+            del outcomes
+            while True:
+                with contextlib.suppress(ArenaFull, CallTimeout):  # until the late replies have come
+                    if await wholly_free(client):
+                        break
 
     run(main())
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from typing import Any
 
 import pytest
 import torch
 
+import shmtransport.client
+import shmtransport.doorbell
 from shmtransport import Client, LocalProtocolError, MessageTooLarge, Server
 from shmtransport.message import ChannelKind
 
-from .helpers import KIB, MIB, Serve, Spawn, echo, in_thread, start_server
+from .helpers import KIB, MIB, Serve, Spawn, echo, eventually, in_thread, start_server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -189,6 +192,61 @@ def _fits(client: Client, size: int) -> bool:
         return False
 
 
+@pytest.fixture
+def no_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks by itself now and then: a ring that is forgotten is missed."""
+    for module, name in (
+        (shmtransport.client, "_SEND_SLICE_S"),
+        (shmtransport.client, "_WATCH_SLICE_S"),
+        (shmtransport.doorbell, "_SLICE_S"),
+    ):
+        monkeypatch.setattr(module, name, 50.0)
+
+
+@pytest.mark.usefixtures("no_looking")
+def test_room_in_a_message_ring_is_told_at_once(serve: Serve, address: str) -> None:
+    """Whoever reads on rings for the other side: for room to ask, and for room to answer."""
+    go_on = threading.Event()
+    server = serve(wait=lambda: go_on.wait(10.0), echo=echo, long=lambda number: chr(97 + number) * 900)
+    with Client(address, channel="doorbell", timeout_s=50.0, max_message_bytes=1024) as client:
+        client.submit("wait")
+        texts = [chr(97 + number) * 900 for number in range(20)]
+        sending = in_thread(lambda: [client.submit("echo", text) for text in texts])
+        assert eventually(lambda: client.statistics().stalls == 1)
+        go_on.set()
+        assert [reply.result(timeout_s=5.0) for reply in sending.result(5.0)] == texts
+        pending = [client.submit("long", number) for number in range(20)]
+        assert eventually(lambda: server.statistics().calls == 41), "all are answered; for most there is no room"
+        assert [reply.result(timeout_s=5.0) for reply in pending] == texts
+
+
+@pytest.mark.usefixtures("no_looking")
+def test_room_is_told_when_a_request_is_read_not_when_it_is_answered(
+    serve: Serve, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that takes long keeps nobody from sending into the room that its request has left."""
+    go_on = [threading.Event(), threading.Event()]
+    server = serve(wait=lambda number, _text="": go_on[number].wait(10.0), echo=echo)
+    with Client(address, channel="doorbell", timeout_s=50.0, max_message_bytes=1024) as client:
+        receive = server._receive
+
+        def late_receive() -> Any:
+            time.sleep(0.05)  # so that the answer to the one before is seen first
+            return receive()
+
+        monkeypatch.setattr(server, "_receive", late_receive)
+        waiting = [client.submit("wait", 0)]
+        time.sleep(0.2)
+        waiting += [client.submit("wait", 1, "x" * 900), client.submit("echo", "x" * 900)]
+        sending = in_thread(client.submit, "echo", "y" * 900)
+        assert eventually(lambda: client.statistics().stalls == 1)
+        go_on[0].set()
+        last = sending.result(5.0)
+        assert not waiting[1].done
+        go_on[1].set()
+        assert last.result(timeout_s=5.0) == "y" * 900
+
+
 # Waiting
 
 
@@ -199,18 +257,28 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def _waits(pid: int) -> int:
+    """How often a process's threads have begun to wait for something."""
+    total = 0
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/status") as status:
+            total += sum(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
+    return total
+
+
 def test_an_idle_connection_uses_no_processor(spawn: Spawn, address: str) -> None:
     """Neither the server nor a client, connected by both channels, nor one that waits for a reply: nobody polls."""
     server = start_server(spawn, address)
     with Client(address, channel="doorbell") as client, Client(address) as other:
         assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
-        before = _cpu_seconds(server.pid), time.process_time()
-        pending = client.submit("sleep", 0.7)
-        assert pending.result() is None
+        waits, own_waits = _waits(server.pid), _waits(os.getpid())
+        server_s, own_s = _cpu_seconds(server.pid), time.process_time()
+        assert client.call("sleep", 0.7) is None
         time.sleep(0.8)
-        server_s, own_s = _cpu_seconds(server.pid) - before[0], time.process_time() - before[1]
-    assert server_s < 0.1
-    assert own_s < 0.1
+        server_s, own_s = _cpu_seconds(server.pid) - server_s, time.process_time() - own_s
+        waits, own_waits = _waits(server.pid) - waits, _waits(os.getpid()) - own_waits
+    assert max(server_s, own_s) < 0.1
+    assert max(waits, own_waits) < 60, "it wakes up again and again"
 
 
 def test_an_idle_server_that_looks_before_it_waits_does_wait(spawn: Spawn, address: str) -> None:

@@ -70,7 +70,7 @@ def test_a_stopping_server_answers_what_has_come(spawn: Spawn, address: str, cha
     """The reply of the call in progress arrives, and those of the calls queued behind it; then it is gone."""
     server = start_server(spawn, address)
     client = Client(address, channel=channel)
-    first = client.submit("sleep", 0.5)
+    first = client.submit("sleep", 0.3)
     time.sleep(0.1)
     second = client.submit("echo", 2)
     server.signal(signal.SIGTERM)

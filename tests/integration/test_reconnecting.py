@@ -82,7 +82,7 @@ def test_several_threads_may_reconnect_at_once(spawn: Spawn, address: str, chann
     """As they do when each finds the server dead: one connection is left in the end, and it works."""
     server = start_server(spawn, address)
     with Client(address, channel=channel, timeout_s=50.0, connect_timeout_s=20.0) as client:
-        waiting = in_thread(client.call, "sleep", 0.5)
+        waiting = in_thread(client.call, "sleep", 0.3)
         assert eventually(lambda: client.statistics().in_flight_peak == 1)
         for done in [in_thread(client.reconnect) for _ in range(4)]:
             done.result(20.0)

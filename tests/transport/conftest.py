@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from shmtransport import doorbell
+from shmtransport.bell import Bell
 
 from .arenas import Pair
+
+_LONG_SLICE_S = 20.0  # far longer than any of these tests
 
 
 @pytest.fixture
@@ -19,6 +22,19 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.fixture
-def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for a bell looks only when it is rung: a ring that is missing then can't go unnoticed."""
-    monkeypatch.setattr(doorbell, "_SLICE_S", 3600.0)
+def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever waits for a bell looks only when it is rung, so that a ring that is missing can't go unnoticed."""
+    in_vain: list[str] = []
+    wait = Bell.wait
+
+    def watched(bell: Bell, timeout_s: float | None) -> bool:
+        rung = wait(bell, timeout_s)
+        if not rung and timeout_s == _LONG_SLICE_S:
+            in_vain.append(bell.name)
+            raise AssertionError("nobody rang")
+        return rung
+
+    monkeypatch.setattr(Bell, "wait", watched)
+    monkeypatch.setattr(doorbell, "_SLICE_S", _LONG_SLICE_S)
+    yield
+    assert not in_vain, "someone waited for a ring that never came"

@@ -23,7 +23,7 @@ class Caller:
     """A client by doorbell.
 
     ``name`` is what the server knows it by, ``ring`` and ``server_ring`` the two ends of the message ring, ``bell``
-    what wakes the client; ``forger`` writes into the client's segment without any rule.
+    what wakes the client; ``forger`` and ``server_forger`` write into either side's segment without any rule.
     """
 
     def __init__(self, party: Party, name: bytes, spin_us: float) -> None:
@@ -34,7 +34,8 @@ class Caller:
         of_client, of_server, seen_by_server, seen_by_client = self._segments
         self.ring = MessageRing(of_client, seen_by_client)
         self.server_ring = MessageRing(of_server, seen_by_server)
-        self.forger = Forger(of_client, 2 * record_bytes(party.max_message_bytes))
+        ring_bytes = 2 * record_bytes(party.max_message_bytes)
+        self.forger, self.server_forger = Forger(of_client, ring_bytes), Forger(of_server, ring_bytes)
         self.bell = Bell.create()
         self._bells = [Bell.open(self.bell.name), Bell.open(party.server.bell().name)]
         self.bell.unlink()

@@ -140,7 +140,7 @@ def test_room_that_is_made_just_before_it_is_asked_for_is_used(
 
 
 def test_the_server_queues_what_a_ring_has_no_room_for(party: Party, caller: Caller) -> None:
-    """It never blocks; when the client has read on, the rest follows, in order, however small a later message is."""
+    """It never blocks; when the client has read on, the rest follows. What is sent then has to queue as well."""
     messages = [*_numbered(9), b"small", *_numbered(3)]
     for message in messages:
         assert party.server.send(caller.name, message)
@@ -149,6 +149,9 @@ def test_the_server_queues_what_a_ring_has_no_room_for(party: Party, caller: Cal
         new = all_messages(caller)
         assert new, "the server was not told that there is room"
         received += new
+        if len(messages) < 20:
+            messages.append(b"late")
+            assert party.server.send(caller.name, b"late")
         party.server.wait(None)
         assert party.server.receive() is None
     assert received == messages
@@ -243,6 +246,19 @@ def test_a_broken_count_of_what_was_read_is_found_by_sending(party: Party, calle
         with pytest.raises(BrokenPeer, match="has read 18446744073709551615 bytes") as caught:
             attempt()
         assert caught.value.peer == caller.name
+
+
+def test_a_message_as_large_as_two_is_none(party: Party, caller: Caller) -> None:
+    """A ring takes two of the largest; records that were joined into a larger one are their owner's fault."""
+    for write, forger in ((caller.ring.write, caller.forger), (caller.server_ring.write, caller.server_forger)):
+        assert write(LARGEST)
+        assert write(LARGEST)
+        forger.set_length(0, 2 * MAX_MESSAGE_BYTES)
+    with pytest.raises(BrokenPeer, match="a message of 2040 bytes; 1020 were agreed") as caught:
+        party.next_message()
+    assert caught.value.peer == caller.name
+    with pytest.raises(PeerProtocolError, match="a message of 2040 bytes; 1020 were agreed"):
+        caller.channel.receive()
 
 
 def test_a_client_is_told_of_its_end(party: Party) -> None:

@@ -344,7 +344,7 @@ def test_a_client_that_waits_is_woken_to_be_closed(party: Party) -> None:
 
     def wait() -> None:
         while not closing.is_set():
-            caller.channel.wait(3600.0)
+            caller.channel.wait(60.0)
 
     thread = in_thread(wait)
     closing.set()
