@@ -46,6 +46,7 @@ class AsyncServer(Host):
         self._calls: set[asyncio.Task[None]] = set()
         self._cutting = False  # calls in progress are cancelled
         self._closed = False
+        self._asking: asyncio.TimerHandle | None = None
 
     async def serve(self) -> None:
         """Answer calls until ``stop``; in the main thread SIGINT and SIGTERM stop it too."""
@@ -56,13 +57,12 @@ class AsyncServer(Host):
         try:
             with self._stopped_by_signals():
                 self._on_readable()
-                while not self._stopped.is_set():
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(self._stopped.wait(), _ASK_INTERVAL_S if self._unwatched else None)
-                    self._ask_unwatched()
+                await self._stopped.wait()
                 await self._drain()
         finally:
             self._loop.remove_reader(descriptor)
+            if self._asking is not None:
+                self._asking.cancel()
 
     async def close(self) -> None:
         """End all connections and remove the socket. A second call does nothing."""
@@ -93,6 +93,18 @@ class AsyncServer(Host):
             elif not received:
                 return
         self._loop.call_soon(self._on_readable)
+
+    def _connect(self, client: HostedClient) -> None:
+        super()._connect(client)
+        if self._unwatched and self._asking is None:
+            self._asking = self._loop.call_later(_ASK_INTERVAL_S, self._ask)
+
+    def _ask(self) -> None:
+        """In place of descriptors that would tell of these clients' ends."""
+        self._asking = None
+        self._ask_unwatched()
+        if self._unwatched:
+            self._asking = self._loop.call_later(_ASK_INTERVAL_S, self._ask)
 
     def _begin(self, client: HostedClient, call: Call) -> None:
         if client.in_progress >= self._max_calls_in_progress:

@@ -102,7 +102,7 @@ def test_a_reply_sent_before_the_servers_death_still_counts(
 
 
 def test_a_server_that_forges_its_count_of_requests_is_left(run: Run, channel: ChannelKind, address: str) -> None:
-    """Impossible figures in its message ring: ``PeerProtocolError`` for what is being sent and for what is in flight."""
+    """Impossible figures in its message ring: ``PeerProtocolError``, also for what is in flight."""
     if channel == "zmq":
         pytest.skip("ZeroMQ has no message ring")
     gate = Gate()

@@ -171,7 +171,7 @@ def test_a_full_queue_is_waited_for(run: Run, channel: ChannelKind, address: str
 
 
 def test_a_queue_that_stays_full_is_a_call_timeout(run: Run, address: str, channel: ChannelKind) -> None:
-    """After ``timeout_s`` the call says that it was not sent; it holds nothing. (ZeroMQ queues far more than this.)"""
+    """After ``timeout_s`` the call says that it was not sent; it holds nothing. ZeroMQ queues more than this."""
     gate = Gate()
 
     async def main() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -88,10 +90,20 @@ def test_a_malformed_tcp_address_is_refused(address: str) -> None:
         "tcp://eth0;127.0.0.1:5555",
         "tcp://localhost.example.org:80",
         "tcp://127.0.0.1.example.org:80",
+        "tcp://[0:0:0:0:0:0:0:0]:5555",
+        "tcp://[::ffff:0.0.0.0]:5555",
+        "tcp://[fe80::1]:5555",
+        "tcp://0:5555",
+        "tcp://2130706433:5555",
+        "tcp://127.1:5555",
+        "tcp://127.0.0.1;0.0.0.0:5555",
+        "tcp://127.0.0.1@0.0.0.0:5555",
+        "tcp://localhost@example.org:80",
+        "tcp://localhost.:80",
     ],
 )
 def test_only_loopback_is_bound_or_connected(address: str) -> None:
-    """All interfaces, other machines and interface names are refused on both sides."""
+    """All interfaces, other machines and interface names are refused on both sides; so is what could be any of them."""
     for check in (check_bind, check_connect):
         with pytest.raises(AddressError, match="loopback"):
             check(address)
@@ -120,6 +132,14 @@ def test_a_missing_directory_is_named(directory: Path) -> None:
     """The error names the directory and the remedy."""
     with pytest.raises(AddressError, match=f"{directory}/none.*create it, mode 0700"):
         check_bind(_ipc(directory / "none" / "a.ipc"))
+
+
+def test_a_file_in_place_of_the_directory_is_none(directory: Path) -> None:
+    """The error is the same, and the file stays."""
+    (directory / "file").write_text("precious")
+    with pytest.raises(AddressError, match=f"{directory}/file .*does not exist"):
+        check_bind(_ipc(directory / "file" / "a.ipc"))
+    assert (directory / "file").read_text() == "precious"
 
 
 def test_a_living_server_is_not_displaced(directory: Path) -> None:
@@ -183,8 +203,51 @@ def test_a_server_that_accepts_nobody_is_served_all_the_same(directory: Path) ->
     assert answer == [True]
 
 
+def test_a_killed_servers_socket_is_replaced_and_a_stopped_ones_is_not(directory: Path) -> None:
+    """What a process leaves behind that was killed says nothing; one that is stopped will go on."""
+    path = directory / "a.ipc"
+    ready, say_ready = os.pipe()
+    child = os.fork()
+    if child == 0:
+        listener = _listen(path)
+        os.write(say_ready, b"x")
+        signal.pause()
+        listener.close()
+        os._exit(0)
+    try:
+        assert os.read(ready, 1) == b"x"
+        os.kill(child, signal.SIGSTOP)
+        with pytest.raises(AddressError, match="already listening"):
+            check_bind(_ipc(path))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(say_ready)
+    assert path.is_socket()
+    assert check_bind(_ipc(path)) == "ipc"
+    assert not path.exists()
+
+
+def test_a_dead_servers_socket_that_cant_be_removed_is_an_address_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the system's reason; as in a directory that is another user's."""
+    path = directory / "a.ipc"
+    _listen(path).close()
+
+    def refuse(_path: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.raises(AddressError, match="can't be removed: Permission denied"):
+            check_bind(_ipc(path))
+
+
 @pytest.mark.parametrize(
-    ("mode", "warned"), [(0o700, False), (0o755, False), (0o770, True), (0o777, True), (0o1777, False)]
+    ("mode", "warned"),
+    [(0o700, False), (0o755, False), (0o720, True), (0o702, True), (0o770, True), (0o777, True), (0o1777, False)],
 )
 def test_a_directory_that_others_can_write_is_warned_of(
     directory: Path, mode: int, warned: bool, caplog: pytest.LogCaptureFixture

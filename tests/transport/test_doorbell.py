@@ -273,6 +273,16 @@ def test_a_client_is_told_of_its_end(party: Party) -> None:
         assert caller.channel.ended()
 
 
+def test_a_goodbye_passes_where_the_ring_is_full(party: Party) -> None:
+    """It goes by ZeroMQ, from a client as to one: the peer's ring may be the very thing that is broken."""
+    caller = party.caller()
+    while caller.channel.send(bytes(1020)):
+        pass
+    caller.channel.say_goodbye(b"goodbye")
+    received = [party.next_message()[1] for _ in range(3)]
+    assert sorted(received) == sorted([b"goodbye", bytes(1020), bytes(1020)])
+
+
 # --- rings ------------------------------------------------------------------------------------------------------------
 
 

@@ -242,3 +242,32 @@ def test_an_interrupted_creation_leaves_nothing_behind(monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         Segment.create(LAYOUT)
     assert (_ours(), _open_fds()) == (before, fds)
+
+
+def test_a_segment_that_shrinks_while_it_is_being_mapped_is_the_peers_error(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size was right when it was looked at; mapping looks once more. Nothing stays open."""
+    agreed = Layout.from_header
+
+    def shrink(header: bytes, nbytes: int) -> Layout:
+        layout = agreed(header, nbytes)
+        os.truncate(segment.fd, 4096)
+        return layout
+
+    before = _open_fds()
+    monkeypatch.setattr(Layout, "from_header", shrink)
+    with pytest.raises(PeerProtocolError, match="changed its size"):
+        Segment.attach(segment.name, LAYOUT)
+    assert _open_fds() == before
+
+
+def test_a_directory_in_place_of_a_segment_is_the_peers_error() -> None:
+    """Whatever stands behind a name of ours: the peer gave it."""
+    name = NAME_PREFIX + os.urandom(16).hex()
+    os.mkdir(f"/dev/shm{name}")
+    try:
+        with pytest.raises(PeerProtocolError, match="can't be opened"):
+            Segment.attach(name, LAYOUT)
+    finally:
+        os.rmdir(f"/dev/shm{name}")
