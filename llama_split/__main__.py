@@ -96,7 +96,7 @@ def generate(
     device: DeviceOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 256,
     channel: Annotated[
-        str, typer.Option(help="zmq, or doorbell: shared memory and a semaphore, half the time a call.")
+        str, typer.Option(help="zmq, or doorbell: shared memory and a semaphore, which is faster.")
     ] = "zmq",
     chat: Annotated[bool, typer.Option(" /--no-chat", help="Take the prompt as plain text to continue.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a stream.")] = False,

@@ -288,12 +288,13 @@ def test_rings_taken_away_and_rings_for_nothing(address: str) -> None:
 
 def test_contents_that_change_after_a_snapshot(address: str, channel: ChannelKind) -> None:
     """A client that asked for snapshots has what was there when it looked, whatever the server writes later."""
+    looked, rewritten = threading.Event(), threading.Event()
 
     def rewrite(guest: Guest) -> None:
-        start = guest.layout.data_offset
-        if guest.segment.view[start + 1] == 1:  # the reply was written
-            time.sleep(0.05)
+        if looked.is_set() and not rewritten.is_set():
+            start = guest.layout.data_offset
             guest.segment.view[start : start + 100] = bytes([9]) * 100
+            rewritten.set()
 
     lie = Lie("changes", answer=lambda guest, request: guest.say(echoed(guest, request)), meanwhile=rewrite)
     with (
@@ -301,5 +302,6 @@ def test_contents_that_change_after_a_snapshot(address: str, channel: ChannelKin
         Client(address, channel=channel, arena_bytes=ARENA_BYTES, snapshot=True, timeout_s=5.0) as client,
     ):
         result = client.call("echo", X)
-        time.sleep(0.2)
+        looked.set()
+        assert rewritten.wait(10.0)
         assert torch.equal(result, X)
