@@ -22,7 +22,7 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -91,11 +91,8 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return array
 
 
-def _row(dtype: torch.dtype) -> DType:
-    row = BY_TORCH.get(dtype)
-    if row is None:
-        raise LocalProtocolError(f"tensors of {dtype} can't be sent; known dtypes: {', '.join(map(str, BY_TORCH))}")
-    return row
+def _refuse_dtype(dtype: torch.dtype) -> NoReturn:
+    raise LocalProtocolError(f"tensors of {dtype} can't be sent; known dtypes: {', '.join(map(str, BY_TORCH))}")
 
 
 def _without_bytes(sizes: tuple[int, ...], row: DType) -> torch.Tensor:
@@ -148,7 +145,7 @@ class SendArena:
             LocalProtocolError: the dtype or shape can't be sent.
         """
         sizes = tuple(shape)
-        row = BY_TORCH.get(dtype) or _row(dtype)
+        row = BY_TORCH.get(dtype) or _refuse_dtype(dtype)
         nbytes = math.prod(sizes) * row.itemsize
         if nbytes <= 0 or len(sizes) > MAX_DIMENSIONS or (sizes and min(sizes) < 0):
             return _without_bytes(sizes, row)
@@ -172,7 +169,7 @@ class SendArena:
         """
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise LocalProtocolError("only dense tensors can be sent")
-        row = BY_TORCH.get(tensor.dtype) or _row(tensor.dtype)
+        row = BY_TORCH.get(tensor.dtype) or _refuse_dtype(tensor.dtype)
         shape = tuple(tensor.shape)
         # No tensor of another device or kind has a storage at one of these addresses.
         loan = self._by_address.get(tensor.untyped_storage().data_ptr())
@@ -267,8 +264,6 @@ class SendArena:
             ArenaFull: it did not become possible in time.
         """
         self._collect()
-        if possible():
-            return
         counters = self._counters
         started = time.monotonic()
         pause_s = _FIRST_PAUSE_S

@@ -137,10 +137,9 @@ class Ring:
 
     def _link(self, left: Block | None, right: Block | None) -> None:
         """Make two blocks neighbours; None is an end of the list."""
-        if left is None:
-            if right is not None:
-                self._first = right
-        else:
+        if left is not None:
             left.next = right
         if right is not None:
             right.previous = left
+            if left is None:
+                self._first = right

@@ -7,6 +7,7 @@ that child, once it has ended.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -16,6 +17,8 @@ import socket
 import sys
 
 import shmtransport  # noqa: F401
+
+PR_SET_PDEATHSIG = 1
 
 
 def serve(sock: socket.socket) -> str | None:
@@ -32,6 +35,7 @@ def serve(sock: socket.socket) -> str | None:
         child = os.fork()
         if child == 0:
             sock.close()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # should the tests themselves be killed
             sys.argv = message
             sys.path[0] = os.path.dirname(message[0])
             for standard in (1, 2):
