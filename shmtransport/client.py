@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .backlog import QUEUE_LIMIT
 from .channel import deadline_in
 from .errors import CallTimeout, Closed, PeerDied, PeerProtocolError, TransportError
 from .forks import abandon_after_fork
@@ -361,8 +362,9 @@ class Client(ClientBase):
         return True
 
     def _receive_all(self, link: Link) -> None:
-        while self._ended is None and self._receive(link):
-            pass
+        for _ in range(QUEUE_LIMIT):  # a server that sends without end must not keep this thread
+            if self._ended is not None or not self._receive(link):
+                return
 
     def _close(self, reason: str) -> None:
         link = self._link

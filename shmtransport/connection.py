@@ -43,9 +43,13 @@ class _PeerCheck:
         self.closed = False
 
     def __call__(self) -> None:
-        if self.closed:
+        try:
+            alive = self._watch.alive()
+        except OSError:  # closed this very moment, by another thread
+            alive = False
+        if self.closed:  # looked at last: a watch that was closed tells of no peer
             raise Closed("the connection was closed while a claim waited for room")
-        if not self._watch.alive():
+        if not alive:
             raise PeerDied(f"process {self._watch.pid} ended while a claim waited for it to release results")
 
 

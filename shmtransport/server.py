@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 
 from .host import Arrival, Host
 
+_LOOK_INTERVAL_S = 0.25
 _ASK_INTERVAL_S = 0.5  # for clients whose process the kernel does not show to this one, as in another container
 
 
@@ -34,9 +35,13 @@ class Server(Host):
     def serve(self) -> None:
         """Answer calls until ``stop``; in the main thread SIGINT and SIGTERM stop it too, after the current call."""
         with self._stopped_by_signals():
+            looked = time.monotonic()
             while not self._stopping.is_set():
                 if not self._serve_one():
                     self._idle()
+                elif time.monotonic() - looked > _LOOK_INTERVAL_S:  # without a pause in the work: who has ended?
+                    looked = time.monotonic()
+                    self._drop_ended(self._channel.wait(0))
             # Then answer what has come already.
             deadline = time.monotonic() + self._drain_timeout_s
             while time.monotonic() < deadline and self._serve_one():

@@ -169,7 +169,8 @@ def test_a_cancelled_calls_late_reply_is_released(
             with pytest.raises(asyncio.CancelledError):
                 await task
             gate.open()
-            assert await client.call("echo", 5) == 5
+            assert await becomes(lambda: made.statistics().calls == 1)
+            assert await client.call("echo", 5) == 5, "so the late reply has come, too"
             assert await wholly_free(client)
             assert client.statistics().calls == 3, "the cancelled one does not count"
 
@@ -201,6 +202,8 @@ def test_a_call_that_is_cancelled_before_it_began_sends_nothing(run: Run, channe
                 else:
                     assert isinstance(result, asyncio.CancelledError)
             del results, result, tasks, task
+            assert await becomes(lambda: server.statistics().calls == 41)
+            assert await client.call("echo", 2) == 2, "so all late replies have come"
             assert await wholly_free(client)
 
     run(main())

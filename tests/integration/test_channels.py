@@ -271,14 +271,14 @@ def test_an_idle_connection_uses_no_processor(spawn: Spawn, address: str) -> Non
     server = start_server(spawn, address)
     with Client(address, channel="doorbell") as client, Client(address) as other:
         assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
-        waits, own_waits = _waits(server.pid), _waits(os.getpid())
+        waits = _waits(server.pid)  # this process has other tests' servers, too
         server_s, own_s = _cpu_seconds(server.pid), time.process_time()
         assert client.call("sleep", 0.7) is None
         time.sleep(0.8)
         server_s, own_s = _cpu_seconds(server.pid) - server_s, time.process_time() - own_s
-        waits, own_waits = _waits(server.pid) - waits, _waits(os.getpid()) - own_waits
+        waits = _waits(server.pid) - waits
     assert max(server_s, own_s) < 0.1
-    assert max(waits, own_waits) < 60, "it wakes up again and again"
+    assert waits < 60, "it wakes up again and again"
 
 
 def test_an_idle_server_that_looks_before_it_waits_does_wait(spawn: Spawn, address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from shmtransport.channel import QUEUE_LIMIT, BrokenPeer
 from shmtransport.errors import MessageTooLarge, PeerProtocolError
 
 from .doorbells import MAX_MESSAGE_BYTES, Caller, Party, all_messages, ended, eventually, in_thread, next_message
-from .rings import CONSUMED, PUBLISHED
+from .rings import CONSUMED, PUBLISHED, Forger
 
 LARGEST = bytes(MAX_MESSAGE_BYTES)  # two fill a ring
 
@@ -105,6 +106,20 @@ def test_a_message_that_never_fits_is_not_sent(party: Party, caller: Caller) -> 
 
 
 # --- full rings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_longer_than_agreed_is_the_senders_error(party: Party, caller: Caller) -> None:
+    """A ring has room for two of the largest; one of twice the size is refused on either side."""
+    capacity = caller.forger.capacity
+    caller.forger.set_records(struct.pack("<I", capacity - 4).ljust(capacity, b"\0"))
+    caller.forger.set_cell(PUBLISHED, capacity)
+    with pytest.raises(BrokenPeer, match=f"a message of {capacity - 4} bytes; {caller.ring.largest_message} were"):
+        party.server.receive()
+    server = Forger(caller._segments[1], capacity)
+    server.set_records(struct.pack("<I", capacity - 4).ljust(capacity, b"\0"))
+    server.set_cell(PUBLISHED, capacity)
+    with pytest.raises(PeerProtocolError, match=f"a message of {capacity - 4} bytes"):
+        caller.channel.receive()
 
 
 def test_a_client_is_told_when_the_server_has_read_on(party: Party, caller: Caller) -> None:
