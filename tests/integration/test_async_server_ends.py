@@ -55,13 +55,13 @@ def test_what_had_come_before_stop_is_answered(run: Run, channel: ChannelKind, a
     async def main() -> None:
         async with served(address, options={"max_calls_in_progress": 1000}, block=block, hold=hold) as server:
             client = await AsyncClient(address, channel=channel).connect()
-            calls = [client.call("block", 0), *(client.call("hold", i) for i in range(1, 400))]
+            calls = [client.call("block", 0), *(client.call("hold", i) for i in range(1, 200))]
             tasks = [asyncio.create_task(call) for call in calls]
             assert await becomes(lambda: gate.entered > 1)
             server.stop()
             await settle()
             gate.open()
-        assert await asyncio.gather(*tasks) == list(range(400))
+        assert await asyncio.gather(*tasks) == list(range(200))
         with pytest.raises(PeerDied, match="ended the connection"):
             await client.call("echo", 1)
         await client.close()
