@@ -105,20 +105,22 @@ class RandomCheckpoint(Checkpoint):
             ]
         )
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._numbers(name, self.shape(name))
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape(name)
 
-    def read_first_row(self, name: str) -> torch.Tensor:
-        return self._numbers(name, (1, *self.shape(name)[1:]))
-
-    def _numbers(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        count = torch.Size(shape).numel()
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        shape = (stop - start, *self.shape(name)[1:])
         if len(shape) == 1:  # a norm
             return torch.ones(shape)
+        return self._numbers(name, start * shape[1], stop * shape[1]).view(shape)
+
+    def _numbers(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """A tensor's numbers from ``start`` to ``stop``: the pool's, over and over, from a place of its own on."""
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        start = int.from_bytes(digest[:8], "little") % _POOL_NUMBERS
-        times = -(-(start + count) // _POOL_NUMBERS)
-        return self._pool.repeat(times)[start : start + count].view(shape)
+        begin = (int.from_bytes(digest[:8], "little") % _POOL_NUMBERS + start) % _POOL_NUMBERS
+        end = begin + stop - start
+        pieces = [self._pool[max(0, begin - at) : end - at] for at in range(0, end, _POOL_NUMBERS)]
+        return torch.cat(pieces)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         """A token for each byte; what the model says in others has no text."""

@@ -1,0 +1,213 @@
+"""What every kind of checkpoint can do: name its tensors, give rows of them, load them, and be told from others."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+
+from ..errors import CheckpointError
+from ..operations import Geometry
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+LAYER_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+BLOCK_NUMBERS = 1 << 21
+"""How many numbers are read and converted at a time: 8 MiB in float32, however large the tensor is."""
+
+_LAYER_PREFIX = re.compile(r"^model\.layers\.\d+\.")
+
+Progress = Callable[[int, int], None]
+"""Called with how many tensors are loaded, of how many."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks; its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def layer_name(index: int, rest: str) -> str:
+    """The full name of a layer's parameter."""
+    return f"model.layers.{index}.{rest}"
+
+
+class Checkpoint(ABC):
+    """A model's files."""
+
+    def __init__(self, path: Path, config: LlamaConfig) -> None:
+        self.path = path
+        self.config = config
+        self.geometry = Geometry.of(config)
+
+    @property
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """The parameters that are in the files."""
+
+    @abstractmethod
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a parameter has in the files; nothing of it is read."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows (of a vector: elements) of one parameter as they are stored (float32 if that was quantised).
+
+        The result may be a view of the file: whoever keeps it copies it.
+        """
+
+    @abstractmethod
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole parameter as it is stored (float32 if that was quantised)."""
+        return self.rows(name, 0, self.stored_shape(name)[0])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, through transformers.
+
+        Raises:
+            CheckpointError: there is none, or it can't be used.
+        """
+        try:
+            return self._load_tokenizer()
+        except Exception as error:  # transformers raises whatever a wrong file leads it to
+            raise CheckpointError(f"the tokenizer of {self.path} can't be used: {one_line(error)}") from error
+
+    def load(
+        self, names: Iterable[str], dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The named parameters, converted and in contiguous memory of their own; as ``load_stacked`` does it.
+
+        Raises:
+            CheckpointError: one is missing, or not of the shape that the configuration says.
+        """
+        return self.load_stacked({name: (name,) for name in names}, dtype, device, progress)
+
+    def load_stacked(
+        self,
+        groups: Mapping[str, Sequence[str]],
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Groups of parameters, each group stacked by rows into one contiguous tensor under the group's name.
+
+        ``{"qkv": [q, k, v]}`` gives ``{"qkv": [rows of q, of k and of v, width]}``; vectors follow one another. Rows
+        are converted in blocks, straight into the result: beside it a few blocks of ``BLOCK_NUMBERS`` are held, never
+        a whole parameter. ``progress`` counts parameters, not groups.
+
+        Raises:
+            CheckpointError: a parameter is missing, or not of the shape that the configuration says; nothing was read.
+            ValueError: a group is empty, or its parameters are not of one width.
+        """
+        self._check(name for group in groups.values() for name in group)
+        total, count = sum(map(len, groups.values())), 0
+        loaded: dict[str, torch.Tensor] = {}
+        for key, group in groups.items():
+            destination = loaded[key] = torch.empty(self._stacked_shape(key, group), dtype=dtype, device=device)
+            first = 0
+            for name in group:
+                last = first + self.shape(name)[0]
+                self._fill(destination[first:last], name)
+                first = last
+                count += 1
+                if progress is not None:
+                    progress(count, total)
+        return loaded
+
+    def _check(self, names: Iterable[str]) -> None:
+        wanted = list(names)
+        present = self.names
+        missing = [name for name in wanted if name not in present]
+        if missing:
+            raise CheckpointError(f"{self.path} lacks {len(missing)} tensors that a Llama needs, {missing[0]} first")
+        for name in wanted:
+            if self.stored_shape(name) != self.shape(name):
+                raise CheckpointError(
+                    f"{self.path} has {name} of shape {list(self.stored_shape(name))}; by its configuration it is "
+                    f"{list(self.shape(name))}"
+                )
+
+    def _stacked_shape(self, key: str, group: Sequence[str]) -> tuple[int, ...]:
+        shapes = [self.shape(name) for name in group]
+        widths = {shape[1:] for shape in shapes}
+        if len(widths) != 1:
+            raise ValueError(f"{key} stacks {len(shapes)} parameters of {len(widths)} widths; it takes one width")
+        return (sum(shape[0] for shape in shapes), *widths.pop())
+
+    def _fill(self, destination: torch.Tensor, name: str) -> None:
+        rows = destination.shape[0]
+        step = max(1, BLOCK_NUMBERS // destination[0].numel())
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            destination[start:stop].copy_(self.rows(name, start, stop))
+
+    def lm_head_name(self) -> str:
+        """The output matrix's name: the embedding's if the two are tied."""
+        return EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
+
+    def generation_config(self) -> GenerationConfig:
+        """How the model's makers want it to generate: its end tokens, above all.
+
+        Raises:
+            CheckpointError: the file that says so can't be used.
+        """
+        return GenerationConfig.from_model_config(self.config)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape that a parameter must have by the configuration."""
+        g = self.geometry
+        shapes: dict[str, tuple[int, ...]] = {
+            EMBEDDING: (g.vocab, g.hidden),
+            LM_HEAD: (g.vocab, g.hidden),
+            FINAL_NORM: (g.hidden,),
+            "input_layernorm.weight": (g.hidden,),
+            "post_attention_layernorm.weight": (g.hidden,),
+            "self_attn.q_proj.weight": (g.query_width, g.hidden),
+            "self_attn.k_proj.weight": (g.kv_width, g.hidden),
+            "self_attn.v_proj.weight": (g.kv_width, g.hidden),
+            "self_attn.o_proj.weight": (g.hidden, g.query_width),
+            "mlp.gate_proj.weight": (g.intermediate, g.hidden),
+            "mlp.up_proj.weight": (g.intermediate, g.hidden),
+            "mlp.down_proj.weight": (g.hidden, g.intermediate),
+        }
+        within_layer = _LAYER_PREFIX.sub("", name)
+        if within_layer.endswith(".bias"):
+            return shapes[within_layer.removesuffix("bias") + "weight"][:1]
+        return shapes[within_layer]
+
+    def fingerprint(self) -> str:
+        """Names the model whatever its file format: a digest of its sizes, its norms and a row of each layer.
+
+        Two checkpoints of one model at different quantisations differ, and so do two that describe the same scaling
+        of rotary positions in different terms.
+        """
+        digest = hashlib.sha256(repr((self.geometry, self._arithmetic())).encode())
+        layers = range(self.geometry.layers)
+        norms = [layer_name(index, norm) for index in layers for norm in LAYER_NORMS]
+        rows = [layer_name(index, "mlp.down_proj.weight") for index in layers]
+        for name in [FINAL_NORM, *norms]:
+            digest.update(self.read(name).to(torch.float32).numpy().tobytes())
+        for name in [EMBEDDING, *rows]:
+            digest.update(self.rows(name, 0, 1).to(torch.float32).numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def _arithmetic(self) -> list[tuple[str, str]]:
+        """What the configuration says beside sizes, with numbers as exact as every file format keeps them."""
+        rope = self.config.rope_parameters
+        values = {"act": self.config.hidden_act, "eps": self.config.rms_norm_eps, **rope}
+        return [(key, _rounded(value)) for key, value in sorted(values.items())]
+
+
+def _rounded(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_rounded, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

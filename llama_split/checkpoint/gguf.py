@@ -1,0 +1,183 @@
+"""Checkpoints in GGUF files: names, configuration, quantisation and row order as transformers has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+
+from ..errors import CheckpointError
+from .base import EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint, layer_name, one_line
+from .gguf_file import GgufFile, SkippedArray, StoredTensor
+from .gguf_rope import FREQUENCY_FACTORS, rope_parameters
+
+_GLOBAL_NAMES = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": FINAL_NORM,
+    "output.weight": LM_HEAD,
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Dequantising makes several temporary arrays of this many numbers; at this size they stay in a core's cache.
+_NUMBERS_AT_ONCE = 1 << 16
+
+
+class GgufCheckpoint(Checkpoint):
+    """One GGUF file of a Llama, of any quantisation that the gguf package can undo.
+
+    Raises:
+        CheckpointError: it is not readable, no Llama, or scales rotary positions in a way that is not known.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = GgufFile(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is no readable GGUF file: {one_line(error)}") from error
+        self.path = path
+        self._tensors = {self._translate(name): tensor for name, tensor in self._file.tensors.items()}
+        super().__init__(path, self._read_config())
+
+    @staticmethod
+    def _translate(name: str) -> str:
+        """The name that transformers gives a GGUF tensor; one that it does not have stays as it is."""
+        if name in _GLOBAL_NAMES:
+            return _GLOBAL_NAMES[name]
+        parts = name.split(".")
+        if len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in _LAYER_NAMES:
+            return layer_name(int(parts[1]), f"{_LAYER_NAMES[parts[2]]}.{parts[3]}")
+        return name
+
+    def _field(self, name: str, default: Any = None) -> Any:
+        value = self._file.fields.get(name, default)
+        if isinstance(value, SkippedArray):
+            raise CheckpointError(f"{self.path} has a {name} for each layer; only Llamas of equal layers are supported")
+        return value
+
+    def _read_config(self) -> LlamaConfig:
+        """The configuration that transformers reads from the same file, without its decoding of the vocabulary."""
+        field = self._field
+        architecture = field("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(
+                f"{self.path} holds a model of architecture {architecture!r}; "
+                "only Llama models (architecture llama) are supported"
+            )
+        if field("llama.expert_count", 0):
+            raise CheckpointError(f"{self.path} holds a mixture of experts; only dense Llama models are supported")
+        try:
+            heads = field("llama.attention.head_count")
+            hidden = field("llama.embedding_length")
+            context = field("llama.context_length")
+            head_dim = self._head_dim(hidden // heads)
+            return LlamaConfig(
+                num_hidden_layers=field("llama.block_count"),
+                max_position_embeddings=context,
+                hidden_size=hidden,
+                intermediate_size=field("llama.feed_forward_length"),
+                num_attention_heads=heads,
+                num_key_value_heads=field("llama.attention.head_count_kv", heads),
+                head_dim=head_dim,
+                rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+                rope_parameters=rope_parameters(self.path, field, self._frequency_factors(), head_dim, context),
+                vocab_size=self._tensors[EMBEDDING].shape[0],
+                bos_token_id=field("tokenizer.ggml.bos_token_id"),
+                eos_token_id=field("tokenizer.ggml.eos_token_id"),
+                pad_token_id=field("tokenizer.ggml.padding_token_id"),
+                unk_token_id=field("tokenizer.ggml.unknown_token_id"),
+                attention_bias=layer_name(0, "self_attn.q_proj.bias") in self._tensors,
+                mlp_bias=layer_name(0, "mlp.gate_proj.bias") in self._tensors,
+                tie_word_embeddings=LM_HEAD not in self._tensors,
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"{self.path} describes its Llama incompletely or wrongly: {one_line(error)}"
+            ) from error
+
+    def _head_dim(self, default: int) -> int:
+        """The width of a head, all of which is rotated."""
+        rotated: int = self._field("llama.rope.dimension_count", default)
+        for name in ("llama.attention.key_length", "llama.attention.value_length"):
+            if self._field(name, rotated) != rotated:
+                raise CheckpointError(
+                    f"{self.path} has {name} {self._field(name)} and rotates {rotated} numbers of each head; "
+                    "only Llamas with one width for all of these are supported"
+                )
+        return rotated
+
+    def _frequency_factors(self) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+        stored = self._tensors.get(FREQUENCY_FACTORS)
+        return None if stored is None else self._dequantised(FREQUENCY_FACTORS, self._file.rows(stored)).reshape(-1)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        stored = self._tensors[name]
+        data = self._file.rows(stored)
+        order = self._rows_in_file(name, start, stop)
+        if len(stored.shape) == 1:  # a vector is short, and one row of the file
+            values = self._dequantised(name, data).reshape(-1)[order]
+        else:
+            values = self._dequantised(name, data[order])
+        self._file.let_go(stored)
+        return torch.from_numpy(values)
+
+    def _rows_in_file(self, name: str, start: int, stop: int) -> Any:
+        """Where the file has these rows: it keeps each rotary pair adjacent, transformers half a head apart."""
+        if ".q_proj." not in name and ".k_proj." not in name:
+            return slice(start, stop)
+        rows, half = np.arange(start, stop), self.geometry.head_dim // 2
+        head, within = np.divmod(rows, 2 * half)
+        return head * 2 * half + within % half * 2 + within // half
+
+    def _dequantised(
+        self, name: str, data: np.ndarray[Any, np.dtype[np.uint8]]
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Rows of bytes as rows of float32, in memory of their own."""
+        stored: StoredTensor = self._tensors[name]
+        values = np.empty((len(data), stored.shape[-1]), np.float32)
+        step = max(1, _NUMBERS_AT_ONCE // stored.shape[-1])
+        for start in range(0, len(data), step):
+            # As one long row: of more rows the gguf package takes sixteen at a time, which is slow if they are short.
+            block = data[start : start + step].reshape(1, -1)
+            try:
+                values[start : start + step] = gguf.dequantize(block, stored.kind).reshape(-1, stored.shape[-1])
+            except NotImplementedError as error:
+                raise CheckpointError(
+                    f"{self.path} has {name} as {stored.kind.name}, which the gguf package can't read; "
+                    f"it reads {', '.join(_readable())}"
+                ) from error
+        return values
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
+
+
+def _readable() -> list[str]:
+    """The kinds of quantisation that the installed gguf package can undo, by trying each on a block of zeros."""
+    names = []
+    for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        names.append(kind.name)
+    return names

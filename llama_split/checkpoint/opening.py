@@ -1,0 +1,77 @@
+"""Finds a model by a path or a hub id, and says what is wrong if there is none that can be split."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from transformers import AutoConfig, LlamaConfig
+from transformers.activations import ACT2FN
+
+from ..errors import CheckpointError
+from .base import Checkpoint, one_line
+from .gguf import GgufCheckpoint
+from .safetensors import SafetensorsCheckpoint
+
+
+def open_checkpoint(path_or_hub_id: str, gguf_file: str | None = None) -> Checkpoint:
+    """Open a model: a directory, a GGUF file, or a hub id (fetched through huggingface_hub if it is not cached).
+
+    Raises:
+        CheckpointError: it is not there, not readable, or no Llama.
+    """
+    try:
+        checkpoint = _open(path_or_hub_id, gguf_file)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"the model at {path_or_hub_id!r} can't be read: {one_line(error)}") from error
+    if checkpoint.config.hidden_act not in ACT2FN:
+        raise CheckpointError(f"{checkpoint.path} has the unknown activation {checkpoint.config.hidden_act!r}")
+    return checkpoint
+
+
+def _open(path_or_hub_id: str, gguf_file: str | None) -> Checkpoint:
+    path = Path(path_or_hub_id).expanduser()
+    if not path.exists():
+        path = _fetch(path_or_hub_id, gguf_file)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
+        return GgufCheckpoint(path)
+    if gguf_file is None and not any(path.glob("*.safetensors")):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one ({files[0].name}, …)")
+        gguf_file = files[0].name if files else None
+    if gguf_file is not None:
+        if not (path / gguf_file).is_file():
+            raise CheckpointError(f"{path} holds no file {gguf_file}")
+        return GgufCheckpoint(path / gguf_file)
+    return SafetensorsCheckpoint(path, _read_config(path))
+
+
+def _read_config(path: Path) -> LlamaConfig:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds neither config.json nor a .gguf file: is it a model's directory?")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a wrong file leads it to
+        raise CheckpointError(f"the config.json in {path} can't be used: {one_line(error)}") from error
+    if type(config) is not LlamaConfig:
+        raise CheckpointError(
+            f"{path} holds a model of type {config.model_type!r}; only Llama models (model_type llama) are supported"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} holds no safetensors files: save the model with save_pretrained first")
+    return config
+
+
+def _fetch(hub_id: str, gguf_file: str | None) -> Path:
+    """A hub model's directory in the local cache, fetched if it must be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"] if gguf_file is None else ["*.json", gguf_file]
+    if hub_id.count("/") == 1 and not hub_id.startswith((".", "/", "~")):
+        with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
+            return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    raise CheckpointError(f"no model at {hub_id!r}: it is no path here, and no model hub gave it")
