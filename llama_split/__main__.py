@@ -266,7 +266,7 @@ def _stream(
 def _result(llama: SplitLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> dict[str, object]:
     from .config import DTYPE_NAMES
 
-    client = llama.remote.client
+    client = llama.link.client
     return {
         "text": tokenizer.decode(tokens, skip_special_tokens=True),
         "token_ids": tokens,

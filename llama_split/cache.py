@@ -1,8 +1,9 @@
-"""A KV cache that neither copies itself for each token, as a concatenating one does, nor fixes its length beforehand.
+"""A static KV cache: allocated once, for as many positions as a generation may have, and never copied afterwards.
 
-Each layer keeps keys and values in buffers whose capacity doubles; what attention sees is a view of the filled part.
-It is a cache of transformers, so that generation, masks, beams and cropping work with it as with any other. Both
-sides use it: the trusted side where attention is its own, the worker where it keeps the KV.
+What attention sees is a view of the filled part, so that unused room costs no time. Where the final length was not
+known beforehand, capacity doubles. It is a cache of transformers, so that generation, masks, beams and cropping work
+with it as with any other. Both sides use it: the trusted side where attention is its own, the worker where it keeps
+the KV.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     keys: Any
     values: Any
 
-    def __init__(self) -> None:
+    def __init__(self, reserved: int = 0) -> None:
         super().__init__()
+        self.reserved = reserved
         self._length = 0
         self._key_buffer = torch.empty(0)
         self._value_buffer = torch.empty(0)
@@ -44,13 +46,25 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(f"the cache holds a batch of {self._key_buffer.shape[0]}, not of {key_states.shape[0]}")
         end = self._length + key_states.shape[2]
         if end > self._key_buffer.shape[2]:
-            capacity = max(_FIRST_CAPACITY, end, 2 * self._length)
+            capacity = self.capacity_for(key_states.shape[0], end)
             self._key_buffer = self._grown(self._key_buffer, capacity)
             self._value_buffer = self._grown(self._value_buffer, capacity)
         self._key_buffer[:, :, self._length : end] = key_states
         self._value_buffer[:, :, self._length : end] = value_states
         self._length = end
         return self._show()
+
+    def capacity_for(self, batch: int, length: int) -> int:
+        """How many positions a row has room for once ``length`` of them are cached in a batch of this size."""
+        capacity = self._key_buffer.shape[2] if self.is_initialized else 0
+        if self._length == 0 and batch != self._key_buffer.shape[0]:
+            capacity = 0
+        return capacity if length <= capacity else max(_FIRST_CAPACITY, length, 2 * capacity, self.reserved)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both buffers."""
+        return self._key_buffer.nbytes + self._value_buffer.nbytes
 
     def get_seq_length(self) -> int:
         return self._length
@@ -82,8 +96,9 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     def select(self, rows: torch.Tensor) -> None:
         """Make the batch of these rows of the present one."""
         if self.is_initialized:
-            self._key_buffer = self._key_buffer.index_select(0, rows.to(self._key_buffer.device))
-            self._value_buffer = self._value_buffer.index_select(0, rows.to(self._value_buffer.device))
+            rows = rows.to(self._key_buffer.device)
+            self._key_buffer = self._selected(self._key_buffer, rows)
+            self._value_buffer = self._selected(self._value_buffer, rows)
             self._show()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -100,6 +115,11 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
         grown[:, :, : self._length] = buffer[:, :, : self._length]
         return grown
 
+    def _selected(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        selected = buffer.new_empty((len(rows), *buffer.shape[1:]))
+        selected[:, :, : self._length] = buffer[:, :, : self._length][rows]
+        return selected
+
     def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Set the views that transformers knows as ``keys`` and ``values``."""
         self.keys = self._key_buffer[:, :, : self._length]
@@ -108,10 +128,20 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class GrowingCache(Cache):  # type: ignore[misc]
-    """A ``GrowingLayer`` for each of ``layers`` layers."""
+    """A ``GrowingLayer`` for each of ``layers`` layers, allocated for ``reserved`` positions a row at first use."""
 
-    def __init__(self, layers: int) -> None:
-        super().__init__(layers=[GrowingLayer() for _ in range(layers)])
+    def __init__(self, layers: int, reserved: int = 0) -> None:
+        super().__init__(layers=[GrowingLayer(reserved) for _ in range(layers)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def reserve(self, positions: int) -> None:
+        """Allocate for so many positions a row, the next time that there must be more room."""
+        for layer in self.layers:
+            layer.reserved = positions
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` positions of every layer."""

@@ -7,7 +7,7 @@ import torch
 from shmtransport import CHANNEL_KINDS, ChannelKind
 
 from .errors import LlamaSplitError
-from .operations import Geometry, Mode, widest
+from .operations import BY_MODE, Geometry, Mode, forward_sizes
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -18,7 +18,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 _MIN_ARENA_BYTES = 16 << 20
 _ARENA_TOKENS = 1024
-_WIDEST_TENSORS_HELD = 4
+_LARGEST_TENSORS_HELD = 4
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -76,9 +76,10 @@ def parse_device(name: str) -> torch.device:
 
 
 def default_arena_bytes(geometry: Geometry, mode: Mode, dtype: torch.dtype) -> int:
-    """Room for the few widest tensors of a 1024-token forward at once, in bytes.
+    """Room for a few of the largest tensors of a 1024-token forward at once, in bytes.
 
-    Longer prompts cross in several calls where the operation allows it.
+    Longer prompts cross in several calls.
     """
-    needed = _WIDEST_TENSORS_HELD * _ARENA_TOKENS * widest(mode, geometry) * dtype.itemsize
-    return max(_MIN_ARENA_BYTES, needed)
+    sizes = forward_sizes(geometry, _ARENA_TOKENS)
+    crossing = [tensor for operation in BY_MODE[mode] for tensor in (*operation.arguments, operation.result)]
+    return max(_MIN_ARENA_BYTES, _LARGEST_TENSORS_HELD * max(tensor.nbytes(sizes, dtype) for tensor in crossing))

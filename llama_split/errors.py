@@ -21,3 +21,11 @@ class WorkerFailed(LlamaSplitError):
 
 class UnsupportedBySplit(LlamaSplitError):
     """The chosen split can't do what was asked."""
+
+
+class SessionLost(LlamaSplitError):
+    """On the worker: the KV that a forward goes on from is not there (any more); the trusted side builds it again."""
+
+
+class SessionLimit(LlamaSplitError):
+    """On the worker: no room for the KV of one more session, or for a longer one."""

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
@@ -24,6 +24,8 @@ BLOCK_NUMBERS = 1 << 21
 """How many numbers are read and converted at a time: 8 MiB in float32, however large the tensor is."""
 
 _LAYER_PREFIX = re.compile(r"^model\.layers\.\d+\.")
+
+Key = TypeVar("Key")
 
 Progress = Callable[[int, int], None]
 """Called with how many tensors are loaded, of how many."""
@@ -93,11 +95,11 @@ class Checkpoint(ABC):
 
     def load_stacked(
         self,
-        groups: Mapping[str, Sequence[str]],
+        groups: Mapping[Key, Sequence[str]],
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[Key, torch.Tensor]:
         """Groups of parameters, each group stacked by rows into one contiguous tensor under the group's name.
 
         ``{"qkv": [q, k, v]}`` gives ``{"qkv": [rows of q, of k and of v, width]}``; vectors follow one another. Rows
@@ -110,7 +112,7 @@ class Checkpoint(ABC):
         """
         self._check(name for group in groups.values() for name in group)
         total, count = sum(map(len, groups.values())), 0
-        loaded: dict[str, torch.Tensor] = {}
+        loaded: dict[Key, torch.Tensor] = {}
         for key, group in groups.items():
             destination = loaded[key] = torch.empty(self._stacked_shape(key, group), dtype=dtype, device=device)
             first = 0
@@ -136,7 +138,7 @@ class Checkpoint(ABC):
                     f"{list(self.shape(name))}"
                 )
 
-    def _stacked_shape(self, key: str, group: Sequence[str]) -> tuple[int, ...]:
+    def _stacked_shape(self, key: object, group: Sequence[str]) -> tuple[int, ...]:
         shapes = [self.shape(name) for name in group]
         widths = {shape[1:] for shape in shapes}
         if len(widths) != 1:

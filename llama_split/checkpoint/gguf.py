@@ -102,7 +102,9 @@ class GgufCheckpoint(Checkpoint):
                 mlp_bias=layer_name(0, "mlp.gate_proj.bias") in self._tensors,
                 tie_word_embeddings=LM_HEAD not in self._tensors,
             )
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # transformers raises whatever wrong sizes lead it to
             raise CheckpointError(
                 f"{self.path} describes its Llama incompletely or wrongly: {one_line(error)}"
             ) from error

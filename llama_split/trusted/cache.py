@@ -1,7 +1,11 @@
-"""The trusted side's stand-in for a KV cache that the worker keeps."""
+"""The trusted side's stand-in for a KV cache that the worker keeps, and what it takes to build that anew.
+
+Shape suffixes: B batch, T tokens of one forward, S all tokens that are cached, D hidden.
+"""
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from typing import Any
@@ -12,6 +16,62 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import UnsupportedBySplit
 
+_NOWHERE = -1
+
+
+class History:
+    """What went through the forwards that filled a cache.
+
+    A source is token ids [B, T], or embeddings [B, T, D] where the caller passed these; of both there may be some.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[torch.Tensor] = []
+        self._positions: list[torch.Tensor] = []
+        self._masks: list[torch.Tensor] = []
+
+    def append(self, source: torch.Tensor, positions: torch.Tensor, padding: torch.Tensor | None) -> None:
+        """One more forward: its source, positions [1 or B, T], and the mask [B, S] of all tokens until now, if any."""
+        batch, tokens = source.shape[:2]
+        own = torch.ones(batch, tokens, dtype=torch.bool) if padding is None else padding[:, -tokens:].bool()
+        self._sources.append(source.clone())
+        self._positions.append(positions.expand(batch, tokens).clone())
+        self._masks.append(own.clone())
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens after the first ``length``."""
+        for parts in (self._sources, self._positions, self._masks):
+            kept, left = [], length
+            for part in parts:
+                kept.append(part[:, :left])
+                left = max(left - part.shape[1], 0)
+            parts[:] = [part for part in kept if part.shape[1]]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with these rows of the batch."""
+        self._join()
+        for parts in (self._sources, self._positions, self._masks):
+            parts[:] = [part[rows] for part in parts]
+
+    def copy(self) -> History:
+        """One that goes on alone."""
+        copied = History()
+        self._join()
+        copied._sources, copied._positions, copied._masks = list(self._sources), self._positions[:], self._masks[:]
+        return copied
+
+    def joined(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Sources in order, positions [B, S], mask [B, S]."""
+        self._join()
+        return self._sources, self._positions[0], self._masks[0]
+
+    def _join(self) -> None:
+        """Make one part of each run of parts, so that what edits them takes no longer for many forwards."""
+        runs = itertools.groupby(self._sources, key=torch.Tensor.dim)
+        self._sources = [torch.cat(list(parts), dim=1) for _, parts in runs]
+        for parts in (self._positions, self._masks):
+            parts[:] = [torch.cat(parts, dim=1)] if parts else []
+
 
 class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     """Knows how long the worker's cache is, and what to do to it before the next forward."""
@@ -19,8 +79,9 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, history: History) -> None:
         super().__init__()
+        self.history = history
         self.length = 0
         self.batch = 0
         self.select: torch.Tensor | None = None
@@ -58,6 +119,8 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
         self._go_on_with(torch.arange(self.batch)[indices.cpu()])
 
     def _keep(self, length: int) -> None:
+        if length < self.length:
+            self.history.crop(length)
         self.length = length
         if length == 0:  # the next forward starts anew, with a batch of any size
             self.select = None
@@ -65,39 +128,83 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     def _go_on_with(self, rows: torch.Tensor) -> None:
         rows = rows.to(torch.int64)
         if self.length:
+            self.history.select(rows)
             self.select = rows if self.select is None else self.select[rows]
             self.batch = rows.shape[0]
+
+
+class SessionNumbers:
+    """Numbers of one connection's sessions; those whose cache has died are collected in ``ended``."""
+
+    def __init__(self) -> None:
+        self.ended: deque[int] = deque()
+        self._numbers = itertools.count(1)
+
+    def new(self) -> int:
+        """A number that was never given before."""
+        return next(self._numbers)
 
 
 class RemoteCache(Cache):  # type: ignore[misc]
     """A session's KV on the worker, as transformers wants to see it.
 
-    When this object dies, its number is put into ``ended``; whoever talks to the worker next ends the session there.
+    When this object dies, its number is put among the ended ones; whoever talks to the worker next ends the session
+    there. A copy is a session of its own, built when it is first used. ``reserved`` is how many tokens a row will
+    probably have.
     """
 
-    def __init__(self, session: int, ended: deque[int]) -> None:
-        self._state = _RemoteLayer()
+    def __init__(self, numbers: SessionNumbers, reserved: int = 0, history: History | None = None) -> None:
+        self._state = _RemoteLayer(History() if history is None else history)
         super().__init__(layers=[self._state])
-        self.session = session
-        self._ended = ended
-        weakref.finalize(self, ended.append, session).atexit = False
+        self.session = numbers.new()
+        self.reserved = reserved
+        self._numbers = numbers
+        self._epoch = _NOWHERE
+        weakref.finalize(self, numbers.ended.append, self.session).atexit = False
 
-    def is_of(self, ended: deque[int]) -> bool:
-        """Whether the session is one of the connection whose ended sessions go here."""
-        return self._ended is ended
+    @property
+    def history(self) -> History:
+        """What it takes to build the worker's KV anew."""
+        return self._state.history
+
+    def is_of(self, numbers: SessionNumbers) -> bool:
+        """Whether the session is one of the model whose numbers these are."""
+        return self._numbers is numbers
+
+    def must_be_built(self, epoch: int) -> bool:
+        """Whether what this cache stands for is not on the worker that was connected to as the ``epoch``-th."""
+        return self._state.length > 0 and self._epoch != epoch
+
+    def lose(self) -> None:
+        """What the worker has is not known any more: it must be built before the next forward."""
+        self._epoch = _NOWHERE
+
+    def built(self, epoch: int) -> None:
+        """The worker has what this cache stands for."""
+        self._epoch = epoch
+        self._state.select = None
 
     def __copy__(self) -> RemoteCache:
-        raise UnsupportedBySplit("the KV is the worker's and can't be copied; generate each continuation from its text")
+        copied = RemoteCache(self._numbers, self.reserved, self.history.copy())
+        copied._state.length, copied._state.batch = self._state.length, self._state.batch
+        return copied
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> RemoteCache:
         return self.__copy__()
 
     def start(self, positions: torch.Tensor, padding: torch.Tensor | None) -> dict[str, Any]:
-        """What the worker must know to start a forward; the edits in it are then done."""
-        select, self._state.select = self._state.select, None
-        return {"positions": positions, "padding": padding, "past": self._state.length, "select": select}
+        """What the worker must know to start a forward after what it has."""
+        return {
+            "positions": positions,
+            "padding": padding,
+            "past": self._state.length,
+            "select": self._state.select,
+            "reserve": self.reserved,
+        }
 
-    def advance(self, batch: int, tokens: int) -> None:
-        """A forward of ``tokens`` tokens went through."""
-        self._state.length += tokens
-        self._state.batch = batch
+    def advance(self, source: torch.Tensor, positions: torch.Tensor, padding: torch.Tensor | None, epoch: int) -> None:
+        """A forward of this source went through, and the edits that went along with it are done."""
+        self.history.append(source, positions, padding)
+        self._state.length += source.shape[1]
+        self._state.batch = source.shape[0]
+        self.built(epoch)

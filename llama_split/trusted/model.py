@@ -3,13 +3,14 @@
 ``SplitLlamaForCausalLM`` is a ``LlamaForCausalLM``: ``generate`` with all that it can do is transformers' own. It holds
 the embedding and the norms; every product with a weight matrix, or every whole layer, is made by the worker.
 
-Shape suffixes: B batch, T tokens, D hidden.
+Shape suffixes: B batch, T tokens, N tokens whose logits are asked for, D hidden.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,13 +24,18 @@ from transformers.utils.generic import can_return_tuple
 
 from shmtransport import ChannelKind, Client, Statistics
 
+from ..attention import Attention, EagerAttention, RemoteAttention, SdpaAttention
 from ..cache import GrowingCache
 from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name, open_checkpoint
 from ..config import default_arena_bytes, parse_dtype, parse_mode
-from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder, run
+from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder
 from ..errors import UnsupportedBySplit
 from ..operations import Mode
+from ..steps import Memory, run
 from .cache import RemoteCache
+from .forwards import KeptForwards
+from .link import WorkerLink
+from .outputs import Shown
 from .remote import Remote
 
 
@@ -38,7 +44,9 @@ class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: LlamaConfig, mode: Mode) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = (
+            None if mode is Mode.OP else nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        )
         own_layers = 0 if mode.worker_keeps_kv else config.num_hidden_layers
         self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(own_layers)])
         self.norm = None if mode is Mode.STACK else RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -48,19 +56,22 @@ class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
     def weight_names(config: LlamaConfig, mode: Mode) -> list[str]:
         """The checkpoint's parameters that this part is made of."""
         layers = range(0 if mode.worker_keeps_kv else config.num_hidden_layers)
+        first = [] if mode is Mode.OP else [EMBEDDING]
         last = [] if mode is Mode.STACK else [FINAL_NORM]
-        return [EMBEDDING, *last, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
+        return [*first, *last, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
 
 
 class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """A Llama split between this process and a worker; make one with ``from_pretrained``."""
 
-    def __init__(self, config: LlamaConfig, mode: Mode, remote: Remote) -> None:
+    def __init__(self, config: LlamaConfig, mode: Mode, link: WorkerLink, arena_bytes: int) -> None:
         super(LlamaForCausalLM, self).__init__(config)
         self.model = TrustedPart(config, mode)
         self.vocab_size = config.vocab_size
         self.mode = mode
-        self.remote = remote
+        self.link = link
+        self._remote = Remote(link, arena_bytes)
+        self._kept = KeptForwards(link, self._remote, self._embed)
 
     @classmethod
     def from_pretrained(
@@ -70,10 +81,13 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         worker: str,
         mode: str | Mode = Mode.FUSED,
         dtype: str | torch.dtype | None = None,
+        wire_dtype: str | torch.dtype | None = None,
         gguf_file: str | None = None,
         arena_bytes: int | None = None,
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
+        reconnect: bool = True,
+        revive: Callable[[], None] = lambda: None,
         snapshot: bool = False,
         channel: ChannelKind = "zmq",
         spin_us: float = 0.0,
@@ -82,13 +96,16 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """Load this side's weights and connect to the worker, which must serve the same model.
 
         The model is a directory, a GGUF file, a hub id, or a ``Checkpoint`` that is open already.
-        ``worker`` is its address, ``dtype`` that of weights, arithmetic and wire (default: the checkpoint's, float32
-        for GGUF), ``arena_bytes`` the size of each direction's arena (default: by the model's shape), ``timeout_s``
-        the longest that one call may take; ``channel`` and ``spin_us`` are those of ``shmtransport.Client``.
+        ``worker`` is its address, ``dtype`` that of weights and arithmetic (default: the checkpoint's, float32 for
+        GGUF), ``wire_dtype`` that of the activations that cross (default: the same), ``arena_bytes`` the size of each
+        direction's arena (default: by the model's shape), ``timeout_s`` the longest that one call may take;
+        ``channel``, ``spin_us`` and ``snapshot`` are those of ``shmtransport.Client``. With ``reconnect`` a worker
+        that dies is connected to again, a bounded number of times, and a generation goes on with the same tokens;
+        before each try ``revive`` is called, which may start the worker anew.
 
         Raises:
             CheckpointError: no model there, or none that can be split.
-            WorkerMismatch: the worker serves another model or dtype.
+            WorkerMismatch: the worker serves another model or dtype, or can't serve this mode.
             shmtransport.TransportError: no worker answers, or shared memory is short.
         """
         checkpoint = (
@@ -98,10 +115,11 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         )
         config = checkpoint.config
         mode = parse_mode(mode)
-        chosen = parse_dtype(dtype if dtype is not None else getattr(config, "dtype", None) or torch.float32)
-        arena_bytes = default_arena_bytes(checkpoint.geometry, mode, chosen) if arena_bytes is None else arena_bytes
+        compute = parse_dtype(dtype if dtype is not None else getattr(config, "dtype", None) or torch.float32)
+        wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
+        arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
         config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
-        config.dtype = chosen
+        config.dtype = compute
         client = Client(
             worker,
             arena_bytes=arena_bytes,
@@ -112,10 +130,10 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             spin_us=spin_us,
         )
         try:
-            remote = Remote(client, checkpoint, chosen, arena_bytes)
+            link = WorkerLink(client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive)
             with torch.device("meta"):
-                model = cls(config, mode, remote)
-            weights = checkpoint.load(TrustedPart.weight_names(config, mode), chosen, torch.device("cpu"), progress)
+                model = cls(config, mode, link, arena_bytes)
+            weights = checkpoint.load(TrustedPart.weight_names(config, mode), compute, torch.device("cpu"), progress)
             model.load_state_dict(weights, assign=True)
             model.model.rotary_emb = LlamaRotaryEmbedding(config)
             model.generation_config = checkpoint.generation_config()
@@ -126,38 +144,44 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         model.eval()
         return model
 
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *arguments: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """As transformers' ``generate``; the KV cache is this split's unless one is given.
+    def generate(self, *arguments: Any, **kwargs: Any) -> Any:
+        """As transformers' ``generate``; the KV cache is this split's unless another is given or named.
 
         Raises:
-            UnsupportedBySplit: a ``cache_implementation`` where the worker keeps the KV.
+            UnsupportedBySplit: a ``cache_implementation`` where the worker keeps the KV, or an output that this split
+                does not have.
         """
-        generation = generation_config or self.generation_config
-        named = kwargs.get("cache_implementation", generation.cache_implementation)
+        try:
+            return super().generate(*arguments, **kwargs)
+        finally:
+            self._kept.end_sessions()
+
+    def new_cache(self, reserved: int = 0) -> Cache:
+        """An empty KV cache of the kind that this split uses, for about ``reserved`` tokens a row."""
+        if self.mode.worker_keeps_kv:
+            return self._kept.new_cache(reserved)
+        return GrowingCache(self.config.num_hidden_layers, reserved)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """A hook of transformers: here it knows how long the generation may get."""
+        named = generation_config.cache_implementation
         if named is not None and self.mode.worker_keeps_kv:
             raise UnsupportedBySplit(
                 f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV"
             )
-        uses_cache = kwargs.get("use_cache", generation.use_cache) is not False
-        if named is None and uses_cache and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = self.new_cache()
-        try:
-            return super().generate(inputs, generation_config, *arguments, **kwargs)
-        finally:
-            kwargs.clear()
-            self.remote.end_sessions()
-
-    def new_cache(self) -> Cache:
-        """An empty KV cache of the kind that this split uses."""
-        if self.mode.worker_keeps_kv:
-            return self.remote.new_cache()
-        return GrowingCache(self.config.num_hidden_layers)
+        uses_cache = generation_config.use_cache is not False
+        if named is None and uses_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -170,64 +194,102 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As ``LlamaForCausalLM.forward``: logits [B, T or ``logits_to_keep``, V].
 
         Raises:
-            UnsupportedBySplit: hidden states or attentions are asked for.
+            UnsupportedBySplit: gradients are asked for, or hidden states or attentions that this split does not have.
         """
-        for unsupported in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(unsupported):
-                raise UnsupportedBySplit(f"{unsupported}: a split model gives logits only")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        hidden_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        source: torch.Tensor = cast("torch.Tensor", input_ids if inputs_embeds is None else inputs_embeds)
+        self._refuse_gradients(source)
+        shown = self._outputs(output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
         if cache is None and (use_cache or self.mode.worker_keeps_kv):
             cache = self.new_cache()
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
-            position_ids = (torch.arange(hidden_BTD.shape[1]) + past).unsqueeze(0)
+            position_ids = (torch.arange(source.shape[1]) + past).unsqueeze(0)
         if self.mode.worker_keeps_kv:
-            logits = self._remotely(hidden_BTD, attention_mask, position_ids, cache, logits_to_keep)
+            logits = self._remotely(source, attention_mask, position_ids, cache, logits_to_keep, shown)
         else:
-            logits = self._logits(self._fused(hidden_BTD, attention_mask, position_ids, cache), logits_to_keep)
+            logits = self._here(source, attention_mask, position_ids, cache, logits_to_keep, shown)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=shown.hidden_states(),
+            attentions=None if shown.attentions is None else tuple(shown.attentions),
+        )
 
-    def _fused(
+    def statistics(self) -> Statistics:
+        """What the transport has done for this model."""
+        return self.link.client.statistics()
+
+    def close(self) -> None:
+        """End the connection; the worker frees all that it kept for this model."""
+        self.link.close()
+
+    def __enter__(self) -> SplitLlamaForCausalLM:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _embed(self, source: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, T, D] of token ids; embeddings as they are."""
+        if source.is_floating_point():
+            return source
+        if self.model.embed_tokens is None:
+            return self._remote.embed(source).to(self.dtype)
+        embedded: torch.Tensor = self.model.embed_tokens(source)
+        return embedded
+
+    def _here(
         self,
-        hidden_BTD: torch.Tensor,
+        source: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: Cache | None,
+        logits_to_keep: int | torch.Tensor,
+        shown: Shown,
     ) -> torch.Tensor:
+        """The forward of the splits where attention and the KV are this side's: logits."""
+        hidden_BTD = self._embed(source)
+        shown.add([hidden_BTD])
+        attention = self._attention(shown.attentions)
+        config = self.config
+        if config._attn_implementation != attention.implementation:  # noqa: SLF001 - as where it is set
+            config = copy.copy(config)
+            config._attn_implementation = attention.implementation  # noqa: SLF001
         mask = create_causal_mask(
-            config=self.config,
+            config=config,
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids,
         )
-        context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache)
+        context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
         layers = cast("Sequence[DecoderLayer]", self.model.layers)
-        return run(decoder(layers, hidden_BTD, context, self.remote.empty), self.remote.perform)
-
-    def _logits(self, hidden_BTD: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        norm = cast("RMSNorm", self.model.norm)
-        return self.remote.lm_head(norm(slice_logits_to_keep(hidden_BTD, logits_to_keep), self.remote.empty))
+        steps = decoder(layers, hidden_BTD, context, self._remote, lambda hidden_BTD: shown.add([hidden_BTD]))
+        return self._logits(run(steps, self._remote.perform), logits_to_keep, shown)
 
     def _remotely(
         self,
-        hidden_BTD: torch.Tensor,
+        source: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: Cache | None,
         logits_to_keep: int | torch.Tensor,
+        shown: Shown,
     ) -> torch.Tensor:
         """The forward of the splits where the worker keeps the KV: logits."""
         if not isinstance(cache, RemoteCache):
@@ -238,23 +300,43 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if attention_mask is not None and attention_mask.dim() != 2:
             raise UnsupportedBySplit(f"in mode {self.mode.value} the attention mask must be [batch, tokens]")
         if self.mode is Mode.LAYER:
-            hidden_BTD = self.remote.layers(hidden_BTD, cache, position_ids, attention_mask)
-            return self._logits(hidden_BTD, logits_to_keep)
+            if shown.wants_hidden:
+                shown.add([self._embed(source)])
+            hidden_BTD = self._kept.layers(source, cache, position_ids, attention_mask, shown.part_adder(self.dtype))
+            return self._logits(hidden_BTD.to(self.dtype), logits_to_keep, shown)
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        logits = self.remote.stack(hidden_BTD, cache, position_ids, attention_mask, last)
+        wanted = min(last or source.shape[1], source.shape[1])
+        logits = self._kept.stack(source, cache, position_ids, attention_mask, wanted).to(self.dtype)
         kept: torch.Tensor = slice_logits_to_keep(logits, logits_to_keep)
         return kept
 
-    def statistics(self) -> Statistics:
-        """What the transport has done for this model."""
-        return self.remote.statistics()
+    def _logits(self, hidden_BTD: torch.Tensor, logits_to_keep: int | torch.Tensor, shown: Shown) -> torch.Tensor:
+        norm = cast("RMSNorm", self.model.norm)
+        if shown.wants_hidden:
+            shown.replace_last(norm(hidden_BTD, Memory(hidden_BTD.device, self.dtype)))
+        return self._remote.lm_head(norm(slice_logits_to_keep(hidden_BTD, logits_to_keep), self._remote)).to(self.dtype)
 
-    def close(self) -> None:
-        """End the connection; the worker frees all that it kept for this model."""
-        self.remote.client.close()
+    def _attention(self, weights: list[torch.Tensor] | None) -> Attention:
+        if self.mode is Mode.OP:
+            return RemoteAttention(weights)
+        return SdpaAttention() if weights is None else EagerAttention(weights)
 
-    def __enter__(self) -> SplitLlamaForCausalLM:
-        return self
+    def _refuse_gradients(self, source: torch.Tensor) -> None:
+        if self.training:
+            raise UnsupportedBySplit("a split model can't be trained: no gradient crosses to the worker; call eval()")
+        if torch.is_grad_enabled() and (source.requires_grad or any(p.requires_grad for p in self.parameters())):
+            raise UnsupportedBySplit(
+                "a gradient is asked for, and none crosses to the worker: use torch.no_grad(), or inputs and "
+                "parameters without requires_grad"
+            )
 
-    def __exit__(self, *_exception: object) -> None:
-        self.close()
+    def _outputs(self, hidden_states: bool | None, attentions: bool | None) -> Shown:
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        attentions = self.config.output_attentions if attentions is None else attentions
+        if hidden_states and self.mode is Mode.STACK:
+            raise UnsupportedBySplit("output_hidden_states: in mode stack they never leave the worker; use mode layer")
+        if attentions and self.mode.worker_keeps_kv:
+            raise UnsupportedBySplit(
+                f"output_attentions: in mode {self.mode.value} the worker attends; use mode fused or op"
+            )
+        return Shown(bool(hidden_states), bool(attentions))

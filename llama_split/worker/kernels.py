@@ -1,4 +1,4 @@
-"""The worker's arithmetic: products with the weight matrices, into memory that the caller provides.
+"""The worker's arithmetic: products with weight matrices, into memory that the caller provides.
 
 Query, key and value matrices are stacked into one, gate and up into another, so that each pair of sides exchanges one
 tensor for all of them.
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checkpoint import FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name
-from ..decoder import DecoderLayer, RMSNorm, Step
+from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name
+from ..decoder import DecoderLayer, RMSNorm
 from ..operations import DOWN, GATE_UP, QKV, O, Operation
+from ..steps import Step
 
 _PARTS: dict[Operation, tuple[str, ...]] = {
     QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -20,6 +21,13 @@ _PARTS: dict[Operation, tuple[str, ...]] = {
     GATE_UP: ("mlp.gate_proj", "mlp.up_proj"),
     DOWN: ("mlp.down_proj",),
 }
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The matrix product, into ``out``, which may be of another dtype."""
+    if out.dtype == left.dtype:
+        return torch.matmul(left, right, out=out)
+    return out.copy_(torch.matmul(left, right))
 
 
 @dataclass(frozen=True)
@@ -34,47 +42,73 @@ class Linear:
         rows = argument.reshape(-1, argument.shape[-1])
         results = out.view(-1, out.shape[-1])
         if self.bias is None:
-            torch.mm(rows, self.weight.t(), out=results)
-        else:
+            multiply(rows, self.weight.t(), results)
+        elif out.dtype == argument.dtype:
             torch.addmm(self.bias, rows, self.weight.t(), out=results)
+        else:
+            results.copy_(torch.addmm(self.bias, rows, self.weight.t()))
         return out
 
 
 class Weights:
     """All that the worker holds: every matrix of the layers and the output matrix, and the norms.
 
-    The embedding is not held unless it is the output matrix as well.
+    The embedding is held if it is the output matrix as well, or if ``embedding`` says that mode ``op`` is to be served.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+        *,
+        embedding: bool = False,
     ) -> None:
         self.geometry = checkpoint.geometry
         self.config = checkpoint.config
         self.config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
         self.dtype = dtype
         self.device = device
-        names = [
-            layer_name(index, f"{part}.{kind}")
-            for index in range(self.geometry.layers)
+        layers = range(self.geometry.layers)
+        groups: dict[object, list[str]] = {
+            (index, operation, kind): [layer_name(index, f"{part}.{kind}") for part in parts]
+            for index in layers
             for operation, parts in _PARTS.items()
-            for part in parts
             for kind in self._kinds(operation)
-        ]
-        norms = [layer_name(index, norm) for index in range(self.geometry.layers) for norm in LAYER_NORMS]
+        }
         head = checkpoint.lm_head_name()
-        loaded = checkpoint.load([*names, *norms, FINAL_NORM, head], dtype, device, progress)
-        self.lm_head = Linear(loaded.pop(head), None)
+        single = [*(layer_name(index, norm) for index in layers for norm in LAYER_NORMS), FINAL_NORM, head]
+        if embedding and head != EMBEDDING:
+            single.append(EMBEDDING)
+        groups.update({name: [name] for name in single})
+        loaded = checkpoint.load_stacked(groups, dtype, device, progress)
+        self.embedding = loaded.get(EMBEDDING)
+        self.lm_head = Linear(loaded[head], None)
         self.norm = RMSNorm(self.geometry.hidden, self.config.rms_norm_eps)
-        self.norm.load_state_dict({"weight": loaded.pop(FINAL_NORM)}, assign=True)
+        self.norm.load_state_dict({"weight": loaded[FINAL_NORM]}, assign=True)
         self.norm.requires_grad_(False)
         self._linears: list[dict[Operation, Linear]] = []
         self.layers: list[DecoderLayer] = []
-        for index in range(self.geometry.layers):
-            self._linears.append({op: self._stack(loaded, index, op) for op in _PARTS})
+        for index in layers:
+            self._linears.append(
+                {op: Linear(loaded[index, op, "weight"], loaded.get((index, op, "bias"))) for op in _PARTS}
+            )
             layer = DecoderLayer(self.config, index)
-            layer.load_state_dict({norm: loaded.pop(layer_name(index, norm)) for norm in LAYER_NORMS}, assign=True)
+            layer.load_state_dict({norm: loaded[layer_name(index, norm)] for norm in LAYER_NORMS}, assign=True)
             self.layers.append(layer.requires_grad_(False))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices and norms."""
+        linears = [linear for by_operation in self._linears for linear in by_operation.values()]
+        held = [
+            each for linear in (*linears, self.lm_head) for each in (linear.weight, linear.bias) if each is not None
+        ]
+        if self.embedding is not None and self.embedding is not self.lm_head.weight:
+            held.append(self.embedding)
+        norms = [parameter for module in (self.norm, *self.layers) for parameter in module.parameters()]
+        return sum(tensor.nbytes for tensor in (*held, *norms))
 
     def linear(self, operation: Operation, layer: int) -> Linear:
         """The matrix of an operation.
@@ -90,30 +124,10 @@ class Weights:
 
     def perform(self, step: Step) -> torch.Tensor:
         """Make a step of a forward here, in ordinary memory."""
+        (argument,) = step.arguments
         linear = self.linear(step.operation, step.layer)
-        return linear(step.argument, step.argument.new_empty((*step.argument.shape[:-1], linear.weight.shape[0])))
+        return linear(argument, argument.new_empty((*argument.shape[:-1], linear.weight.shape[0])))
 
     def _kinds(self, operation: Operation) -> tuple[str, ...]:
         biased = self.config.attention_bias if operation in (QKV, O) else self.config.mlp_bias
         return ("weight", "bias") if biased else ("weight",)
-
-    def _stack(self, loaded: dict[str, torch.Tensor], index: int, operation: Operation) -> Linear:
-        stacked: dict[str, torch.Tensor] = {}
-        for kind in self._kinds(operation):
-            parts = [loaded.pop(layer_name(index, f"{part}.{kind}")) for part in _PARTS[operation]]
-            stacked[kind] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return Linear(stacked["weight"], stacked.get("bias"))
-
-
-def result_shape(operation: Operation, weights: Weights, argument: torch.Tensor) -> tuple[int, ...]:
-    """The shape of an operation's result, after its argument was checked against the boundary's description.
-
-    Raises:
-        ValueError: the argument's width or dtype is not this operation's.
-    """
-    width = operation.input_width(weights.geometry)
-    if argument.dim() < 1 or argument.shape[-1] != width or argument.dtype != weights.dtype:
-        raise ValueError(
-            f"{operation.name} takes [..., {width}] of {weights.dtype}, not {list(argument.shape)} of {argument.dtype}"
-        )
-    return (*argument.shape[:-1], operation.output_width(weights.geometry))

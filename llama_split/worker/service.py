@@ -1,5 +1,7 @@
 """The worker's side of the boundary: registers every operation of ``operations`` with a server.
 
+Results are of the dtype of their arguments, the wire's, which need not be the one that the worker computes in.
+
 Shape suffixes: B batch, T tokens, D hidden.
 """
 
@@ -13,28 +15,35 @@ import torch
 from shmtransport import Server
 
 from ..checkpoint import Checkpoint
-from ..config import DTYPE_NAMES
-from ..decoder import empty_on, run
-from ..operations import LAYER, LINEARS, STACK, Operation
-from .kernels import Weights, result_shape
-from .sessions import Sessions
+from ..config import DTYPE_NAMES, parse_dtype
+from ..operations import EMBED, LAYER, LINEARS, MIX, SCORES, STACK, Operation
+from ..steps import Memory, run
+from .kernels import Weights, multiply
+from .sessions import SessionLimits, Sessions
 
 
 class Service:
     """Handlers over one model's weights, for all clients of one server."""
 
-    def __init__(self, server: Server, weights: Weights, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, server: Server, weights: Weights, checkpoint: Checkpoint, limits: SessionLimits | None = None
+    ) -> None:
         self._server = server
         self._weights = weights
-        self.sessions = Sessions(weights)
+        self._memory = Memory(weights.device, weights.dtype)
+        self.sessions = Sessions(weights, limits)
         self._description = {
             "fingerprint": checkpoint.fingerprint(),
             "geometry": repr(checkpoint.geometry),
             "dtype": DTYPE_NAMES[weights.dtype],
             "device": str(weights.device),
+            "embedding": weights.embedding is not None,
         }
         for operation in LINEARS:
             server.register(operation.name, self._linear_handler(operation))
+        server.register(EMBED.name, self._embed)
+        server.register(SCORES.name, self._scores)
+        server.register(MIX.name, self._mix)
         server.register(LAYER.name, self._layer)
         server.register(STACK.name, self._stack)
         server.register("describe", lambda: self._description)
@@ -44,59 +53,91 @@ class Service:
     def _linear_handler(self, operation: Operation) -> Callable[..., torch.Tensor]:
         @torch.inference_mode()
         def linear(argument: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-            shape = result_shape(operation, self._weights, argument)
-            matrix = self._weights.linear(operation, layer)
-            return matrix(argument.to(self._weights.device), self._result(shape))
+            (mine,), result = self._bind(operation, argument)
+            return self._weights.linear(operation, layer)(mine, result)
 
         return linear
 
     @torch.inference_mode()
+    def _embed(self, ids_BT: torch.Tensor, *, dtype: str) -> torch.Tensor:
+        """Rows of the embedding; ``dtype`` is the wire's name."""
+        embedding, geometry = self._weights.embedding, self._weights.geometry
+        if embedding is None:
+            raise ValueError("this worker holds no embedding: start it with --embedding")
+        sizes = EMBED.bind((ids_BT,), geometry)
+        ids = ids_BT.flatten().clone()  # read once: their owner could change them after the check
+        if ids.dtype != torch.int64 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < geometry.vocab):
+            raise ValueError(f"{EMBED.name} takes int64 numbers from 0 to {geometry.vocab - 1}")
+        result = self._result(EMBED.result.shape(sizes), parse_dtype(dtype))
+        rows = result.view(-1, geometry.hidden)
+        if result.dtype == embedding.dtype:
+            torch.index_select(embedding, 0, ids.to(embedding.device), out=rows)
+        else:
+            rows.copy_(embedding[ids.to(embedding.device)])
+        return result
+
+    @torch.inference_mode()
+    def _scores(self, query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Queries times keys. It needs no weights, so ``layer`` says nothing to it."""
+        (query, key), result = self._bind(SCORES, query_BHTd, key_BHSd)
+        return multiply(query, key.transpose(2, 3), result)
+
+    @torch.inference_mode()
+    def _mix(self, weights_BHTS: torch.Tensor, value_BHSd: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
+        """Attention weights times values. It needs no weights of the model, so ``layer`` says nothing to it."""
+        (weights, value), result = self._bind(MIX, weights_BHTS, value_BHSd)
+        return multiply(weights, value, result)
+
+    @torch.inference_mode()
     def _layer(
-        self,
-        hidden_BTD: torch.Tensor,
-        *,
-        layer: int,
-        session: int,
-        start: dict[str, Any] | None = None,
+        self, hidden_BTD: torch.Tensor, *, layer: int, session: int, start: dict[str, Any] | None = None
     ) -> torch.Tensor:
-        """One decoder layer; ``start`` comes with the first of a forward: positions, padding, past, select."""
-        shape = result_shape(LAYER, self._weights, hidden_BTD)
-        if hidden_BTD.dim() != 3:
-            raise ValueError(f"layer takes [batch, tokens, hidden], not {list(hidden_BTD.shape)}")
+        """One decoder layer; ``start`` comes with the first of a forward and is what ``Session.begin`` takes."""
+        (mine_BTD,), result_BTD = self._bind(LAYER, hidden_BTD)
         opened = self.sessions.open(self._server.connection_id, session)
-        hidden_BTD = hidden_BTD.to(self._weights.device)
         if start is not None:
-            opened.begin(hidden_BTD, **start)
+            opened.begin(mine_BTD, **start)
         context = opened.enter(layer)
         return run(
-            self._weights.layers[layer].steps(hidden_BTD, context, empty_on(self._weights.device), self._result(shape)),
-            self._weights.perform,
+            self._weights.layers[layer].steps(mine_BTD, context, self._memory, result_BTD), self._weights.perform
         )
 
     @torch.inference_mode()
     def _stack(self, hidden_BTD: torch.Tensor, *, session: int, start: dict[str, Any], keep: int) -> torch.Tensor:
-        """All decoder layers, the final norm, and the logits of the last ``keep`` tokens."""
-        result_shape(STACK, self._weights, hidden_BTD)
-        if hidden_BTD.dim() != 3 or type(keep) is not int or not 0 <= keep <= hidden_BTD.shape[1]:
-            raise ValueError(
-                f"stack takes [batch, tokens, hidden] and how many tokens' logits are wanted, not "
-                f"{list(hidden_BTD.shape)} and {keep}"
-            )
+        """All decoder layers, the final norm, and the logits of the last ``keep`` tokens of each row."""
+        if type(keep) is not int or not 0 <= keep <= hidden_BTD.shape[1]:
+            raise ValueError(f"stack is asked for the logits of {keep} of {list(hidden_BTD.shape)}'s tokens")
+        (mine_BTD,), logits_BNV = self._bind(STACK, hidden_BTD, N=keep)
         opened = self.sessions.open(self._server.connection_id, session)
-        empty = empty_on(self._weights.device)
-        hidden_BTD = hidden_BTD.to(self._weights.device)
-        opened.begin(hidden_BTD, **start)
+        opened.begin(mine_BTD, **start)
         for index, layer in enumerate(self._weights.layers):
-            hidden_BTD = run(layer.steps(hidden_BTD, opened.enter(index), empty), self._weights.perform)
-        kept_BTD = hidden_BTD[:, hidden_BTD.shape[1] - keep :]
-        logits = self._result((*kept_BTD.shape[:-1], self._weights.geometry.vocab))
-        return self._weights.lm_head(self._weights.norm(kept_BTD, empty), logits)
+            mine_BTD = run(layer.steps(mine_BTD, opened.enter(index), self._memory), self._weights.perform)
+        kept_BND = mine_BTD[:, mine_BTD.shape[1] - keep :]
+        return self._weights.lm_head(self._weights.norm(kept_BND, self._memory), logits_BNV)
 
-    def _result(self, shape: Sequence[int]) -> torch.Tensor:
+    def _bind(
+        self, operation: Operation, *arguments: torch.Tensor, **known: int
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Arguments that fit the boundary's description, as the worker computes with them, and room for the result.
+
+        Raises:
+            ValueError: they don't fit it.
+        """
+        sizes = operation.bind(arguments, self._weights.geometry, **known)
+        wire = arguments[0].dtype
+        if wire not in DTYPE_NAMES or any(argument.dtype != wire for argument in arguments):
+            found = ", ".join(str(argument.dtype) for argument in arguments)
+            raise ValueError(
+                f"{operation.name} takes tensors of one dtype, {' or '.join(DTYPE_NAMES.values())}: {found}"
+            )
+        mine = [argument.to(self._weights.device, self._weights.dtype) for argument in arguments]
+        return mine, self._result(operation.result.shape(sizes), wire)
+
+    def _result(self, shape: Sequence[int], wire: torch.dtype) -> torch.Tensor:
         """Memory for a result: the caller's reply arena where the worker computes on the CPU."""
         if self._weights.device.type == "cpu":
-            return self._server.empty(shape, self._weights.dtype)
-        return empty_on(self._weights.device)(shape, self._weights.dtype)
+            return self._server.empty(shape, wire)
+        return torch.empty(tuple(shape), dtype=wire, device=self._weights.device)
 
     def _end_session(self, number: int) -> None:
         self.sessions.end(self._server.connection_id, number)

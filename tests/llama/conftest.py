@@ -105,7 +105,7 @@ def worker_in_thread(path: Path, dtype: torch.dtype = torch.float32) -> Iterator
     checkpoint = open_checkpoint(str(path))
     try:
         with Server(f"ipc://{directory}/worker.ipc") as server:
-            service = Service(server, Weights(checkpoint, dtype, torch.device("cpu")), checkpoint)
+            service = Service(server, Weights(checkpoint, dtype, torch.device("cpu"), embedding=True), checkpoint)
 
             def serve() -> None:
                 torch.set_num_threads(1)  # a setting of each thread

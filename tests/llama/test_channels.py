@@ -23,5 +23,5 @@ def test_greedy_tokens_do_not_depend_on_the_channel(
     with SplitLlamaForCausalLM.from_pretrained(
         plain.path, worker=plain_worker.address, mode=mode, channel=channel
     ) as split:
-        assert split.remote.client.channel == channel
+        assert split.link.client.channel == channel
         assert torch.equal(split.generate(**single_prompt(), **SHARED, do_sample=False), expected)

@@ -23,7 +23,7 @@ def test_a_forward_makes_the_promised_number_of_calls(small: Small, split: Split
     before = split.statistics()
     split(prompt())
     assert difference(before, split.statistics(), "calls") == calls
-    split.remote.end_sessions()
+    split._kept.end_sessions()
     before = split.statistics()
     split.generate(**single_prompt(), **SHARED, do_sample=False)
     ends = 1 if Mode(mode).worker_keeps_kv else 0  # the session's end is one call more

@@ -10,7 +10,7 @@ import torch
 
 from llama_split import SplitLlamaForCausalLM, WorkerMismatch
 from llama_split.checkpoint import open_checkpoint
-from llama_split.operations import GATE_UP, LAYER, LINEARS, STACK, Geometry, Mode
+from llama_split.operations import GATE_UP, OPERATIONS, Geometry, Mode
 from llama_split.worker import sessions
 from shmtransport import RemoteError, Server
 
@@ -97,7 +97,7 @@ def test_a_cache_never_exceeds_the_models_positions(layer_split: SplitLlamaForCa
 
 def test_a_forward_that_ended_half_way_shows_no_other_memory(layer_split: SplitLlamaForCausalLM) -> None:
     """After an aborted forward only what every layer has cached counts as past."""
-    client, cache = layer_split.remote.client, layer_split.new_cache()
+    client, cache = layer_split.link.client, layer_split.new_cache()
     hidden = torch.zeros(1, 4, layer_split.config.hidden_size)
     start = {"positions": torch.arange(4)[None], "padding": None, "past": 0, "select": None}
     client.call("layer", hidden, layer=0, session=cache.session, start=start)

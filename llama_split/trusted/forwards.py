@@ -1,0 +1,224 @@
+"""Forwards of the splits where the worker keeps the KV, and how that is built again when a worker has lost it.
+
+Shape suffixes: B batch, T tokens, S all tokens cached, N tokens whose logits are asked for, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from shmtransport import TransportError
+
+from ..errors import UnsupportedBySplit
+from ..operations import LAYER, STACK
+from .cache import RemoteCache, SessionNumbers
+from .link import WorkerLink
+from .remote import Remote
+
+_END_TIMEOUT_S = 5.0
+
+OnLayers = Callable[[list[torch.Tensor]], None]
+
+
+class Part(NamedTuple):
+    """So many of a forward's tokens as cross at once.
+
+    ``hidden_BTD`` are their embeddings, ``start`` is what the worker must know first, ``keep`` of how many of the last
+    ones the result is wanted.
+    """
+
+    hidden_BTD: torch.Tensor
+    start: dict[str, Any]
+    keep: int
+
+
+class Calls(ABC):
+    """How one part of a forward is put into calls."""
+
+    @abstractmethod
+    def widest(self, wanted_rows: int) -> int:
+        """Numbers that cross at most for each token, where results are wanted of so many rows."""
+
+    @abstractmethod
+    def send(self, part: Part, session: int) -> torch.Tensor:
+        """The result for the part's last ``keep`` tokens; the session's KV then holds all of them."""
+
+
+class LayerCalls(Calls):
+    """A call a layer. The result are hidden states; ``on_layers`` is given copies of each part's, a layer each."""
+
+    def __init__(self, link: WorkerLink, on_layers: OnLayers | None = None) -> None:
+        self._link = link
+        self._on_layers = on_layers
+
+    def widest(self, wanted_rows: int) -> int:
+        return self._link.geometry.hidden
+
+    def send(self, part: Part, session: int) -> torch.Tensor:
+        hidden_BTD, start = part.hidden_BTD, {"start": part.start}
+        seen = []
+        for index in range(self._link.geometry.layers):
+            hidden_BTD = self._link.call(LAYER, (hidden_BTD,), layer=index, session=session, **start)
+            start = {}
+            if self._on_layers is not None:
+                seen.append(hidden_BTD.clone())
+        if self._on_layers is not None and part.keep:
+            self._on_layers(seen)
+        return hidden_BTD[:, hidden_BTD.shape[1] - part.keep :]
+
+
+class StackCalls(Calls):
+    """One call for all. The result are logits."""
+
+    def __init__(self, link: WorkerLink, rows_per_call: Callable[[int], int]) -> None:
+        self._link = link
+        self._rows_per_call = rows_per_call
+
+    def widest(self, wanted_rows: int) -> int:
+        geometry = self._link.geometry
+        fits = wanted_rows <= self._rows_per_call(geometry.vocab)
+        return geometry.hidden if fits else max(geometry.hidden, geometry.vocab)
+
+    def send(self, part: Part, session: int) -> torch.Tensor:
+        known = {"N": part.keep}
+        return self._link.call(
+            STACK, (part.hidden_BTD,), known=known, session=session, start=part.start, keep=part.keep
+        )
+
+
+class KeptForwards:
+    """Runs forwards over sessions whose KV the worker keeps.
+
+    ``embed`` gives the embeddings [B, T, D] of a source, which is token ids [B, T] or embeddings. ``wire`` tensors are
+    what crosses. A forward that fails leaves its cache to be built anew by the next one, from what it was made of.
+    """
+
+    def __init__(self, link: WorkerLink, remote: Remote, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._link = link
+        self._remote = remote
+        self._embed = embed
+        self._numbers = SessionNumbers()
+
+    def new_cache(self, reserved: int = 0) -> RemoteCache:
+        """A new session's cache; the session ends with it."""
+        return RemoteCache(self._numbers, reserved)
+
+    def layers(
+        self,
+        source: torch.Tensor,
+        cache: RemoteCache,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None,
+        on_layers: OnLayers | None = None,
+    ) -> torch.Tensor:
+        """All decoder layers, one call each: hidden states [B, T, D], of the wire's dtype.
+
+        Raises:
+            UnsupportedBySplit: the cache is another model's.
+        """
+        return self._run(LayerCalls(self._link, on_layers), source, cache, positions, padding, source.shape[1])
+
+    def stack(
+        self,
+        source: torch.Tensor,
+        cache: RemoteCache,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None,
+        wanted: int,
+    ) -> torch.Tensor:
+        """All layers, the final norm and the output matrix in one call: the last ``wanted`` tokens' logits [B, N, V].
+
+        Raises:
+            UnsupportedBySplit: the cache is another model's.
+        """
+        calls = StackCalls(self._link, self._remote.rows_per_call)
+        return self._run(calls, source, cache, positions, padding, wanted)
+
+    def end_sessions(self) -> None:
+        """Free the KV of sessions whose cache has died here; a worker that can't be asked does so in the end."""
+        ended = self._numbers.ended
+        with contextlib.suppress(TransportError, IndexError):
+            while ended:
+                pending = self._link.client.submit("end_session", ended.popleft())
+                pending.result(timeout_s=_END_TIMEOUT_S)
+
+    def _run(
+        self,
+        calls: Calls,
+        source: torch.Tensor,
+        cache: RemoteCache,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None,
+        wanted: int,
+    ) -> torch.Tensor:
+        """A forward in as many parts as the arenas need: the results of its last ``wanted`` tokens."""
+        if not cache.is_of(self._numbers):
+            raise UnsupportedBySplit("past_key_values belongs to another model's connection; its KV is not there")
+        self.end_sessions()
+        batch, tokens = source.shape[:2]
+        past = cache.get_seq_length()
+        limit = self._tokens_per_part(calls, batch, wanted)
+        results = []
+        for first in range(0, tokens, limit):  # causal: later tokens change nothing for earlier ones
+            last = min(first + limit, tokens)
+            seen = None if padding is None else padding[:, : past + last]
+            keep = max(last - max(first, tokens - wanted), 0)
+            result = self._part(calls, source[:, first:last], cache, positions[:, first:last], seen, keep)
+            # All but the last are copied out of the arena: the next part's results need the room.
+            results.append(result if last == tokens else result.clone())
+            del result
+        return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+
+    def _part(
+        self,
+        calls: Calls,
+        source: torch.Tensor,
+        cache: RemoteCache,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None,
+        keep: int,
+    ) -> torch.Tensor:
+        def attempt() -> torch.Tensor:
+            epoch = self._link.epoch
+            try:
+                if cache.must_be_built(epoch):
+                    self._build(calls, cache)
+                    cache.built(epoch)
+                part = Part(self._sendable(source), cache.start(positions, padding), keep)
+                result = calls.send(part, cache.session)
+            except BaseException:
+                cache.lose()
+                raise
+            cache.advance(source, positions, padding, epoch)
+            return result
+
+        return self._link.persist(attempt)
+
+    def _build(self, calls: Calls, cache: RemoteCache) -> None:
+        """Put all that the cache stands for through the worker again."""
+        sources, positions_BS, mask_BS = cache.history.joined()
+        hidden_BSD = torch.cat([self._embed(source) for source in sources], dim=1)
+        batch, tokens = hidden_BSD.shape[:2]
+        limit = self._tokens_per_part(calls, batch, 0)
+        for first in range(0, tokens, limit):
+            last = min(first + limit, tokens)
+            start = {
+                "positions": positions_BS[:, first:last],
+                "padding": mask_BS[:, :last],
+                "past": first,
+                "select": None,
+                "reserve": cache.reserved,
+            }
+            calls.send(Part(self._sendable(hidden_BSD[:, first:last]), start, 0), cache.session)
+
+    def _sendable(self, source: torch.Tensor) -> torch.Tensor:
+        """A source's embeddings, made where they are sent from."""
+        return self._remote.place(self._embed(source))
+
+    def _tokens_per_part(self, calls: Calls, batch: int, wanted: int) -> int:
+        return max(self._remote.rows_per_call(calls.widest(batch * wanted)) // batch, 1)

@@ -1,0 +1,188 @@
+"""The connection to a worker: one call at a time through it, checked, and a new connection when the worker has died.
+
+Rules that it keeps:
+
+* whatever a worker returns is compared with the boundary's description before it is used;
+* a worker is compared with this side's model whenever it is connected to, so also when another one takes over;
+* tries are bounded, and each one is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from shmtransport import (
+    Client,
+    Closed,
+    ConnectRefused,
+    ConnectTimeout,
+    LocalProtocolError,
+    PeerDied,
+    RemoteError,
+)
+
+from ..checkpoint import Checkpoint
+from ..config import DTYPE_NAMES
+from ..errors import SessionLost, WorkerMismatch
+from ..operations import Geometry, Mode, Operation
+
+logger = logging.getLogger("llama_split")
+
+T = TypeVar("T")
+
+RECONNECT_TRIES = 6
+"""How often in a row a new connection is tried; each try waits as long as connecting may take."""
+
+_ATTEMPTS = 4
+_REFUSED_PAUSE_S = 1.0
+
+
+class WorkerLink:
+    """A connection to a worker that serves the same model.
+
+    ``wire`` is the dtype of activations that cross; ``compute`` the one that both sides compute in. With ``reconnect``
+    a worker that has died is connected to again, after ``revive`` was called, which may start it.
+
+    Raises:
+        WorkerMismatch: it serves another model, computes in another dtype, or can't serve this mode.
+        shmtransport.TransportError: no worker, or none that fits this transport.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        checkpoint: Checkpoint,
+        mode: Mode,
+        *,
+        compute: torch.dtype,
+        wire: torch.dtype,
+        reconnect: bool = True,
+        revive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.client = client
+        self.wire = wire
+        self.geometry: Geometry = checkpoint.geometry
+        self.epoch = 0
+        self._mode = mode
+        self._compute = compute
+        self._fingerprint = checkpoint.fingerprint()
+        self._reconnect = reconnect
+        self._revive = revive
+        self._closed = False
+        self._lock = threading.Lock()
+        self._check()
+
+    def call(
+        self,
+        operation: Operation,
+        arguments: Sequence[torch.Tensor],
+        *,
+        known: dict[str, int] | None = None,
+        **keywords: Any,
+    ) -> torch.Tensor:
+        """One call, and its checked result; ``known`` are sizes that no argument shows.
+
+        Raises:
+            WorkerMismatch: the result is not what is due.
+            shmtransport.TransportError.
+        """
+        sizes = operation.bind(arguments, self.geometry, **(known or {}))
+        result = self.client.call(operation.name, *arguments, **keywords)
+        expected = operation.result.shape(sizes)
+        if not isinstance(result, torch.Tensor) or result.shape != expected or result.dtype != self.wire:
+            found = (
+                f"{list(result.shape)} of {result.dtype}" if isinstance(result, torch.Tensor) else type(result).__name__
+            )
+            raise WorkerMismatch(
+                f"the worker at {self.client.address} answered {operation.name} with {found} where {list(expected)} of "
+                f"{self.wire} is due: it is broken or hostile"
+            )
+        return result
+
+    def persist(self, attempt: Callable[[], T]) -> T:
+        """The result of ``attempt``, which is made anew if the worker dies meanwhile, or has lost a session's KV.
+
+        Raises:
+            shmtransport.PeerDied: no worker took over in time, or several died one after another.
+        """
+        for _ in range(_ATTEMPTS - 1):
+            epoch = self.epoch
+            try:
+                return attempt()
+            except (PeerDied, Closed) as error:
+                if self._closed or not self._reconnect:
+                    raise
+                self._connect_again(epoch, error)
+            except RemoteError as error:
+                if error.type_name != SessionLost.__name__:
+                    raise
+                logger.info("the worker has dropped this session's KV, which is built again: %s", error.message)
+        return attempt()
+
+    def close(self) -> None:
+        """End the connection for good."""
+        self._closed = True
+        self.client.close()
+
+    def _connect_again(self, epoch: int, cause: Exception) -> None:
+        """Connect to whichever worker is at the address now, unless another thread has done so."""
+        with self._lock:
+            if self.epoch != epoch:
+                return
+            address = self.client.address
+            for attempt in range(1, RECONNECT_TRIES + 1):
+                logger.warning(
+                    "the worker at %s was lost (%s): connecting again, try %d of %d",
+                    address,
+                    cause,
+                    attempt,
+                    RECONNECT_TRIES,
+                )
+                try:
+                    self._revive()
+                    self.client.reconnect()
+                    self._check()
+                except (ConnectTimeout, PeerDied) as error:
+                    failure: Exception = error
+                except ConnectRefused as error:
+                    failure = error
+                    time.sleep(_REFUSED_PAUSE_S)  # it is there, and may have room soon
+                else:
+                    self.epoch += 1
+                    logger.warning("connected to the worker at %s again (process %d)", address, self.client.server_pid)
+                    return
+            raise PeerDied(f"the worker at {address} was lost, and none took over: {failure}") from cause
+
+    def _check(self) -> None:
+        """Compare what the worker says of itself with this side's model."""
+        address = self.client.address
+        try:
+            found = self.client.call("describe")
+        except (LocalProtocolError, RemoteError) as error:
+            raise WorkerMismatch(f"the server at {address} is no worker of llama-split: {error}") from error
+        if not isinstance(found, dict) or not {"geometry", "fingerprint", "dtype", "embedding"} <= found.keys():
+            raise WorkerMismatch(f"the server at {address} does not describe itself as a worker of llama-split does")
+        if found["geometry"] != repr(self.geometry):
+            raise WorkerMismatch(
+                f"the worker at {address} serves another model, {found['geometry']}; "
+                f"this side has {self.geometry}: start it with the same --model"
+            )
+        if found["fingerprint"] != self._fingerprint:
+            raise WorkerMismatch(
+                f"the worker at {address} has a model of this shape but other weights: start it with the same --model"
+            )
+        wanted = DTYPE_NAMES[self._compute]
+        if found["dtype"] != wanted:
+            raise WorkerMismatch(
+                f"the worker at {address} computes in {found['dtype']}, this side in {wanted}: use one dtype on both"
+            )
+        if self._mode is Mode.OP and found["embedding"] is not True:
+            raise WorkerMismatch(
+                f"the worker at {address} holds no embedding, which mode op asks it for: start it with --embedding"
+            )
