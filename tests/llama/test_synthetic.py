@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import llama_split.checkpoint.base
 from llama_split import CheckpointError, SplitLlamaForCausalLM
 from llama_split.synthetic import SHAPES, RandomCheckpoint
 from llama_split.worker.kernels import Weights
@@ -53,9 +55,26 @@ def test_weights_follow_from_name_and_seed_alone() -> None:
     assert one.fingerprint() == same.fingerprint() != other.fingerprint()
     assert not torch.equal(one.read(name), other.read(name))
     assert not torch.equal(one.read(name), one.read(sibling))
-    assert torch.equal(one.read_first_row(name), one.read(name)[:1])
     assert torch.unique(one.read(name), dim=0).shape == one.read(name).shape
     assert 0.015 < one.read(name).std().item() < 0.025
+
+
+@pytest.mark.parametrize("block_numbers", [1, 1000, 3 << 20])
+def test_weights_depend_on_neither_blocks_nor_dtype(block_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a side loads a matrix, its numbers are the pool's, over and over, from its place on, rounded once."""
+    monkeypatch.setattr(llama_split.checkpoint.base, "BLOCK_NUMBERS", block_numbers)
+    checkpoint = RandomCheckpoint(
+        "llama-3.2-1b", 4, **{**SMALL, "intermediate_size": 40_000 if block_numbers > 1 else 96}
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    pool = checkpoint._pool
+    place = int.from_bytes(hashlib.sha256(f"4 {name}".encode()).digest()[:8], "little")
+    rows, width = checkpoint.shape(name)
+    expected = pool[(place % len(pool) + torch.arange(rows * width)) % len(pool)].view(rows, width)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        loaded = checkpoint.load([name], dtype, torch.device("cpu"))[name]
+        assert torch.equal(loaded, expected.to(dtype)), dtype
+    assert torch.equal(checkpoint.rows(name, 7, 9), expected[7:9])
 
 
 @pytest.mark.parametrize("mode", ["fused", "stack"])

@@ -1,0 +1,134 @@
+"""Peak memory of loading: the result, and little beside it, however large a tensor is and however it is stored."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import LlamaConfig
+
+from llama_split.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
+from llama_split.synthetic import RandomCheckpoint
+
+MIB = 1 << 20
+ROWS, WIDTH = 32768, 1024
+RESULT_BYTES = ROWS * WIDTH * 2
+BESIDE_BYTES = 40 * MIB  # a few blocks of 8 MiB and what they are made of; a float32 copy would be 128 MiB
+SIZES: dict[str, Any] = {
+    "vocab_size": ROWS,
+    "hidden_size": WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+
+# Prints this process's peak of resident memory, of every kind, before and after loading, in KiB.
+TRUSTED_SIDE = """
+import json, sys, torch
+from llama_split.operations import Mode
+from llama_split.synthetic import RandomCheckpoint
+from llama_split.trusted.model import SplitLlamaForCausalLM, TrustedPart
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+checkpoint = RandomCheckpoint("llama-3.2-1b")
+names = TrustedPart.weight_names(checkpoint.config, Mode.FUSED)
+loaded = checkpoint.load(names, torch.bfloat16, torch.device("cpu"))
+checkpoint.fingerprint()
+print(json.dumps([before * 1024, peak() * 1024, loaded["model.embed_tokens.weight"].nbytes]))
+"""
+
+
+def status(field: str) -> int:
+    """A figure of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def growth_of_peak(action: Callable[[], object]) -> int:
+    """By how many bytes resident memory, mapped files included, grew at its highest while something was done."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    action()
+    return status("VmHWM") - before
+
+
+def safetensors(directory: Path) -> Checkpoint:
+    """A model in float32, of which no more than the embedding is there."""
+    from safetensors.torch import save_file
+
+    config = LlamaConfig(**SIZES)
+    config.save_pretrained(directory)
+    save_file({EMBEDDING: torch.ones(ROWS, WIDTH)}, directory / "model.safetensors", {"format": "pt"})
+    return open_checkpoint(str(directory))
+
+
+def as_kind(kind: Kind) -> Callable[[Path], Checkpoint]:
+    """A model's GGUF file, of which no more than the embedding is there."""
+
+    def make(directory: Path) -> Checkpoint:
+        path = directory / "model.gguf"
+        writer = gguf.GGUFWriter(str(path), "llama")
+        writer.add_block_count(1)
+        writer.add_context_length(64)
+        writer.add_embedding_length(WIDTH)
+        writer.add_feed_forward_length(64)
+        writer.add_head_count(8)
+        writer.add_layer_norm_rms_eps(1e-5)
+        data = np.ones((ROWS, gguf.quant_shape_to_byte_shape((ROWS, WIDTH), kind)[1]), np.uint8)
+        writer.add_tensor("token_embd.weight", data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return open_checkpoint(str(path))
+
+    return make
+
+
+def random_weights(_directory: Path) -> Checkpoint:
+    return RandomCheckpoint("llama-3.2-1b", **SIZES)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(safetensors, id="safetensors"),
+        pytest.param(as_kind(Kind.F32), id="gguf-F32"),
+        pytest.param(as_kind(Kind.Q8_0), id="gguf-Q8_0"),
+        pytest.param(random_weights, id="random weights"),
+    ],
+)
+def test_loading_holds_little_beside_the_result(make: Callable[[Path], Checkpoint], tmp_path: Path) -> None:
+    """Neither a float32 copy nor the file's own pages stay in memory beside a large matrix in bfloat16."""
+    checkpoint = make(tmp_path)
+    grown = growth_of_peak(lambda: checkpoint.load([EMBEDDING], torch.bfloat16, torch.device("cpu")))
+    assert RESULT_BYTES // 2 < grown < RESULT_BYTES + BESIDE_BYTES
+
+
+def test_stacking_holds_little_beside_the_result() -> None:
+    """Parts go straight to their rows: there is no time at which they exist twice."""
+    checkpoint = RandomCheckpoint("llama-3.2-1b", **{**SIZES, "intermediate_size": ROWS // 2})
+    group = {"gate_up": [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]}
+    grown = growth_of_peak(lambda: checkpoint.load_stacked(group, torch.bfloat16, torch.device("cpu")))
+    assert RESULT_BYTES // 2 < grown < RESULT_BYTES + BESIDE_BYTES
+
+
+def test_the_trusted_process_of_llama_1b_stays_near_its_embedding() -> None:
+    """Mode fused in bfloat16: the whole process, imports included, peaks below the embedding and 400 MiB."""
+    done = subprocess.run([sys.executable, "-c", TRUSTED_SIDE], capture_output=True, text=True, check=True)
+    before, peak, embedding = json.loads(done.stdout)
+    assert embedding == 501 * MIB
+    assert peak < embedding + 400 * MIB
+    assert peak - before < embedding + BESIDE_BYTES
