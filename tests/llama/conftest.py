@@ -23,6 +23,7 @@ from llama_split.operations import Mode
 from llama_split.settings import demo_model
 from llama_split.worker.kernels import Weights
 from llama_split.worker.service import Service
+from llama_split.worker.sessions import SessionLimits
 from shmtransport import Server
 
 BASE: dict[str, Any] = {
@@ -99,13 +100,17 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker_in_thread(path: Path, dtype: torch.dtype = torch.float32) -> Iterator[Worker]:
+def worker_in_thread(
+    path: Path, dtype: torch.dtype = torch.float32, limits: SessionLimits | None = None
+) -> Iterator[Worker]:
     """Serve the model at ``path`` for the length of the block."""
     directory = tempfile.mkdtemp(prefix="split-test-")
     checkpoint = open_checkpoint(str(path))
     try:
         with Server(f"ipc://{directory}/worker.ipc") as server:
-            service = Service(server, Weights(checkpoint, dtype, torch.device("cpu"), embedding=True), checkpoint)
+            service = Service(
+                server, Weights(checkpoint, dtype, torch.device("cpu"), embedding=True), checkpoint, limits
+            )
 
             def serve() -> None:
                 torch.set_num_threads(1)  # a setting of each thread

@@ -10,8 +10,8 @@ import torch
 
 from llama_split import SplitLlamaForCausalLM, WorkerMismatch
 from llama_split.checkpoint import open_checkpoint
-from llama_split.operations import GATE_UP, OPERATIONS, Geometry, Mode
-from llama_split.worker import sessions
+from llama_split.operations import GATE_UP, OPERATIONS, Mode, Operation
+from llama_split.worker.sessions import SessionLimits
 from shmtransport import RemoteError, Server
 
 from .conftest import Small, Worker
@@ -20,15 +20,24 @@ from .prompts import prompt
 Serve = Callable[..., Server]
 
 
-def _liar(small: Small, answer: Callable[[str, torch.Tensor], Any]) -> dict[str, Callable[..., Any]]:
-    """Handlers of a worker that describes itself rightly and computes with ``answer``."""
+def _liar(small: Small, answer: Callable[[torch.Tensor], Any]) -> dict[str, Callable[..., Any]]:
+    """Handlers of a worker that describes itself rightly, and answers with what ``answer`` makes of a right result."""
     checkpoint = open_checkpoint(str(small.path))
-    description = {"geometry": repr(checkpoint.geometry), "fingerprint": checkpoint.fingerprint(), "dtype": "float32"}
+    description = {
+        "geometry": repr(checkpoint.geometry),
+        "fingerprint": checkpoint.fingerprint(),
+        "dtype": "float32",
+        "embedding": True,
+    }
 
-    def handler(name: str) -> Callable[..., Any]:
-        return lambda argument, **_keywords: answer(name, argument)
+    def handler(operation: Operation) -> Callable[..., Any]:
+        def handle(*arguments: torch.Tensor, **keywords: Any) -> Any:
+            sizes = operation.bind(arguments, checkpoint.geometry, N=keywords.get("keep", arguments[0].shape[1]))
+            return answer(torch.zeros(operation.result.shape(sizes)))
 
-    named = {operation.name: handler(operation.name) for operation in (*LINEARS, LAYER, STACK)}
+        return handle
+
+    named = {operation.name: handler(operation) for operation in OPERATIONS}
     return {**named, "describe": lambda: description, "end_session": lambda _number: None}
 
 
@@ -48,8 +57,7 @@ def test_results_of_another_shape_or_kind_are_refused(
     plain: Small, serve: Serve, address: str, mode: Mode, wrong: Callable[[torch.Tensor], Any]
 ) -> None:
     """Nothing that a worker returns is broadcast or converted into logits."""
-    widths = {op.name: op.output_width(Geometry.of(plain.unsplit.config)) for op in (*LINEARS, LAYER, STACK)}
-    serve(**_liar(plain, lambda name, x: wrong(torch.zeros(*x.shape[:-1], widths[name]))))
+    serve(**_liar(plain, wrong))
     with (
         SplitLlamaForCausalLM.from_pretrained(plain.path, worker=address, mode=mode) as split,
         pytest.raises(WorkerMismatch, match="broken or hostile"),
@@ -75,10 +83,10 @@ def test_another_kind_of_server_is_no_worker(plain: Small, serve: Serve, address
 
 
 def test_a_client_can_not_open_sessions_without_bound(
-    layer_split: SplitLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    plain_worker: Worker, layer_split: SplitLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One client's KV sessions are limited, and the error says so; ending one makes room."""
-    monkeypatch.setattr(sessions, "MAX_SESSIONS_PER_CLIENT", 2)
+    monkeypatch.setattr(plain_worker.service.sessions, "_limits", SessionLimits(max_sessions_per_client=2))
     caches = [layer_split.new_cache() for _ in range(3)]
     for cache in caches[:2]:
         layer_split(prompt(3), past_key_values=cache)
@@ -108,5 +116,5 @@ def test_a_forward_that_ended_half_way_shows_no_other_memory(layer_split: SplitL
 def test_the_boundary_names_what_the_worker_is_asked_for(plain_worker: Worker) -> None:
     """The worker registers the boundary's operations and nothing else that computes."""
     registered = set(plain_worker.server._handlers)
-    assert registered == {operation.name for operation in (*LINEARS, LAYER, STACK)} | {"describe", "end_session"}
+    assert registered == {operation.name for operation in OPERATIONS} | {"describe", "end_session"}
     assert GATE_UP.name in registered

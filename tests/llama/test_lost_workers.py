@@ -1,0 +1,271 @@
+"""A worker that dies, or drops a session's KV, costs time and no token."""
+
+from __future__ import annotations
+
+import copy
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama_split import SplitLlamaForCausalLM, WorkerMismatch
+from llama_split.operations import Geometry, Mode, calls_per_forward
+from llama_split.trusted import link
+from llama_split.worker.sessions import SessionLimits
+from shmtransport import PeerDied, RemoteError
+
+from .conftest import Small, Worker, worker_in_thread
+from .prompts import SHARED, padded_prompts, prompt, single_prompt
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "worker.py"
+
+
+class Workers:
+    """Workers at one address, one after another, each a process that is there at once."""
+
+    def __init__(self, model: Path, address: str) -> None:
+        self.address = address
+        self.pid = 0
+        self._mother = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(model), address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._line() == "loaded"
+
+    def start(self) -> None:
+        """Start the next one, and wait until it serves."""
+        assert self._mother.stdin is not None
+        self._mother.stdin.write("next\n")
+        self._mother.stdin.flush()
+        self.pid = int(self._line())
+
+    def kill(self) -> None:
+        """Kill the one that runs, and wait until it is gone, so that the next one finds its address free."""
+        descriptor = os.pidfd_open(self.pid)
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+            assert select.select([descriptor], [], [], 10.0)[0]
+        finally:
+            os.close(descriptor)
+
+    def stop(self) -> None:
+        assert self._mother.stdin is not None
+        assert self._mother.stdout is not None
+        self._mother.stdin.close()
+        self._mother.wait(10.0)
+        self._mother.stdout.close()
+
+    def _line(self) -> str:
+        assert self._mother.stdout is not None
+        return self._mother.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def workers(plain: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Workers of the one small model, none of them started."""
+    running = Workers(plain.path, f"ipc://{tmp_path_factory.mktemp('workers')}/w.ipc")
+    yield running
+    running.stop()
+
+
+def killing(split: SplitLlamaForCausalLM, kill: Callable[[], None], every: int) -> list[int]:
+    """Have ``kill`` called just before each ``every``-th call of an operation; the list grows with each."""
+    kills: list[int] = []
+    calls = 0
+    call = split.link.client.call
+
+    def counted(method: str, *arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        if method not in ("describe", "end_session"):
+            calls += 1
+            if calls % every == 0:
+                kill()
+                kills.append(calls)
+        return call(method, *arguments, **keywords)
+
+    split.link.client.call = counted  # type: ignore[method-assign]
+    return kills
+
+
+@pytest.mark.parametrize("channel", ["zmq", "doorbell"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_generation_survives_kills_at_any_call(
+    plain: Small, workers: Workers, mode: str, channel: Any, options: dict[str, Any]
+) -> None:
+    """Killed with -9 again and again, in the middle of forwards and between them, and started anew: the same tokens."""
+    expected = plain.unsplit.generate(**padded_prompts(), **SHARED, **options, do_sample=False)
+    workers.start()
+    with SplitLlamaForCausalLM.from_pretrained(
+        plain.path, worker=workers.address, mode=mode, channel=channel, revive=workers.start
+    ) as split:
+        per_forward = calls_per_forward(Mode(mode), Geometry.of(plain.unsplit.config))
+        kills = killing(split, workers.kill, 3 * per_forward + per_forward // 2 + 1)
+        tokens = split.generate(**padded_prompts(), **SHARED, **options, do_sample=False)
+        assert len(kills) >= 3
+        assert split.link.epoch == len(kills)
+        assert torch.equal(tokens, expected)
+        workers.kill()
+
+
+def test_a_worker_that_comes_back_by_itself_is_waited_for(plain: Small, workers: Workers, mode: str) -> None:
+    """Nobody here needs to start it: connecting takes as long as it takes somebody else to."""
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    workers.start()
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=workers.address, mode=mode) as split:
+        split.generate(**single_prompt(), max_new_tokens=2, pad_token_id=0)
+        workers.kill()
+        other = threading.Timer(0.5, workers.start)
+        other.start()
+        assert torch.equal(split.generate(**single_prompt(), **SHARED, do_sample=False), expected)
+        other.join()
+        workers.kill()
+
+
+def test_caches_outlive_their_worker(plain: Small, workers: Workers, mode: str) -> None:
+    """A second turn over a cache that was filled through a worker that is dead by now; edited caches too."""
+    text = prompt(9, batch=3)
+    more = prompt(3, batch=3, seed=8)
+    rows = torch.tensor([2, 0, 2])
+    workers.start()
+    with (
+        SplitLlamaForCausalLM.from_pretrained(
+            plain.path, worker=workers.address, mode=mode, revive=workers.start
+        ) as split,
+        torch.inference_mode(),
+    ):
+        cache = split(text, use_cache=True).past_key_values
+        cache.crop(-2)
+        cache.reorder_cache(rows)
+        workers.kill()
+        logits = split(more, past_key_values=cache).logits
+        expected = plain.unsplit(torch.cat([text[:, :-2][rows], more], dim=1), logits_to_keep=3).logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        workers.kill()
+
+
+def test_without_reconnect_a_dead_worker_is_an_error_at_once(plain: Small, workers: Workers, mode: str) -> None:
+    """As the caller chose."""
+    workers.start()
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=workers.address, mode=mode, reconnect=False) as split:
+        workers.kill()
+        with pytest.raises(PeerDied):
+            split(prompt())
+
+
+def test_tries_are_bounded_and_logged(
+    plain: Small, workers: Workers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no worker takes over, the error says so after the last try."""
+    monkeypatch.setattr(link, "RECONNECT_TRIES", 2)
+    workers.start()
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=workers.address, connect_timeout_s=2.0) as split:
+        workers.kill()
+        with pytest.raises(PeerDied, match="none took over"):
+            split(prompt())
+    assert [record.message for record in caplog.records if "try" in record.message][-1].endswith("try 2 of 2")
+
+
+def test_another_model_that_takes_over_is_refused(
+    plain: Small, workers: Workers, save_small: Callable[..., Small]
+) -> None:
+    """Weights are compared at every connection, not at the first alone."""
+    other = Workers(save_small(seed=77).path, workers.address)
+    try:
+        workers.start()
+        with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=workers.address, revive=other.start) as split:
+            workers.kill()
+            with pytest.raises(WorkerMismatch, match="other weights"):
+                split(prompt())
+    finally:
+        other.stop()
+
+
+@pytest.fixture
+def narrow(plain: Small) -> Iterator[Worker]:
+    """A worker with room for one session, whose sessions are idle as soon as they rest."""
+    with worker_in_thread(plain.path, limits=SessionLimits(max_sessions=1, idle_s=0.0)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
+@pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
+def test_sessions_that_take_each_others_room_give_the_right_tokens(
+    plain: Small, narrow: Worker, mode: Mode, embedded: bool
+) -> None:
+    """Two texts in turn on a worker that has room for one: each forward finds its KV gone, and builds it again."""
+    texts = [prompt(9, seed=40), prompt(14, seed=41)]
+    with (
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=narrow.address, mode=mode) as split,
+        torch.inference_mode(),
+    ):
+        caches = [split.new_cache() for _ in texts]
+        for _ in range(4):
+            for index, cache in enumerate(caches):
+                new = texts[index][:, cache.get_seq_length() :]
+                inputs = {"inputs_embeds": split.model.embed_tokens(new)} if embedded else {"input_ids": new}
+                logits = split(**inputs, past_key_values=cache, logits_to_keep=1).logits
+                expected = plain.unsplit(texts[index], logits_to_keep=1).logits
+                torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+                texts[index] = torch.cat([texts[index], logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        assert len(narrow.service.sessions) == 1
+
+
+@pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
+def test_a_copied_cache_goes_on_alone(plain: Small, plain_worker: Worker, mode: Mode) -> None:
+    """A prompt's cache may be continued in two ways; the copy's KV is built when it is first used."""
+    prefix = prompt(9)
+    with (
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode) as split,
+        torch.inference_mode(),
+    ):
+        cache = split(prefix, use_cache=True).past_key_values
+        for seed, each in enumerate((cache, copy.deepcopy(cache), copy.copy(cache))):
+            ids = prompt(3, seed=20 + seed)
+            logits = split(ids, past_key_values=each).logits
+            expected = plain.unsplit(torch.cat([prefix, ids], dim=1), logits_to_keep=3).logits
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
+def test_kv_beyond_the_limit_is_refused_with_its_figures(plain: Small, mode: Mode) -> None:
+    """The error names what is needed, what others hold, the limit and the remedy; the session is as good as before."""
+    token_bytes = 2 * 3 * 32 * 4  # both, layers, 2 key/value heads of 16, float32
+    limits = SessionLimits(max_kv_bytes=token_bytes * 300, idle_s=3600.0)
+    with (
+        worker_in_thread(plain.path, limits=limits) as worker,
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode) as split,
+        torch.inference_mode(),
+    ):
+        first, second = split.new_cache(), split.new_cache()
+        split(prompt(100), past_key_values=first)
+        with pytest.raises(RemoteError, match=r"needs 150\.0 KiB of KV; 96\.0 KiB are held by 1 other.*225\.0 KiB"):
+            split(prompt(200), past_key_values=second)
+        assert worker.service.sessions.kv_bytes <= token_bytes * 300
+        logits = split(prompt(5, seed=3), past_key_values=first).logits
+        expected = plain.unsplit(torch.cat([prompt(100), prompt(5, seed=3)], dim=1), logits_to_keep=5).logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        del first
+        split(prompt(200), past_key_values=second)
+
+
+@pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
+def test_kv_is_allocated_once_for_the_whole_generation(plain: Small, plain_worker: Worker, mode: Mode) -> None:
+    """The worker reserves what the generation may need at most, when its prompt comes, and never more later."""
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode) as split:
+        output = split.generate(
+            **single_prompt(), max_new_tokens=300, pad_token_id=0, do_sample=False, return_dict_in_generate=True
+        )
+        sessions = plain_worker.service.sessions
+        (session,) = sessions._sessions.values()
+        held = session.cache.layers[0]
+        assert held.get_seq_length() == 11 + 300 - 1
+        assert held._key_buffer.shape[2] == 11 + 300 - 1
+        assert session.kv_bytes == session.cache.nbytes == sessions.kv_bytes
+        del output
