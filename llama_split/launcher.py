@@ -20,6 +20,7 @@ READY = "ready"
 """The first word that a worker prints once it answers calls."""
 
 _STOP_TIMEOUT_S = 10.0
+_DYING_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -44,21 +45,23 @@ class WorkerProcess:
     """A worker of our own, at an address in a private directory; ends when the block does.
 
     ``options`` are those of ``llama-split worker``. With ``verbose`` its log goes to this process's standard error.
+    The kernel ends the worker with the thread that started it: with that of ``revive``, where it was used.
     """
 
     def __init__(self, options: Sequence[str], *, verbose: bool = False) -> None:
         self._directory = tempfile.mkdtemp(prefix="llama-split-")
         self.address = f"ipc://{self._directory}/worker.ipc"
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the worker runs
+        self._errors = None if verbose else self._log
         command = [sys.executable, "-m", "llama_split", "worker", "--bind", self.address]
+        self._command = [*command, "--parent", str(os.getpid()), *options]
+        self._start()
+
+    def _start(self) -> None:
         reading, writing = os.pipe()
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker in order.
         self._process = subprocess.Popen(
-            [*command, "--parent", str(os.getpid()), *options],
-            stdin=subprocess.DEVNULL,
-            stdout=writing,
-            stderr=None if verbose else self._log,
-            start_new_session=True,
+            self._command, stdin=subprocess.DEVNULL, stdout=writing, stderr=self._errors, start_new_session=True
         )
         os.close(writing)
         self._stdout = os.fdopen(reading, "rb")
@@ -78,6 +81,25 @@ class WorkerProcess:
             ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
             reason = logged[-1].removeprefix("error: ") if logged and code >= 0 else ended
             raise WorkerFailed(f"the worker did not start: {reason}")
+
+    def revive(self) -> None:
+        """Start the worker again, at the same address, if it has ended, and wait until it answers; else do nothing.
+
+        Raises:
+            WorkerFailed: it ended again instead, or another user has taken the address's directory.
+        """
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # A process that is killed loses its connections a moment before it can be waited for.
+            self._process.wait(_DYING_S)
+        if self._process.poll() is None:
+            return
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self._directory, 0o700)  # a worker that was told to end has removed it
+        if os.lstat(self._directory).st_uid != os.getuid():
+            raise WorkerFailed(f"the worker can't be started again: {self._directory} is another user's by now")
+        self._stdout.close()
+        self._start()
+        self.wait_until_ready()
 
     def stop(self) -> None:
         """End the worker, by force if it takes too long. A second call does nothing."""

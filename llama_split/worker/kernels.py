@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers import LlamaConfig
 
 from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name
 from ..decoder import DecoderLayer, RMSNorm
@@ -50,6 +51,28 @@ class Linear:
         return out
 
 
+def weight_groups(checkpoint: Checkpoint, *, embedding: bool) -> dict[object, list[str]]:
+    """The checkpoint's parameters that a worker holds, each group stacked into one tensor; see ``Weights``."""
+    layers = range(checkpoint.geometry.layers)
+    groups: dict[object, list[str]] = {
+        (index, operation, kind): [layer_name(index, f"{part}.{kind}") for part in parts]
+        for index in layers
+        for operation, parts in _PARTS.items()
+        for kind in _kinds(operation, checkpoint.config)
+    }
+    head = checkpoint.lm_head_name()
+    single = [*(layer_name(index, norm) for index in layers for norm in LAYER_NORMS), FINAL_NORM, head]
+    if embedding and head != EMBEDDING:
+        single.append(EMBEDDING)
+    groups.update({name: [name] for name in single})
+    return groups
+
+
+def _kinds(operation: Operation, config: LlamaConfig) -> tuple[str, ...]:
+    biased = config.attention_bias if operation in (QKV, O) else config.mlp_bias
+    return ("weight", "bias") if biased else ("weight",)
+
+
 class Weights:
     """All that the worker holds: every matrix of the layers and the output matrix, and the norms.
 
@@ -70,19 +93,8 @@ class Weights:
         self.config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
         self.dtype = dtype
         self.device = device
-        layers = range(self.geometry.layers)
-        groups: dict[object, list[str]] = {
-            (index, operation, kind): [layer_name(index, f"{part}.{kind}") for part in parts]
-            for index in layers
-            for operation, parts in _PARTS.items()
-            for kind in self._kinds(operation)
-        }
         head = checkpoint.lm_head_name()
-        single = [*(layer_name(index, norm) for index in layers for norm in LAYER_NORMS), FINAL_NORM, head]
-        if embedding and head != EMBEDDING:
-            single.append(EMBEDDING)
-        groups.update({name: [name] for name in single})
-        loaded = checkpoint.load_stacked(groups, dtype, device, progress)
+        loaded = checkpoint.load_stacked(weight_groups(checkpoint, embedding=embedding), dtype, device, progress)
         self.embedding = loaded.get(EMBEDDING)
         self.lm_head = Linear(loaded[head], None)
         self.norm = RMSNorm(self.geometry.hidden, self.config.rms_norm_eps)
@@ -90,7 +102,7 @@ class Weights:
         self.norm.requires_grad_(False)
         self._linears: list[dict[Operation, Linear]] = []
         self.layers: list[DecoderLayer] = []
-        for index in layers:
+        for index in range(self.geometry.layers):
             self._linears.append(
                 {op: Linear(loaded[index, op, "weight"], loaded.get((index, op, "bias"))) for op in _PARTS}
             )
@@ -127,7 +139,3 @@ class Weights:
         (argument,) = step.arguments
         linear = self.linear(step.operation, step.layer)
         return linear(argument, argument.new_empty((*argument.shape[:-1], linear.weight.shape[0])))
-
-    def _kinds(self, operation: Operation) -> tuple[str, ...]:
-        biased = self.config.attention_bias if operation in (QKV, O) else self.config.mlp_bias
-        return ("weight", "bias") if biased else ("weight",)

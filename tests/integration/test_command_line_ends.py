@@ -15,10 +15,11 @@ from .helpers import eventually
 pytestmark = pytest.mark.timeout(150)
 
 
-def start_generating(model: Path) -> subprocess.Popen[bytes]:
+def start_generating(model: Path, *options: str) -> subprocess.Popen[bytes]:
     """A command with its own worker that has begun to print what it generates."""
+    common = ("--prompt", "w5", "--no-chat", "--model", str(model), "--max-new-tokens", "90000")
     process = subprocess.Popen(
-        [*LLAMA, "generate", "--prompt", "w5", "--no-chat", "--model", str(model), "--max-new-tokens", "90000"],
+        [*LLAMA, "generate", *common, *options],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -54,9 +55,9 @@ def test_a_killed_generation_leaves_no_worker_and_no_file(long: Path) -> None:
     assert eventually(lambda: not workers_of(process.pid), 10.0)
 
 
-def test_a_killed_worker_is_one_line(long: Path) -> None:
+def test_a_killed_worker_is_one_line_if_it_is_not_to_be_started_again(long: Path) -> None:
     """The generation ends with an error that says so, not with a time-out."""
-    process = start_generating(long)
+    process = start_generating(long, "--no-reconnect")
     for worker in workers_of(process.pid):
         os.kill(worker, signal.SIGKILL)
     code, err = finish(process)
