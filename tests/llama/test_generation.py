@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from llama_split import SplitLlamaForCausalLM
+from llama_split.synthetic import RandomCheckpoint
 
 from .conftest import Small, Worker, worker_in_thread
 from .prompts import LONG, NEW_TOKENS, SHARED, STATIC, Spelled, difference, padded_prompts, prompt, single_prompt
@@ -34,12 +35,23 @@ def test_greedy_tokens_are_those_of_the_unsplit_model(
     assert len(set(expected[0, -NEW_TOKENS:].tolist())) > 3, "the random model repeats itself; nothing was tested"
 
 
+SAMPLING: dict[str, dict[str, Any]] = {
+    "top-k-top-p": {"temperature": 0.8, "top_k": 20, "top_p": 0.95},
+    "min-p": {"temperature": 1.5, "min_p": 0.05},
+    "repetition": {"temperature": 0.9, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+}
+
+
+@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
 @pytest.mark.parametrize("prompts", [single_prompt, padded_prompts])
 def test_sampled_tokens_are_those_of_the_unsplit_model(
-    plain: Small, plain_split: SplitLlamaForCausalLM, prompts: Callable[[], dict[str, torch.Tensor]]
+    plain: Small,
+    plain_split: SplitLlamaForCausalLM,
+    prompts: Callable[[], dict[str, torch.Tensor]],
+    options: dict[str, Any],
 ) -> None:
-    """With the same seed, sampling takes the same tokens."""
-    options = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.95}
+    """With the same seed, sampling takes the same tokens, whatever narrows the choice."""
+    options = {"do_sample": True, **options}
     torch.manual_seed(7)
     expected = plain.unsplit.generate(**prompts(), **SHARED, **options)
     torch.manual_seed(7)
@@ -121,6 +133,17 @@ def test_a_stopping_criterion_of_ones_own_is_asked(plain: Small, plain_split: Sp
     tokens = plain_split.generate(**single_prompt(), **SHARED, **options)
     assert torch.equal(tokens, expected)
     assert tokens.shape[1] == 20
+
+
+def test_a_stop_string_ends_the_text(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """``stop_strings`` end generation where the unsplit model's ends, in the middle of the text."""
+    tokenizer = RandomCheckpoint("llama-3.2-1b", vocab_size=300).tokenizer()
+    free = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    options: dict[str, Any] = {"do_sample": False, "tokenizer": tokenizer}
+    options["stop_strings"] = [tokenizer.decode(free[0, 11 + 5 : 11 + 7])]
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, **options)
+    assert expected.shape[1] < free.shape[1]
+    assert torch.equal(plain_split.generate(**single_prompt(), **SHARED, **options), expected)
 
 
 def test_a_text_streamer_prints_the_tokens(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit
+from llama_split import SplitLlamaForCausalLM
 
-from .conftest import Small, worker_in_thread
+from .conftest import Small, Worker, worker_in_thread
 from .prompts import SHARED, padded_prompts, prompt, single_prompt
 
 
@@ -90,15 +90,12 @@ def test_a_reset_cache_takes_another_batch(plain: Small, plain_split: SplitLlama
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_copies_of_a_prompts_cache_are_right_or_refused(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+def test_copies_of_a_prompts_cache_go_on_alone(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
     """Two continuations of one copied cache, in turn, never see each other's tokens: transformers' prefix reuse."""
     prefix = prompt(9)
     with torch.inference_mode():
         cache = plain_split(prefix, use_cache=True).past_key_values
-        try:
-            caches = [copy.deepcopy(cache) for _ in range(2)]
-        except (UnsupportedBySplit, TypeError):
-            return
+        caches = [copy.deepcopy(cache) for _ in range(2)]
         texts = [prefix, prefix]
         for seed in (20, 30):
             for row in range(2):
@@ -134,6 +131,46 @@ def test_half_precision_logits_are_near_those_of_the_unsplit_model(
         error = (output.float() - expected.float()).abs().max()
         assert error <= tolerance * expected.float().abs().max()
         assert split.generate(**single_prompt(), **SHARED, do_sample=False).shape == (1, 11 + 16)
+
+
+@pytest.mark.parametrize("mode", ["op", "fused", "layer"])
+def test_hidden_states_are_those_of_the_unsplit_model(plain: Small, plain_worker: Worker, mode: str) -> None:
+    """Embeddings, each layer's, and the last after the final norm, in every split where they cross; in parts too."""
+    ids = prompt(50, batch=2)
+    for arena_bytes in (None, 64 << 10):  # the smaller one cuts the forward
+        with (
+            SplitLlamaForCausalLM.from_pretrained(
+                plain.path, worker=plain_worker.address, mode=mode, arena_bytes=arena_bytes
+            ) as split,
+            torch.inference_mode(),
+        ):
+            found, expected = (model(ids, output_hidden_states=True).hidden_states for model in (split, plain.unsplit))
+            assert len(found) == len(expected) == 4
+            for mine, right in zip(found, expected, strict=True):
+                torch.testing.assert_close(mine, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["op", "fused"])
+def test_attention_weights_are_those_of_the_unsplit_model(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """Where attention is this side's, its weights are there as transformers' eager attention gives them."""
+    unsplit = LlamaForCausalLM.from_pretrained(plain.path, attn_implementation="eager")
+    with torch.inference_mode():
+        outputs = [model(**padded_prompts(), output_attentions=True) for model in (plain_split, unsplit)]
+    assert len(outputs[0].attentions) == len(outputs[1].attentions) == 3
+    real = padded_prompts()["attention_mask"].bool()
+    for mine, right in zip(outputs[0].attentions, outputs[1].attentions, strict=True):
+        assert mine.shape == right.shape
+        torch.testing.assert_close(mine.transpose(1, 2)[real], right.transpose(1, 2)[real], atol=1e-5, rtol=1e-4)
+
+
+def test_generation_gives_hidden_states(plain: Small, plain_worker: Worker) -> None:
+    """``generate(output_hidden_states=True)`` has a tuple of them for each token."""
+    options: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, **options)
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode="layer") as split:
+        output = split.generate(**single_prompt(), **SHARED, **options)
+    assert len(output.hidden_states) == 16
+    torch.testing.assert_close(output.hidden_states[5][2], expected.hidden_states[5][2], atol=1e-4, rtol=1e-4)
 
 
 def test_a_tuple_is_returned_if_asked_for(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:

@@ -78,13 +78,40 @@ def test_a_cache_implementation_is_refused_where_the_worker_keeps_the_kv(
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
-def test_an_output_that_a_split_does_not_have_is_refused(plain_split: SplitLlamaForCausalLM, asked: str) -> None:
-    """What is asked for is given or refused, never left out silently."""
-    try:
-        output = plain_split(prompt(), **{asked: True})
-    except UnsupportedBySplit:
+def test_an_output_that_a_split_does_not_have_is_refused(
+    plain_split: SplitLlamaForCausalLM, mode: str, asked: str
+) -> None:
+    """What never leaves the worker can't be given; the error names a split that can, in a call and in generation."""
+    kept = {"output_hidden_states": ["stack"], "output_attentions": ["layer", "stack"]}[asked]
+    if mode not in kept:
+        assert plain_split(prompt(), **{asked: True})[asked.removeprefix("output_")] is not None
         return
-    assert output[asked.removeprefix("output_")] is not None
+    with pytest.raises(UnsupportedBySplit, match=f"{asked}.*mode {mode}.*use mode (layer|fused)"):
+        plain_split(prompt(), **{asked: True})
+    with pytest.raises(UnsupportedBySplit, match=asked):
+        plain_split.generate(**single_prompt(), **SHARED, return_dict_in_generate=True, **{asked: True})
+
+
+def test_training_is_refused(plain_split: SplitLlamaForCausalLM) -> None:
+    """In training mode dropout and gradients would be expected, and none crosses to the worker."""
+    plain_split.train()
+    with pytest.raises(UnsupportedBySplit, match="can't be trained"):
+        plain_split(prompt())
+    plain_split.eval()
+    plain_split(prompt())
+
+
+def test_gradients_are_refused(plain_split: SplitLlamaForCausalLM) -> None:
+    """Inputs or parameters that want a gradient would get none; without gradients they are welcome."""
+    embedded = torch.randn(1, 5, plain_split.config.hidden_size, requires_grad=True)
+    with pytest.raises(UnsupportedBySplit, match="gradient"):
+        plain_split(inputs_embeds=embedded)
+    with torch.no_grad():
+        plain_split(inputs_embeds=embedded)
+    parameter = next(plain_split.parameters())
+    parameter.requires_grad_()
+    with pytest.raises(UnsupportedBySplit, match="gradient"):
+        plain_split(prompt())
 
 
 def test_a_cache_of_another_kind_is_refused_where_the_worker_keeps_the_kv(layer_split: SplitLlamaForCausalLM) -> None:

@@ -67,7 +67,7 @@ def generated(unsplit_smollm2: LlamaForCausalLM, prompts: list[torch.Tensor]) ->
     return tokens
 
 
-@pytest.fixture(scope="module", params=["fused", "layer", "stack"])
+@pytest.fixture(scope="module", params=["op", "fused", "layer", "stack"])
 def split(
     request: pytest.FixtureRequest,
     smollm2_starting: WorkerProcess,  # first, so that it loads while this process does
