@@ -20,8 +20,11 @@ FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 LAYER_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
-BLOCK_NUMBERS = 1 << 21
-"""How many numbers are read and converted at a time: 8 MiB in float32, however large the tensor is."""
+BLOCK_NUMBERS = 1 << 20
+"""How many numbers are read and converted at a time: 4 MiB in float32, however large the tensor is.
+
+torch joins its threads after each block, which is slow where they spin on busy cores: hence none much smaller.
+"""
 
 _LAYER_PREFIX = re.compile(r"^model\.layers\.\d+\.")
 

@@ -22,7 +22,7 @@ from llama_split.synthetic import RandomCheckpoint
 MIB = 1 << 20
 ROWS, WIDTH = 32768, 1024
 RESULT_BYTES = ROWS * WIDTH * 2
-BESIDE_BYTES = 40 * MIB  # a few blocks of 8 MiB and what they are made of; a float32 copy would be 128 MiB
+BESIDE_BYTES = 40 * MIB  # a few blocks of 4 MiB and what they are made of; a float32 copy would be 128 MiB
 SIZES: dict[str, Any] = {
     "vocab_size": ROWS,
     "hidden_size": WIDTH,

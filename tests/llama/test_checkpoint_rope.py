@@ -116,6 +116,19 @@ def test_factors_that_are_not_llama3s_are_used_one_by_one(tmp_path: Path) -> Non
     assert_same_model(checkpoint, model)
 
 
+def test_factors_of_fewer_digits_are_the_same_model(tmp_path: Path) -> None:
+    """A config.json that has the factors in decimal has the fingerprint of the file that has them in binary."""
+    model = random_llama(rope_parameters=OTHER_ROPE)
+    file = as_gguf(model, tmp_path / "model.gguf", more=with_factors(llama3_factors(OTHER_ROPE, 16)))
+    checkpoint = open_checkpoint(str(file))
+    rope = checkpoint.config.rope_parameters
+    digits = [float(f"{factor:.8g}") for factor in rope["short_factor"]]
+    assert digits != rope["short_factor"]
+    model.config.rope_parameters = {**rope, "short_factor": digits, "long_factor": digits}
+    model.save_pretrained(tmp_path / "directory")
+    assert open_checkpoint(str(tmp_path / "directory")).fingerprint() == checkpoint.fingerprint()
+
+
 @pytest.mark.parametrize(
     ("add", "rope"),
     [
