@@ -10,11 +10,12 @@ import torch
 
 from llama_split import SplitLlamaForCausalLM, WorkerMismatch
 from llama_split.checkpoint import open_checkpoint
-from llama_split.operations import GATE_UP, OPERATIONS, Mode, Operation
+from llama_split.operations import GATE_UP, OPERATIONS, Mode
 from llama_split.worker.sessions import SessionLimits
 from shmtransport import RemoteError, Server
 
 from .conftest import Small, Worker
+from .hollow import hollow_handlers
 from .prompts import prompt
 
 Serve = Callable[..., Server]
@@ -23,22 +24,7 @@ Serve = Callable[..., Server]
 def _liar(small: Small, answer: Callable[[torch.Tensor], Any]) -> dict[str, Callable[..., Any]]:
     """Handlers of a worker that describes itself rightly, and answers with what ``answer`` makes of a right result."""
     checkpoint = open_checkpoint(str(small.path))
-    description = {
-        "geometry": repr(checkpoint.geometry),
-        "fingerprint": checkpoint.fingerprint(),
-        "dtype": "float32",
-        "embedding": True,
-    }
-
-    def handler(operation: Operation) -> Callable[..., Any]:
-        def handle(*arguments: torch.Tensor, **keywords: Any) -> Any:
-            sizes = operation.bind(arguments, checkpoint.geometry, N=keywords.get("keep", arguments[0].shape[1]))
-            return answer(torch.zeros(operation.result.shape(sizes)))
-
-        return handle
-
-    named = {operation.name: handler(operation) for operation in OPERATIONS}
-    return {**named, "describe": lambda: description, "end_session": lambda _number: None}
+    return hollow_handlers(checkpoint, torch.float32, lambda shape: answer(torch.zeros(shape)))
 
 
 @pytest.mark.parametrize("mode", list(Mode))
