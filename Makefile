@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_MODEL_STAMP := $(VENV)/.demo-model
+PEERS_STAMP := $(VENV)/.bench-peers
+BENCH_RUNS := $(VENV)/bench-runs
 
 PROMPT ?= What is the capital of France?
 MODE ?= fused
@@ -18,7 +20,7 @@ FULLY_COVERED := protocol ring arena descriptor message message_ring doorbell
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz coverage soak check fix bench clean
+.PHONY: help install demo test fuzz coverage soak check fix bench bench-quick bench-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,8 +66,24 @@ fix: install ## let ruff mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## round trips of our channel beside the original's way and the bare socket
-	$(BIN)/python -m bench latency
+# The peers that bench compares with: large, and needed for nothing else.
+$(PEERS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[bench-peers]'
+	@touch $@
+
+bench: install $(PEERS_STAMP) ## every benchmark beside everybody, in some ten minutes; figures and pictures go to docs/
+	mkdir -p $(BENCH_RUNS)
+	$(BIN)/python -m bench latency --seconds 0.3 --rounds 2 --json $(BENCH_RUNS)/latency.json --plot docs/images
+	$(BIN)/python -m bench throughput --seconds 0.3 --rounds 1 --json $(BENCH_RUNS)/throughput.json --plot docs/images
+	$(BIN)/python -m bench seed --seconds 0.3 --rounds 2 --json $(BENCH_RUNS)/seed.json --plot docs/images
+	$(BIN)/python -m bench report $(BENCH_RUNS)/latency.json $(BENCH_RUNS)/throughput.json $(BENCH_RUNS)/seed.json
+
+bench-quick: install ## the most telling of them, in less than two minutes, with the peers that are installed
+	$(BIN)/python -m bench latency --seconds 0.15 --rounds 1 --sizes 64,1048576,134217728 --contenders "doorbell,zmq,polling,shared_memory,memcpy,semaphore"
+	$(BIN)/python -m bench seed --seconds 0.3 --rounds 1 --dtypes float32 --patterns op --contenders doorbell,memcpy
+
+bench-check: install ## compare ratios with the stored ones; fails on a clear loss
+	$(BIN)/python -m bench check
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

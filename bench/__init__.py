@@ -1,1 +1,1 @@
-"""Round trips of our transport beside others', each in a fresh pair of processes, all in one run."""
+"""Round trips of our transport beside others', each in fresh pairs of processes, all in one run."""

@@ -1,28 +1,38 @@
-"""``python -m bench latency``: round trips by size, of all contenders, in one run."""
+"""``python -m bench``: latency, throughput, seed, check and report; every run is one on this machine, side by side."""
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import subprocess
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import numpy as np
-import torch
 import typer
-import zmq
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-from .contenders import CONTENDERS
+from . import grids, runner
+from .contenders import CONTENDERS, Contender
+from .content import words
+from .ratios import CHECK_SIZES, CHECKED, STORED, Measured, check_names, losses, measured, targets
+from .report import write_report
+from .results import Run, read, write
+from .seed import seed as run_seed
+from .seed_contenders import SEED_CONTENDERS
+from .seed_workload import DTYPES, PATTERNS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-_SIZES = "64,65536,1048576,16777216"
+_LATENCY_SIZES = "64,65536,1048576,8388608,134217728"
+_WIDTH = 150
+_THROUGHPUT_SIZES = "64,1048576,67108864"
+
+Contenders = Annotated[str, typer.Option(help="Parts of names, comma separated; all if empty.")]
+Sizes = Annotated[str, typer.Option(help="Bytes of a tensor, multiples of 8 from 64 on, comma separated.")]
+Seconds = Annotated[float, typer.Option(help="How long to measure each, per round.")]
+Rounds = Annotated[int, typer.Option(help="Interleaved rounds, against drift.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write what was found here.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture into this directory.")]
 
 
 @app.callback()
@@ -32,51 +42,125 @@ def root() -> None:
 
 @app.command()
 def latency(
-    sizes: Annotated[str, typer.Option(help="Tensor sizes in bytes, comma separated.")] = _SIZES,
-    seconds: Annotated[float, typer.Option(help="How long to measure one contender at one size, per round.")] = 1.0,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds, against drift.")] = 3,
-    json_file: Annotated[str | None, typer.Option("--json", help="Write every sample's summary here.")] = None,
+    contenders: Contenders = "",
+    sizes: Sizes = _LATENCY_SIZES,
+    seconds: Seconds = 0.4,
+    rounds: Rounds = 3,
+    json_file: Json = None,
+    plot: Plot = None,
 ) -> None:
     """A call with a tensor of N bytes, answered by a tensor of N bytes; content checked."""
-    wanted = [int(size) for size in sizes.split(",")]
-    samples: dict[tuple[str, int], list[float]] = {(name, size): [] for name in CONTENDERS for size in wanted}
-    work = [key for _ in range(rounds) for key in samples]
+    run = runner.latency(_chosen(contenders), _sizes(sizes), seconds, rounds)
+    tables = [*grids.latency_grids(run), grids.overview_grid(run), grids.target_grid(targets(run, None))]
+    _show(grids.setting_text(run.setting), tables, run.skipped)
+    _keep(run, json_file, plot)
+
+
+@app.command()
+def throughput(
+    contenders: Contenders = "",
+    sizes: Sizes = _THROUGHPUT_SIZES,
+    seconds: Seconds = 0.4,
+    rounds: Rounds = 2,
+    json_file: Json = None,
+    plot: Plot = None,
+) -> None:
+    """The same with as many calls under way as each contender can, making and checking of tensors included."""
+    run = runner.throughput(_chosen(contenders, moving_only=True), _sizes(sizes), seconds, rounds)
+    _show(grids.setting_text(run.setting), [grids.throughput_grid(run)], run.skipped)
+    _keep(run, json_file, plot)
+
+
+@app.command()
+def seed(
+    contenders: Contenders = "",
+    dtypes: Annotated[str, typer.Option(help="Comma separated.")] = ",".join(DTYPES),
+    patterns: Annotated[str, typer.Option(help="Comma separated.")] = ",".join(PATTERNS),
+    seconds: Seconds = 0.4,
+    rounds: Rounds = 2,
+    json_file: Json = None,
+    plot: Plot = None,
+) -> None:
+    """The original's forward of 98 calls, and the patterns with fewer, as transport only."""
+    names = [name for name in SEED_CONTENDERS if not contenders or any(part in name for part in contenders.split(","))]
+    run = run_seed(_known(dtypes, DTYPES), _known(patterns, PATTERNS), names, seconds, rounds)
+    _show(grids.setting_text(run.setting), grids.seed_grids(run), {})
+    _keep(run, json_file, plot)
+
+
+@app.command()
+def check(
+    seconds: Seconds = 0.3,
+    rounds: Rounds = 5,
+    update: Annotated[bool, typer.Option(help="Store what is measured now.")] = False,
+) -> None:
+    """Compare ratios with the stored ones; fail on a loss that is beyond the noise."""
+    run = runner.latency([CONTENDERS[name] for name in check_names()], CHECK_SIZES, seconds, rounds, idle_s=0.0)
+    now = {one.title: found for one in CHECKED if (found := measured(one, run)) is not None}
+    _show(grids.setting_text(run.setting), [grids.target_grid(targets(run, None))], run.skipped)
+    if update:
+        STORED.write_bytes(msgspec.json.format(msgspec.json.encode(now), indent=1) + b"\n")
+        return
+    worse = losses(msgspec.json.decode(STORED.read_bytes(), type=dict[str, Measured]), now)
+    for loss in worse:
+        print(f"worse: {loss}", file=sys.stderr)
+    raise typer.Exit(1 if worse else 0)
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="What --json has written.")],
+    document: Annotated[Path, typer.Option(help="Markdown with <!-- bench:… --> markers.")] = Path(
+        "docs/benchmarks.md"
+    ),
+) -> None:
+    """Write the tables of runs into the document."""
+    write_report(document, [read(path) for path in files])
+
+
+def _chosen(contenders: str, moving_only: bool = False) -> list[type[Contender]]:
+    try:
+        return runner.chosen(contenders, moving_only)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(size) for size in text.split(",")]
+        for size in sizes:
+            words(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return sizes
+
+
+def _known(text: str, known: Iterable[str]) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+    return names
+
+
+def _show(setting: str, tables: Iterable[grids.Grid], skipped: dict[str, str]) -> None:
     console = Console()
-    for name, size in track(work, description="measuring", console=Console(stderr=True), transient=True):
-        command = [sys.executable, "-m", "bench.pair", name, str(size), str(seconds)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        samples[name, size] += json.loads(output)["samples"]
-    console.print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, pyzmq {zmq.__version__}, "
-        f"msgspec {msgspec.__version__}, numpy {np.__version__}, {platform.machine()}, Linux {platform.release()}"
-    )
-    for size in wanted:
-        console.print(_table(size, samples))
+    if not console.is_terminal:  # a log or a pipe
+        console = Console(width=_WIDTH)
+    console.print(setting)
+    for grid in tables:
+        console.print(grids.to_rich(grid))
+    if skipped:
+        console.print(grids.to_rich(grids.skipped_grid(skipped)))
+
+
+def _keep(run: Run, json_file: Path | None, plot: Path | None) -> None:
     if json_file is not None:
-        with open(json_file, "w", encoding="utf-8") as file:
-            json.dump([_summary(name, size, found) for (name, size), found in samples.items()], file, indent=1)
+        write(json_file, run)
+    if plot is not None:
+        from .plots import picture  # matplotlib takes a second to import
 
-
-def _summary(name: str, size: int, found: list[float]) -> dict[str, object]:
-    return {
-        "name": name,
-        "nbytes": size,
-        "calls": len(found),
-        "p50_us": statistics.median(found) * 1e6,
-        "p99_us": statistics.quantiles(found, n=100)[98] * 1e6,
-        "min_us": min(found) * 1e6,
-    }
-
-
-def _table(size: int, samples: dict[tuple[str, int], list[float]]) -> Table:
-    table = Table(title=f"{size} bytes each way", title_justify="left")
-    for title in ("contender", "copies", "calls", "min µs", "p50 µs", "p99 µs"):
-        table.add_column(title, justify="left" if title == "contender" else "right")
-    for name, contender in CONTENDERS.items():
-        row = _summary(name, size, samples[name, size])
-        figures = [f"{row[figure]:.1f}" for figure in ("min_us", "p50_us", "p99_us")]
-        table.add_row(name, contender.copies, str(row["calls"]), *figures)
-    return table
+        print(f"wrote {picture(run, plot)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

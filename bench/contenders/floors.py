@@ -1,48 +1,203 @@
-"""Floors: what the machine takes to wake another process, and to tell it without waking."""
+"""Floors: what the machine takes to tell another process something, and to copy a tensor's bytes.
+
+None of them is a way to call; they say what the contenders' figures consist of.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
 import posix_ipc
 import torch
+import zmq
 
-from .base import Contender
+from ..content import respond, words
+from .base import Contender, PrivateTensors
+from .sockets import Sockets
+
+REQUEST_BYTES, REPLY_BYTES = 35, 27
+"""What a call of ours with a tensor each way takes; a test compares them with what is really sent."""
+
+_NOTHING = torch.empty(0, dtype=torch.int64)
+_LINE_WORDS = 16  # two cache lines: neighbours are fetched in pairs
+_WAIT_S = 0.25  # a signal doesn't end it
+_LOOKS = 1 << 20  # then see whether the other side is still there
 
 
-class SemaphorePingPong(Contender):
-    """Two semaphores: each side blocks until the other posts. No byte is sent."""
+class _Signal(Contender):
+    """A floor without a tensor."""
 
-    name = "bare semaphore ping-pong"
+    group = "floor"
     copies = "–"
+    reply = "none"
+    moves_tensors = False
 
-    @staticmethod
-    def _pair(address: str, flags: int) -> tuple[posix_ipc.Semaphore, posix_ipc.Semaphore]:
-        stem = "/bench-" + address.rsplit("/", 2)[-2]
-        return posix_ipc.Semaphore(stem + "-there", flags), posix_ipc.Semaphore(stem + "-back", flags)
+    def prepare(self, nbytes: int) -> torch.Tensor:
+        return _NOTHING
 
-    @classmethod
-    def serve(cls, address: str, nbytes: int) -> None:
-        there, back = cls._pair(address, posix_ipc.O_CREX)
-        print("ready", flush=True)
-        there.acquire()
-        there.unlink()
-        back.unlink()
-        back.release()
-        while True:
-            there.acquire()
-            back.release()
+    def receive(self) -> torch.Tensor:
+        self.wait()
+        return _NOTHING
 
-    def connect(self, address: str, nbytes: int) -> None:
-        self._there, self._back = self._pair(address, 0)
-        self._round_trip()
-
-    def call(self, value: int) -> torch.Tensor:
-        self._round_trip()
-        return torch.tensor(value + 1, dtype=torch.uint8)
+    def wait(self) -> None:
+        """Until the other side has answered."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        self._there.close()
-        self._back.close()
+        pass
 
-    def _round_trip(self) -> None:
+
+class SemaphorePingPong(_Signal):
+    """Two POSIX semaphores: each side blocks until the other posts."""
+
+    name = "semaphore ping-pong"
+    how = "posix_ipc, two semaphores, both sides block"
+
+    def link(self) -> Any:
+        stem = "/" + self.directory.rpartition("/")[2]
+        names = f"{stem}-there", f"{stem}-back"
+        self._there, self._back = (posix_ipc.Semaphore(name, posix_ipc.O_CREX) for name in names)
+        return names
+
+    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+        there, back = (posix_ipc.Semaphore(name) for name in link)
+        ready()
+        while True:
+            with contextlib.suppress(posix_ipc.BusyError):
+                there.acquire(_WAIT_S)
+                back.release()
+
+    def connect(self) -> None:
+        self._there.unlink()
+        self._back.unlink()
+
+    def send(self) -> None:
         self._there.release()
+
+    def wait(self) -> None:
         self._back.acquire()
+
+
+class CacheLinePingPong(_Signal):
+    """Two cells in shared memory: each side looks at one until it changes, and writes the other."""
+
+    name = "cache-line ping-pong"
+    how = "two cells in shared memory, both sides spin in Python"
+
+    def link(self) -> str:
+        path = f"{self.directory}/cells"
+        with open(path, "wb") as file:
+            file.write(bytes(mmap.PAGESIZE))
+        return path
+
+    @staticmethod
+    def _cells(path: str) -> memoryview:
+        with open(path, "r+b") as file:
+            return memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+
+    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+        cells = self._cells(link)
+        parent = os.getppid()
+        seen = 0
+        ready()
+        while os.getppid() == parent:
+            for _ in range(_LOOKS):
+                if cells[0] != seen:
+                    seen = cells[_LINE_WORDS] = cells[0]
+
+    def connect(self) -> None:
+        self._memory = self._cells(f"{self.directory}/cells")
+        self._turn = 0
+
+    def send(self) -> None:
+        self._turn += 1
+        self._memory[0] = self._turn
+
+    def wait(self) -> None:
+        memory, turn = self._memory, self._turn
+        while memory[_LINE_WORDS] != turn:
+            pass
+
+
+class _BareSockets(Sockets, _Signal):
+    """A bare round trip of the bytes that one of our calls takes."""
+
+    packages = (("zmq", "pyzmq"),)
+    request: ClassVar[bytes] = bytes(REQUEST_BYTES)
+
+    def send(self) -> None:
+        self._socket.send(self.request)
+
+    def wait(self) -> None:
+        self._socket.recv()
+
+
+class RequestReplyFloor(_BareSockets):
+    """The sockets that the original uses."""
+
+    name = "pyzmq REQ/REP, no tensor"
+    how = f"{REQUEST_BYTES} bytes there, {REPLY_BYTES} back, over ipc"
+
+    def answer(self, socket: zmq.Socket[bytes]) -> None:
+        socket.send(socket.recv()[:REPLY_BYTES])
+
+
+class DealerRouterFloor(_BareSockets):
+    """The sockets that we use."""
+
+    name = "pyzmq DEALER/ROUTER, no tensor"
+    how = f"{REQUEST_BYTES} bytes there, {REPLY_BYTES} back, over ipc"
+    client_kind = zmq.DEALER
+    server_kind = zmq.ROUTER
+
+    def answer(self, socket: zmq.Socket[bytes]) -> None:
+        identity, request = socket.recv_multipart()
+        socket.send_multipart((identity, request[:REPLY_BYTES]))
+
+
+class MemcpyFloor(Contender):
+    """The two copies that copying in must make: private tensors into faulted shared memory, in one process."""
+
+    name = "memcpy there and back"
+    group = "floor"
+    how = "two memcpys into shared memory whose pages are mapped already, in one process, nobody told"
+    copies = "2"
+    reply = "overwritten by the next call"
+    has_server = False
+
+    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+        raise NotImplementedError("nobody answers")
+
+    def connect(self) -> None:
+        self._places = [faulted_memory(self.max_nbytes) for _ in range(2)]
+        self._requests, self._replies = PrivateTensors(1), PrivateTensors(1)
+
+    def prepare(self, nbytes: int) -> torch.Tensor:
+        self._count = words(nbytes)
+        self._request = self._requests.next(nbytes)
+        return self._request
+
+    def send(self) -> None:
+        np.copyto(self._places[0][: self._count], self._request.numpy())
+
+    def receive(self) -> torch.Tensor:
+        there, back = (place[: self._count] for place in self._places)
+        reply = self._replies.next(8 * self._count)
+        respond(torch.from_numpy(there), reply)
+        np.copyto(back, reply.numpy())
+        return torch.from_numpy(back)
+
+    def close(self) -> None:
+        self._places.clear()
+
+
+def faulted_memory(nbytes: int) -> np.ndarray[Any, Any]:
+    """Shared memory as words, all of its pages mapped."""
+    array = np.frombuffer(mmap.mmap(-1, nbytes), np.int64)  # anonymous and shared: the kernel's tmpfs, as POSIX memory
+    array[:] = 0
+    return array

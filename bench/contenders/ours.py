@@ -1,81 +1,163 @@
-"""This project's transport, over its channels."""
+"""This project's transport, over its channels.
+
+In place, the client's ``empty`` is where the request is made and the server's where the result is. Copied in, both are
+made elsewhere, and the transport copies each into an arena.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 
-from shmtransport import ChannelKind, Client, Server
+from shmtransport import ChannelKind, Client, PendingReply, Server
 
-from .base import Contender
+from ..content import respond, words
+from .base import Contender, PrivateTensors
 
-_ROOM = 4  # tensors that fit each arena
+_ROOM = 4  # of the largest tensors in each arena
+_SMALLEST_ARENA_BYTES = 4 << 20
+SPIN_US = 2000.0
 
 
-def _arena_bytes(nbytes: int) -> int:
-    return max(_ROOM * nbytes, 1 << 20)
+def arena_bytes(max_nbytes: int) -> int:
+    """The size of an arena for tensors of up to ``max_nbytes``."""
+    return max(_ROOM * max_nbytes, _SMALLEST_ARENA_BYTES)
 
 
-class InPlace(Contender):
-    """Argument and result are made in the arenas."""
+class Ours(Contender):
+    """What all channels share."""
 
-    name = "zmq, in place"
-    copies = "0"
+    group = "ours"
+    in_flight = _ROOM - 1
     channel: ClassVar[ChannelKind] = "zmq"
     spin_us: ClassVar[float] = 0.0
+    reply = "view, valid for as long as it is held"
 
-    @classmethod
-    def serve(cls, address: str, nbytes: int) -> None:
-        server = Server(address, spin_us=cls.spin_us)
-        server.register("increment", lambda x: cls.increment(server, x))
+    def link(self) -> str:
+        self._address = f"ipc://{self.directory}/s"
+        return self._address
+
+    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+        server = Server(
+            link, spin_us=self.spin_us, prefault=True, max_arena_bytes=2 * arena_bytes(self.max_nbytes) + (1 << 20)
+        )
+        server.register("answer", self._handler(server))
         with server:
-            print("ready", flush=True)
+            ready()
             server.serve()
 
-    @staticmethod
-    def increment(server: Server, x: torch.Tensor) -> torch.Tensor:
-        """The handler."""
-        return torch.add(x, 1, out=server.empty(x.shape, x.dtype))
+    def _handler(self, server: Server) -> Callable[[torch.Tensor], torch.Tensor]:
+        raise NotImplementedError
 
-    def connect(self, address: str, nbytes: int) -> None:
+    def connect(self) -> None:
+        self._pending: deque[PendingReply] = deque()
         self._client = Client(
-            address, channel=self.channel, spin_us=self.spin_us, arena_bytes=_arena_bytes(nbytes), prefault=True
+            self._address,
+            channel=self.channel,
+            spin_us=self.spin_us,
+            arena_bytes=arena_bytes(self.max_nbytes),
+            prefault=True,
         )
-        self._tensor = self._client.empty((nbytes,), torch.uint8)
 
-    def call(self, value: int) -> torch.Tensor:
-        result: torch.Tensor = self._client.call("increment", self._tensor.fill_(value))
-        return result
+    def send(self) -> None:
+        self._pending.append(self._client.submit("answer", self._request))
+
+    def receive(self) -> torch.Tensor:
+        reply: torch.Tensor = self._pending.popleft().result()
+        return reply
 
     def close(self) -> None:
         self._client.close()
 
+    _request: torch.Tensor
 
-class CopyIn(InPlace):
-    """Argument and result are made elsewhere and copied in."""
+
+class InPlace(Ours):
+    """Argument and result are made in the arenas."""
+
+    copies = "0"
+
+    def _handler(self, server: Server) -> Callable[[torch.Tensor], torch.Tensor]:
+        def answer(request: torch.Tensor) -> torch.Tensor:
+            reply = server.empty(request.shape, request.dtype)
+            respond(request, reply)
+            return reply
+
+        return answer
+
+    def prepare(self, nbytes: int) -> torch.Tensor:
+        self._request = self._client.empty((words(nbytes),), torch.int64)
+        return self._request
+
+
+class CopyIn(Ours):
+    """Argument and result are made elsewhere."""
+
+    copies = "2: into each arena"
+
+    def _handler(self, server: Server) -> Callable[[torch.Tensor], torch.Tensor]:
+        tensors = PrivateTensors(1)
+
+        def answer(request: torch.Tensor) -> torch.Tensor:
+            reply = tensors.next(request.nbytes)
+            respond(request, reply)
+            return reply
+
+        return answer
+
+    def connect(self) -> None:
+        super().connect()
+        self._tensors = PrivateTensors(1)  # it is copied while it is sent
+
+    def prepare(self, nbytes: int) -> torch.Tensor:
+        self._request = self._tensors.next(nbytes)
+        return self._request
+
+
+class ZmqInPlace(InPlace):
+    """The default channel."""
+
+    name = "zmq, in place"
+    how = "Client.empty, Server.empty, Client.submit; the default channel"
+
+
+class ZmqCopyIn(CopyIn):
+    """The default channel."""
 
     name = "zmq, copy in"
-    copies = "2"
-
-    @staticmethod
-    def increment(server: Server, x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-    def connect(self, address: str, nbytes: int) -> None:
-        super().connect(address, nbytes)
-        self._tensor = torch.empty((nbytes,), dtype=torch.uint8)
+    how = "Client.submit of a tensor outside; the default channel"
 
 
 class DoorbellInPlace(InPlace):
-    """The same over the doorbell channel, blocking at once."""
+    """The doorbell, blocking at once."""
 
     name = "doorbell, in place"
+    how = 'as "zmq, in place", channel="doorbell"'
     channel = "doorbell"
 
 
-class SpinningInPlace(DoorbellInPlace):
-    """The same, looking for a while before it blocks."""
+class DoorbellCopyIn(CopyIn):
+    """The doorbell, blocking at once."""
+
+    name = "doorbell, copy in"
+    how = 'as "zmq, copy in", channel="doorbell"'
+    channel = "doorbell"
+
+
+class SpinInPlace(DoorbellInPlace):
+    """The doorbell, looking for a while before it blocks."""
 
     name = "doorbell + spin, in place"
-    spin_us = 2000.0
+    how = f'as "doorbell, in place", spin_us={SPIN_US:g} on both sides'
+    spin_us = SPIN_US
+
+
+class SpinCopyIn(DoorbellCopyIn):
+    """The doorbell, looking for a while before it blocks."""
+
+    name = "doorbell + spin, copy in"
+    how = f'as "doorbell, copy in", spin_us={SPIN_US:g} on both sides'
+    spin_us = SPIN_US
