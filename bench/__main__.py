@@ -11,12 +11,17 @@ import msgspec
 import typer
 from rich.console import Console
 
+from llama_split.operations import Mode
+from shmtransport import CHANNEL_KINDS
+
 from . import grids, runner
 from .contenders import CONTENDERS, Contender
 from .content import words
+from .engine import MODELS, engine_grids, revealed_grid
+from .engine import engine as run_engine
 from .ratios import CHECK_SIZES, CHECKED, STORED, Measured, check_names, losses, measured, targets
 from .report import write_report
-from .results import Run, read, write
+from .results import EngineRun, Run, read, write
 from .seed import seed as run_seed
 from .seed_contenders import SEED_CONTENDERS
 from .seed_workload import DTYPES, PATTERNS
@@ -89,6 +94,37 @@ def seed(
 
 
 @app.command()
+def engine(
+    models: Annotated[str, typer.Option(help="Comma separated: smollm2, or shapes with random weights.")] = (
+        "smollm2,llama-3.2-1b"
+    ),
+    dtypes: Annotated[str, typer.Option(help="Comma separated.")] = "float32,bfloat16",
+    modes: Annotated[str, typer.Option(help="Comma separated.")] = ",".join(mode.value for mode in Mode),
+    channels: Annotated[str, typer.Option(help="Comma separated.")] = "zmq,doorbell",
+    prompts: Annotated[str, typer.Option(help="Lengths in tokens, comma separated.")] = "128,1024",
+    new_tokens: Annotated[int, typer.Option(min=3, help="How many tokens to generate.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Forwards of each prompt.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 2,
+    spin_us: Annotated[float, typer.Option(help="How long the trusted side looks before it waits (doorbell).")] = 0.0,
+    json_file: Json = None,
+) -> None:
+    """The splits beside the unsplit transformers model: prompts and generated tokens."""
+    run = run_engine(
+        _known(models, MODELS),
+        _known(dtypes, ("float32", "bfloat16", "float16")),
+        _known(modes, [mode.value for mode in Mode]),
+        _known(channels, CHANNEL_KINDS),
+        [int(length) for length in prompts.split(",")],
+        new_tokens,
+        repeats,
+        threads,
+        spin_us,
+    )
+    _show(grids.setting_text(run.setting), [*engine_grids(run), revealed_grid()], {})
+    _keep(run, json_file, None)
+
+
+@app.command()
 def check(
     seconds: Seconds = 0.3,
     rounds: Rounds = 5,
@@ -157,7 +193,7 @@ def _show(setting: str, tables: Iterable[grids.Grid], skipped: dict[str, str]) -
 def _keep(run: Run, json_file: Path | None, plot: Path | None) -> None:
     if json_file is not None:
         write(json_file, run)
-    if plot is not None:
+    if plot is not None and not isinstance(run, EngineRun):
         from .plots import picture  # matplotlib takes a second to import
 
         print(f"wrote {picture(run, plot)}", file=sys.stderr)

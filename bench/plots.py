@@ -12,14 +12,14 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .ratios import size_text
-from .results import LatencyRun, Run, SeedRun, ThroughputRun
+from .results import LatencyRun, SeedRun, ThroughputRun
 
 _STYLES = {"ours": ("-", 2.4), "peer": ("--", 1.2), "floor": (":", 1.2)}
 _DPI = 120
 _MARKERS = "osD^v<>ph*XP"
 
 
-def picture(run: Run, directory: Path) -> Path:
+def picture(run: LatencyRun | ThroughputRun | SeedRun, directory: Path) -> Path:
     """The picture of a run."""
     if isinstance(run, LatencyRun):
         return latency_plot(run, directory)

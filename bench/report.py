@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import grids
+from .engine import engine_grids, revealed_grid
 from .ratios import targets
-from .results import LatencyRun, Run, SeedRun, ThroughputRun
+from .results import EngineRun, LatencyRun, Run, SeedRun, ThroughputRun
 
 
 def report(document: str, runs: Iterable[Run]) -> str:
@@ -33,6 +34,9 @@ def report(document: str, runs: Iterable[Run]) -> str:
         sections["seed"] = _section(grids.setting_text(seed.setting), grids.seed_grids(seed))
     if latency is not None or seed is not None:
         sections["targets"] = grids.to_markdown(grids.target_grid(targets(latency, seed)))
+    engine = next((run for run in runs if isinstance(run, EngineRun)), None)
+    if engine is not None:
+        sections["engine"] = _section(grids.setting_text(engine.setting), [*engine_grids(engine), revealed_grid()])
     for name, text in sections.items():
         document = _replaced(document, name, text)
     return document

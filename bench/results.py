@@ -131,7 +131,38 @@ class SeedRun(msgspec.Struct, frozen=True, tag="seed"):
     rows: list[SeedRow]
 
 
-Run = LatencyRun | ThroughputRun | SeedRun
+class EngineRow(msgspec.Struct, frozen=True):
+    """One way of running one model. By length of prompt, in tokens, where a field is a dict.
+
+    ``prefill_calls`` are those of the longest prompt; ``decode_*`` are of one token after the shortest one.
+    ``same_tokens`` of ``tokens`` generated are the unsplit model's, before the first that is not.
+    """
+
+    model: str
+    dtype: str
+    mode: str
+    channel: str
+    prefill_ms: dict[str, float]
+    prefill_calls: int
+    prefill_mib: dict[str, float]
+    decode_p50_ms: float
+    decode_p99_ms: float
+    decode_calls: float
+    decode_kib: float
+    same_tokens: int
+    tokens: int
+    client_cpu_s: float
+    worker_cpu_s: float
+
+
+class EngineRun(msgspec.Struct, frozen=True, tag="engine"):
+    """Of ``python -m bench engine``."""
+
+    setting: Setting
+    rows: list[EngineRow]
+
+
+Run = LatencyRun | ThroughputRun | SeedRun | EngineRun
 
 
 def write(path: str | Path, run: Run) -> None:
