@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -13,6 +14,8 @@ from ..settings import MODEL_VARIABLE, Settings, demo_model
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
+
+MOST_THREADS = 1024
 
 ModelOption = Annotated[
     str | None,
@@ -60,6 +63,7 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=MOST_THREADS,
         help="Threads that torch computes with in this process, and in a worker of its own. The two compute in turn, "
         "so each may use all cores; idle threads sleep instead of spinning (OMP_WAIT_POLICY=PASSIVE, unless it is "
         "set). Default: torch's, one a core.",
@@ -109,7 +113,7 @@ class Sampling:
     """How the next token is chosen: the likeliest, or with a temperature above 0 at random.
 
     Raises:
-        LlamaSplitError: options of sampling without a temperature, which would have no effect.
+        LlamaSplitError: a temperature that is no number, or options of sampling without one, which have no effect.
     """
 
     temperature: float | None
@@ -118,6 +122,8 @@ class Sampling:
     seed_sampling: int | None
 
     def __post_init__(self) -> None:
+        if self.temperature is not None and not math.isfinite(self.temperature):
+            raise LlamaSplitError(f"--temperature {self.temperature} is no number to divide by")
         given = {"--top-p": self.top_p, "--top-k": self.top_k, "--seed-sampling": self.seed_sampling}
         useless = [name for name, value in given.items() if value is not None]
         if useless and not self.temperature:

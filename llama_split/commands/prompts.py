@@ -81,7 +81,9 @@ def printer(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def about(llama: SplitLlamaForCausalLM) -> dict[str, Any]:
-    """How a model is split and reached, for JSON."""
+    """How a model is split and reached, and with how many threads this side computes, for JSON."""
+    import torch
+
     from ..config import DTYPE_NAMES
 
     client = llama.link.client
@@ -89,5 +91,6 @@ def about(llama: SplitLlamaForCausalLM) -> dict[str, Any]:
         "mode": llama.mode.value,
         "dtype": DTYPE_NAMES[llama.dtype],
         "wire_dtype": DTYPE_NAMES[llama.link.wire],
+        "threads": torch.get_num_threads(),
         "transport": {"address": client.address, "kind": client.transport, "channel": client.channel},
     }

@@ -16,6 +16,7 @@ from ..launcher import READY, end_with_parent, remove_directory_of
 from ..settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Settings, parse_address
 from .console import log, notice, notices, one_line_errors, print_json, progress_bar, statistics_table
 from .options import (
+    MOST_THREADS,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -53,6 +54,7 @@ WorkerThreadsOption = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=MOST_THREADS,
         help="Threads that torch computes with here. The trusted side waits meanwhile, so all cores may be used; "
         "idle threads sleep instead of spinning (OMP_WAIT_POLICY=PASSIVE, unless it is set). Default: torch's, one a "
         "core.",
@@ -128,6 +130,8 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
     dtype_name = settings.pick(options.dtype, DTYPE_VARIABLE, "float32")
     device_name = settings.pick(options.device, DEVICE_VARIABLE, "cpu")
     limit_threads(options.threads)
+    import torch
+
     from shmtransport import Server
 
     from ..config import parse_device, parse_dtype
@@ -140,9 +144,9 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
     with progress_bar("loading weights") as progress:
         weights = Weights(checkpoint, dtype, device, progress, embedding=options.embedding)
     Service(server, weights, checkpoint, options.limits())
-    facts = {"model": str(checkpoint.path), "dtype": dtype_name, "device": str(device), "address": server.address}
     if options.as_json:
-        print_json({READY: True, **facts, "process": os.getpid()})
+        facts = {"model": str(checkpoint.path), "dtype": dtype_name, "device": str(device), "address": server.address}
+        print_json({READY: True, **facts, "threads": torch.get_num_threads(), "process": os.getpid()})
     else:
         print(f"{READY}: {checkpoint.path} in {dtype_name} on {device} at {server.address}", flush=True)
     server.serve()

@@ -102,7 +102,7 @@ def fake_server(address: str) -> Iterator[zmq.Socket[bytes]]:
 
 @pytest.fixture(scope="session")
 def command(tiny: Path) -> Iterator[Command]:
-    """Run the command in a process forked from a warm one: ``command(*arguments, **variables)``.
+    """Run the command in a process forked from a warm one: ``command(*arguments, said="", **variables)``.
 
     Importing torch and transformers takes many seconds; ``scripts/warm.py`` has done it once for all.
     """
@@ -117,10 +117,10 @@ def command(tiny: Path) -> Iterator[Command]:
     assert warm.stdout is not None
     assert warm.stdout.readline() == "ready\n"
 
-    def command(*arguments: str, **variables: str) -> Finished:
+    def command(*arguments: str, said: str = "", **variables: str) -> Finished:
         assert warm.stdin is not None
         assert warm.stdout is not None
-        warm.stdin.write(json.dumps({"arguments": arguments, "environment": variables}) + "\n")
+        warm.stdin.write(json.dumps({"arguments": arguments, "environment": variables, "said": said}) + "\n")
         warm.stdin.flush()
         return Finished(**json.loads(warm.stdout.readline()))
 
@@ -163,6 +163,18 @@ def long(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(tiny, path)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def talking(long: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with a chat template: "w1" and "w2" around what the user says, "w3" and "w2" around answers."""
+    path = tmp_path_factory.mktemp("models") / "talking"
+    shutil.copytree(long, path)
+    (path / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ {'system': 'w4', 'user': 'w1', 'assistant': 'w3'}[message.role] }} "
+        "{{ message.content }} w2 {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
+    )
     return path
 
 

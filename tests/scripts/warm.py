@@ -1,7 +1,8 @@
 """Runs the command line again and again: ``warm.py MODEL`` imports all once, then forks for each line of JSON.
 
-A line on standard input is ``{"arguments": […], "environment": {…}}``; the answer is one line with the exit code and
-what was written to standard output and standard error. Prints "ready" first.
+A line on standard input is ``{"arguments": […], "environment": {…}, "said": "…"}``, where what is said is the
+command's own standard input; the answer is one line with the exit code and what was written to standard output and
+standard error. Prints "ready" first.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ import tempfile
 
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, TextStreamer  # noqa: F401
 
+import llama_split.footprint
 import llama_split.trusted.model
 import llama_split.worker.service  # noqa: F401
 from llama_split.__main__ import main
 
 
-def run(arguments: list[str], environment: dict[str, str]) -> dict[str, object]:
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+def run(arguments: list[str], environment: dict[str, str], said: str) -> dict[str, object]:
+    with (
+        tempfile.TemporaryFile("w+") as into,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+    ):
+        into.write(said)
+        into.flush()
+        into.seek(0)
         child = os.fork()
         if child == 0:
+            os.dup2(into.fileno(), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             os.environ.update(environment)
+            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - what was read ahead is ours
             sys.argv = ["llama-split", *arguments]
             main()
             sys.exit(0)

@@ -1,0 +1,196 @@
+"""``llama-split chat`` as its users meet it, in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .commands import LLAMA, Command, environment, is_one_line_error
+
+pytestmark = pytest.mark.timeout(150)
+
+FIRST, SECOND = "w5 w6", "w7"
+
+
+def turns(command: Command, model: Path, worker: str, said: str, *options: str) -> list[dict[str, Any]]:
+    """What a chat in which this is said prints, of eight tokens an answer."""
+    done = command(
+        *("chat", "--json", "--model", str(model), "--worker", worker, "--max-new-tokens", "8", *options), said=said
+    )
+    assert (done.code, done.err) == (0, "")
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def generated(command: Command, model: Path, worker: str, text: str, *options: str) -> list[int]:
+    """The tokens that ``generate`` gives after a text that is in the chat's form already."""
+    done = command(
+        *("generate", "--json", "--no-chat", "--prompt", text, "--model", str(model), "--worker", worker),
+        *("--max-new-tokens", "8", *options),
+    )
+    assert done.code == 0, done.err
+    tokens: list[int] = json.loads(done.out)["token_ids"]
+    return tokens
+
+
+def test_each_turn_answers_as_generate_would_and_goes_on_from_the_cache(
+    command: Command, worker: str, talking: Path
+) -> None:
+    """The second turn puts only its own tokens through the model, with the first's last one, and says the same."""
+    first, second = turns(command, talking, worker, f"{FIRST}\n{SECOND}\n")
+    assert first["token_ids"] == generated(command, talking, worker, f"w1 {FIRST} w2 w3")
+    whole = f"w1 {FIRST} w2 w3 {first['text']} w2 w1 {SECOND} w2 w3"
+    assert second["token_ids"] == generated(command, talking, worker, whole)
+    assert (first["turn"], first["prompt_tokens"], first["cached_tokens"]) == (1, 5, 0)
+    assert (second["turn"], second["prompt_tokens"], second["cached_tokens"]) == (2, 18, 12)
+    assert second["prefilled_tokens"] == 6
+    assert first["calls"] == second["calls"] == 8 * 9
+    width = 4 * (32 + 32 + 32 + 64)  # what the four linear layers take, in bytes a token
+    assert second["tensor_bytes_sent"] - first["tensor_bytes_sent"] == 2 * width * (6 - 5)
+
+
+def test_a_template_that_changes_what_was_said_costs_the_cache_behind_it(
+    command: Command, worker: str, talking: Path, tmp_path: Path
+) -> None:
+    """The cache is cropped to what both renderings begin with, and the answer is that of an empty cache."""
+    model = tmp_path / "forgetful"
+    shutil.copytree(talking, model)
+    template = (model / "chat_template.jinja").read_text()
+    assert template.count("message.content") == 1
+    (model / "chat_template.jinja").write_text(template.replace("message.content", "message.content.split()[0]"))
+    first, second = turns(command, model, worker, f"{FIRST}\n{SECOND}\n")
+    whole = f"w1 w5 w2 w3 {first['text'].split()[0]} w2 w1 {SECOND} w2 w3"
+    assert second["token_ids"] == generated(command, talking, worker, whole)
+    assert (second["prompt_tokens"], second["cached_tokens"]) == (10, 5)  # "w1 w5 w2 w3", and the answer's first word
+
+
+def test_reset_starts_over_and_exit_ends(command: Command, worker: str, talking: Path) -> None:
+    """What is said after /exit is not heard; empty lines say nothing."""
+    said = f"{FIRST}\n\n  \n/reset\n{FIRST}\n/exit\n{SECOND}\n"
+    first, again = turns(command, talking, worker, said)
+    assert again["cached_tokens"] == 0
+    assert again["token_ids"] == first["token_ids"]
+
+
+def test_the_system_message_comes_first(command: Command, worker: str, talking: Path) -> None:
+    """In every turn, also after /reset."""
+    said = f"{FIRST}\n/reset\n{FIRST}\n"
+    expected = generated(command, talking, worker, f"w4 w9 w2 w1 {FIRST} w2 w3")
+    assert [turn["token_ids"] for turn in turns(command, talking, worker, said, "--system", "w9")] == [expected] * 2
+
+
+def test_without_json_the_answers_stream(command: Command, worker: str, talking: Path) -> None:
+    """A line each on standard output, the last without an end of line before it too, and nothing else."""
+    common = ("--model", str(talking), "--worker", worker, "--max-new-tokens", "8")
+    done = command("chat", *common, said=f"{FIRST}\n{SECOND}")
+    assert (done.code, done.err) == (0, "")
+    expected = turns(command, talking, worker, f"{FIRST}\n{SECOND}")
+    assert done.out.splitlines() == [turn["text"] for turn in expected]
+
+
+def test_a_message_too_long_is_refused_and_the_chat_goes_on(
+    command: Command, worker: str, talking: Path, tmp_path: Path
+) -> None:
+    """It is as if it was never said."""
+    model = tmp_path / "short"
+    shutil.copytree(talking, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    long = " ".join(["w8"] * 40)
+    done = command(
+        *("chat", "--json", "--model", str(model), "--worker", worker, "--max-new-tokens", "8"),
+        said=f"{FIRST}\n{long}\n{SECOND}\n",
+    )
+    assert done.code == 0
+    first, refused, second = (json.loads(line) for line in done.out.splitlines())
+    assert [first, second] == [
+        {**turn, "turn": number}
+        for turn, number in zip(turns(command, model, worker, f"{FIRST}\n{SECOND}"), (1, 3), strict=True)
+    ]
+    assert "the model has 32 positions" in refused["error"]
+    assert done.err.startswith("error: the prompt has ")
+
+
+def test_a_model_without_chat_template_is_one_line(command: Command, worker: str, tiny: Path) -> None:
+    """Which names the command that can use it."""
+    done = command("chat", "--model", str(tiny), "--worker", worker)
+    assert is_one_line_error(done), done
+    assert "no chat template; use `llama-split generate --no-chat`" in done.err
+
+
+class Terminal:
+    """A command on a terminal of its own, as a user's; its standard error goes elsewhere."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._ours, self._its = pty.openpty()
+        self._seen = b""
+        # A process that leads a session gets the first terminal that it opens as its own, where Ctrl-C is a signal.
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", 'exec <"$0" >"$0" "$@"', os.ttyname(self._its), *LLAMA, *arguments],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def until(self, text: str, timeout_s: float = 60.0) -> str:
+        """What it shows up to and with this text, after what was read before."""
+        deadline = time.monotonic() + timeout_s
+        while text.encode() not in self._seen:
+            assert time.monotonic() < deadline, self._seen
+            self._read()
+        shown, _, self._seen = self._seen.partition(text.encode())
+        return shown.decode() + text
+
+    def end(self, timeout_s: float = 30.0) -> tuple[int, str]:
+        """Its exit code and standard error; it must end by itself."""
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self._read()  # a terminal that nobody reads would hold it
+        assert self.process.poll() is not None
+        assert self.process.stderr is not None
+        return self.process.returncode, self.process.stderr.read()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        os.close(self._ours)
+        os.close(self._its)
+
+    def _read(self) -> None:
+        if select.select([self._ours], [], [], 0.1)[0]:
+            self._seen += os.read(self._ours, 4096)
+
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(worker: str, talking: Path) -> None:
+    """After an answer that was cut short the chat goes on; at the prompt it ends with 130 and one word."""
+    terminal = Terminal("chat", "--model", str(talking), "--worker", worker, "--max-new-tokens", "90000")
+    try:
+        terminal.until("> ")
+        for said in (FIRST, SECOND):
+            terminal.type(f"{said}\n")
+            terminal.until(f"{said}\r\n")
+            terminal.until(" w")  # it answers
+            terminal.type("\x03")
+            assert "\r\n" in terminal.until("> ")
+        time.sleep(0.5)  # Python's input() misses a signal in the moment between showing its prompt and waiting
+        terminal.type("\x03")
+        code, err = terminal.end()
+    finally:
+        terminal.close()
+    assert code == 130, err
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err

@@ -1,0 +1,36 @@
+"""What ``llama-split info`` says of memory is what the sides hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_split.cache import GrowingCache
+from llama_split.checkpoint import open_checkpoint
+from llama_split.config import default_arena_bytes
+from llama_split.footprint import footprint
+from llama_split.operations import Mode
+from llama_split.trusted.model import TrustedPart
+from llama_split.worker.kernels import Weights
+
+from .conftest import Small
+
+
+@pytest.mark.parametrize("split", list(Mode))
+def test_memory_is_what_both_sides_hold(small: Small, split: Mode) -> None:
+    """Weights of both sides, biases and tied matrices included, and the KV cache."""
+    checkpoint = open_checkpoint(str(small.path))
+    found = footprint(checkpoint, split, torch.bfloat16, torch.float32, 8)
+    weights = Weights(checkpoint, torch.bfloat16, torch.device("cpu"), embedding=split is Mode.OP)
+    assert found.worker_weights == weights.nbytes
+    with torch.device("meta"):
+        trusted = TrustedPart(checkpoint.config, split).to(torch.bfloat16)
+    assert found.trusted_weights == sum(parameter.nbytes for parameter in trusted.parameters())
+    geometry = checkpoint.geometry
+    cache = GrowingCache(geometry.layers, 200)
+    keys = torch.zeros(1, geometry.kv_heads, 200, geometry.head_dim, dtype=torch.bfloat16)
+    for layer in range(geometry.layers):
+        cache.update(keys, keys, layer)
+    assert found.kv_per_token * 200 == cache.nbytes
+    assert found.arena == default_arena_bytes(geometry, split, torch.float32)
+    assert found.kv_holder == ("worker" if split.worker_keeps_kv else "trusted")
