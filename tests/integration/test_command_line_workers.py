@@ -1,0 +1,179 @@
+"""Options of the worker and of who uses it, in force; a worker of a command's own that is lost is started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+
+from llama_split import SplitLlamaForCausalLM
+from shmtransport import RemoteError
+
+from .commands import LLAMA, Command, environment, is_one_line_error, workers_of
+
+pytestmark = pytest.mark.timeout(150)
+
+SESSION_BYTES = 2 * 2 * 16 * 4 * 128
+"""What a session of the tiny model takes: keys and values, two layers, 16 wide, float32, 128 positions."""
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A worker with limits, and what it said when it was ready."""
+
+    address: str
+    ready: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def limited(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
+    """One session, of one row; one thread; with the embedding. In the end it prints its statistics."""
+    address = f"ipc://{tmp_path_factory.mktemp('limited')}/worker.ipc"
+    limits = ("--max-sessions", "1", "--max-kv-bytes", str(SESSION_BYTES), "--idle-s", "500")
+    process = subprocess.Popen(
+        [*LLAMA, "worker", "--bind", address, "--model", str(tiny), *limits, "--threads", "1", "--embedding", "--json"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    yield Limited(address, json.loads(process.stdout.readline()))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert json.loads(process.stdout.read())["statistics"]["calls"] > 0
+    process.stdout.close()
+
+
+def test_a_worker_says_in_json_what_it_is(limited: Limited, tiny: Path) -> None:
+    """One object on standard output once it answers."""
+    assert limited.ready.pop("process") > 0
+    assert limited.ready == {
+        "ready": True,
+        "model": str(tiny),
+        "dtype": "float32",
+        "device": "cpu",
+        "address": limited.address,
+        "threads": 1,
+    }
+
+
+def test_limits_of_sessions_are_in_force(limited: Limited, tiny: Path) -> None:
+    """A second session, or one with more rows than fit, is refused with the option that would allow it."""
+    ids = torch.tensor([[5, 6, 7]])
+    with SplitLlamaForCausalLM.from_pretrained(tiny, worker=limited.address, mode="stack", dtype="float32") as llama:
+        kept = llama(ids, use_cache=True).past_key_values
+        with pytest.raises(RemoteError, match=r"has 1 KV sessions.* none was idle for 500 s.*--max-sessions"):
+            llama(ids)
+        del kept
+    with (
+        SplitLlamaForCausalLM.from_pretrained(tiny, worker=limited.address, mode="stack", dtype="float32") as llama,
+        pytest.raises(RemoteError, match=r"raise --max-kv-bytes"),
+    ):
+        llama(ids.expand(2, 3))
+
+
+def test_options_of_the_trusted_side_are_in_force(command: Command, limited: Limited, worker: str, tiny: Path) -> None:
+    """Mode op at a worker with the embedding, another dtype on the wire, threads: seen in JSON, and half the bytes."""
+    common = ("generate", "--prompt", "w5 w6", "--no-chat", "--json", "--max-new-tokens", "8", "--model", str(tiny))
+    plain, thin = (
+        json.loads(command(*common, "--worker", limited.address, "--mode", "op", *options).out)
+        for options in ((), ("--wire-dtype", "bfloat16", "--threads", "1", "--no-reconnect"))
+    )
+    assert plain["token_ids"] == json.loads(command(*common, "--worker", worker).out)["token_ids"]
+    assert (thin["mode"], thin["dtype"], thin["wire_dtype"], thin["threads"]) == ("op", "float32", "bfloat16", 1)
+    ids = 8 * (2 + 7)  # of 8 bytes, whatever the wire's dtype
+    sent = plain["statistics"]["tensor_bytes_sent"] - ids
+    assert thin["statistics"]["tensor_bytes_sent"] - ids == sent / 2
+    done = command(*common, "--worker", worker, "--mode", "op")
+    assert is_one_line_error(done), done
+    assert "start it with --embedding" in done.err
+
+
+def test_sampling_follows_its_seed(command: Command, worker: str, tiny: Path) -> None:
+    """The same seed gives the same tokens; none, others each time; the likeliest one only is greedy."""
+    common = ("generate", "--prompt", "w5 w6", "--no-chat", "--json", "--max-new-tokens", "20", "--model", str(tiny))
+
+    def tokens(*options: str) -> list[int]:
+        return json.loads(command(*common, "--worker", worker, *options).out)["token_ids"]  # type: ignore[no-any-return]
+
+    hot = ("--temperature", "1.5", "--top-p", "0.9")
+    seeded = tokens(*hot, "--seed-sampling", "7")
+    assert tokens(*hot, "--seed-sampling", "7") == seeded
+    assert len({tuple(seeded), tuple(tokens(*hot)), tuple(tokens(*hot)), tuple(tokens())}) == 4
+    assert tokens("--temperature", "1.5", "--top-k", "1") == tokens() == tokens("--temperature", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("worker", "--max-sessions", "0"), "'--max-sessions'"),
+        (("worker", "--max-kv-bytes", "2GB"), "'--max-kv-bytes'"),
+        (("worker", "--idle-s", "-1"), "'--idle-s'"),
+        (("worker", "--threads", "0"), "'--threads'"),
+        (("generate",), "Missing option '--prompt'"),
+        (("generate", "--prompt", "x", "--temperature", "-1"), "'--temperature'"),
+        (("generate", "--prompt", "x", "--temperature", "inf"), "--temperature inf is no number"),
+        (("generate", "--prompt", "x", "--top-p", "0.5"), "--top-p would have no effect"),
+        (("generate", "--prompt", "x", "--top-k", "3", "--temperature", "0"), "--top-k would have no effect"),
+        (("generate", "--prompt", "x", "--wire-dtype", "int4"), "int4 is not supported"),
+        (("generate", "--prompt", "\udcff", "--no-chat"), "the text is not valid UTF-8"),
+        (("chat", "--seed-sampling", "1"), "--seed-sampling would have no effect"),
+        (("chat", "--nonsense"), "No such option"),
+        (("talk",), "No such command 'talk'"),
+    ],
+)
+def test_a_bad_value_is_one_line(
+    command: Command, worker: str, tiny: Path, arguments: tuple[str, ...], reason: str
+) -> None:
+    """Which names the option, and exit code 2."""
+    done = command(*arguments, LLAMA_MODEL_PATH=str(tiny), LLAMA_IPC_PATH=worker)
+    assert is_one_line_error(done), done
+    assert reason in done.err
+
+
+def wait_for(stream: IO[str], text: str) -> str:
+    """Read a stream up to the line that has this text in it."""
+    lines = ""
+    for line in stream:
+        lines += line
+        if text in line:
+            return lines
+    raise AssertionError(f"{text!r} was never said, only {lines!r}")
+
+
+def test_a_worker_of_our_own_that_is_lost_is_started_again(command: Command, worker: str, long: Path) -> None:
+    """Killed, and then told to end, in the middle of a text: the log says so, and the text is the same as without."""
+    common = ("generate", "--prompt", "w5", "--no-chat", "--model", str(long), "--max-new-tokens", "600")
+    process = subprocess.Popen(
+        [*LLAMA, *common, "--mode", "op", "--threads", "1"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    said = process.stdout.read(1)
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        (running,) = workers_of(process.pid)
+        os.kill(running, number)
+        logged = wait_for(process.stderr, "again (process")
+        assert "was lost" in logged
+        assert "connecting again, try 1 of" in logged
+    rest = process.stdout.read()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(30) == 0
+    text = (said + rest).split("\n")[0].strip()
+    expected = json.loads(command(*common, "--worker", worker, "--json").out)
+    assert len(expected["token_ids"]) == 600
+    assert text == expected["text"]
+    assert workers_of(process.pid) == []
