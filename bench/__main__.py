@@ -36,6 +36,7 @@ Contenders = Annotated[str, typer.Option(help="Parts of names, comma separated; 
 Sizes = Annotated[str, typer.Option(help="Bytes of a tensor, multiples of 8 from 64 on, comma separated.")]
 Seconds = Annotated[float, typer.Option(help="How long to measure each, per round.")]
 Rounds = Annotated[int, typer.Option(help="Interleaved rounds, against drift.")]
+Pin = Annotated[bool, typer.Option("--pin", help="Give client and server a core each.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write what was found here.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Write a picture into this directory.")]
 
@@ -51,11 +52,12 @@ def latency(
     sizes: Sizes = _LATENCY_SIZES,
     seconds: Seconds = 0.4,
     rounds: Rounds = 3,
+    pin: Pin = False,
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
     """A call with a tensor of N bytes, answered by a tensor of N bytes; content checked."""
-    run = runner.latency(_chosen(contenders), _sizes(sizes), seconds, rounds)
+    run = runner.latency(_chosen(contenders), _sizes(sizes), runner.Plan(seconds, rounds, pin))
     tables = [*grids.latency_grids(run), grids.overview_grid(run), grids.target_grid(targets(run, None))]
     _show(grids.setting_text(run.setting), tables, run.skipped)
     _keep(run, json_file, plot)
@@ -67,11 +69,12 @@ def throughput(
     sizes: Sizes = _THROUGHPUT_SIZES,
     seconds: Seconds = 0.4,
     rounds: Rounds = 2,
+    pin: Pin = False,
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
     """The same with as many calls under way as each contender can, making and checking of tensors included."""
-    run = runner.throughput(_chosen(contenders, moving_only=True), _sizes(sizes), seconds, rounds)
+    run = runner.throughput(_chosen(contenders, moving_only=True), _sizes(sizes), runner.Plan(seconds, rounds, pin))
     _show(grids.setting_text(run.setting), [grids.throughput_grid(run)], run.skipped)
     _keep(run, json_file, plot)
 
@@ -131,7 +134,8 @@ def check(
     update: Annotated[bool, typer.Option(help="Store what is measured now.")] = False,
 ) -> None:
     """Compare ratios with the stored ones; fail on a loss that is beyond the noise."""
-    run = runner.latency([CONTENDERS[name] for name in check_names()], CHECK_SIZES, seconds, rounds, idle_s=0.0)
+    kinds = [CONTENDERS[name] for name in check_names()]
+    run = runner.latency(kinds, CHECK_SIZES, runner.Plan(seconds, rounds), idle_s=0.0)
     now = {one.title: found for one in CHECKED if (found := measured(one, run)) is not None}
     _show(grids.setting_text(run.setting), [grids.target_grid(targets(run, None))], run.skipped)
     if update:

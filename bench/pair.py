@@ -1,4 +1,4 @@
-"""One fresh pair of processes: ``python -m bench.pair CONTENDER MODE SIZES SECONDS IDLE_SECONDS`` prints a PairResult.
+"""One fresh pair of processes: ``python -m bench.pair CONTENDER MODE SIZES SECONDS`` prints a PairResult.
 
 This process is the client and starts the server. MODE is "latency" or "throughput".
 """
@@ -23,11 +23,17 @@ _FULL_CALLS = 2
 _WARM_UP_CALLS = 4
 _WARM_UP_PART = 0.15  # of the seconds measured
 _FEWEST_CALLS = 5
+_PATIENCE_S = 2.0  # then fewer will do
+_LEAST_CALLS = 2
 _MOST_CALLS = 100_000
 
 
-def measure(kind: type[Contender], mode: str, sizes: Sequence[int], seconds: float, idle_s: float = 0.0) -> PairResult:
+def measure(
+    kind: type[Contender], mode: str, sizes: Sequence[int], seconds: float, idle_s: float = 0.0, pin: bool = False
+) -> PairResult:
     """Measure a contender at some sizes, for ``seconds`` each, in this process and one that it starts.
+
+    With ``idle_s`` look at both for so long while nobody calls; with ``pin`` give each side a core of its own.
 
     Raises:
         WrongAnswer: it does not deliver what was sent.
@@ -39,7 +45,7 @@ def measure(kind: type[Contender], mode: str, sizes: Sequence[int], seconds: flo
         contender = kind(directory, max(sizes))
         pids: list[int] = []
         if kind.has_server:
-            pids.append(stack.enter_context(served(kind, (directory, max(sizes)), contender)))
+            pids.append(stack.enter_context(served(kind, (directory, max(sizes)), contender, pin)))
         try:
             contender.connect()
             meter = CpuMeter((*pids, *contender.server_pids()))
@@ -100,7 +106,12 @@ class _Latency:
         contender, nbytes, samples = self._contender, self._nbytes, self.samples_ns
         now = time.perf_counter_ns
         end = now() + int(seconds * 1e9)
-        while len(samples) < fewest or (now() < end and len(samples) < _MOST_CALLS):
+        patience_end = now() + int(max(seconds, _PATIENCE_S) * 1e9)
+        while (
+            (now() < end and len(samples) < _MOST_CALLS)
+            or (len(samples) < fewest and now() < patience_end)
+            or len(samples) < _LEAST_CALLS
+        ):
             self._value += 1
             if contender.moves_tensors:
                 stamp(contender.prepare(nbytes), self._value)
@@ -129,8 +140,9 @@ class _Throughput:
 
     def run(self, seconds: float, fewest: int) -> None:
         end = time.perf_counter() + seconds
+        patience_end = time.perf_counter() + max(seconds, _PATIENCE_S)
         under_way: deque[int] = deque()
-        while self.calls < fewest or time.perf_counter() < end:
+        while (self.calls < fewest and time.perf_counter() < patience_end) or time.perf_counter() < end:
             while len(under_way) < self._contender.in_flight:
                 self._send(under_way)
             self._receive(under_way)
@@ -163,10 +175,12 @@ def main() -> None:
     parser.add_argument("mode", choices=("latency", "throughput"))
     parser.add_argument("sizes")
     parser.add_argument("seconds", type=float)
-    parser.add_argument("idle_s", type=float)
+    parser.add_argument("--idle-s", type=float, default=0.0)
+    parser.add_argument("--pin", action="store_true")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes.split(",")]
-    result = measure(CONTENDERS[arguments.contender], arguments.mode, sizes, arguments.seconds, arguments.idle_s)
+    kind = CONTENDERS[arguments.contender]
+    result = measure(kind, arguments.mode, sizes, arguments.seconds, arguments.idle_s, arguments.pin)
     print(msgspec.json.encode(result).decode())
 
 

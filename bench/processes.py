@@ -50,8 +50,12 @@ def scratch() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def served(make: Callable[..., Serving], arguments: tuple[Any, ...], local: Serving) -> Iterator[int]:
+def served(
+    make: Callable[..., Serving], arguments: tuple[Any, ...], local: Serving, pin: bool = False
+) -> Iterator[int]:
     """Run ``make(*arguments).serve`` in a fresh process while the block runs; gives its process id.
+
+    With ``pin`` it gets the last core of those that this process may use, and this process the first from then on.
 
     Raises:
         RuntimeError: it did not get ready.
@@ -59,7 +63,12 @@ def served(make: Callable[..., Serving], arguments: tuple[Any, ...], local: Serv
     context: Any = multiprocessing.get_context(START_METHOD)
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(make, arguments, local.link(), there), daemon=True)
+    cores = sorted(os.sched_getaffinity(0))
+    if pin:
+        os.sched_setaffinity(0, cores[-1:])  # which the new process inherits
     process.start()
+    if pin:
+        os.sched_setaffinity(0, cores[:1])
     there.close()
     try:
         if not here.poll(_START_S):

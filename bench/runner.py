@@ -23,6 +23,15 @@ _ERROR_CHARACTERS = 300
 _Item = TypeVar("_Item")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How long each contender is measured at each size in a round, how many rounds, and whether sides are pinned."""
+
+    seconds: float
+    rounds: int
+    pin: bool = False
+
+
 @dataclass
 class Found:
     """What the rounds have found so far, and who is skipped for which reason."""
@@ -78,18 +87,17 @@ def in_process(module: str, *arguments: str) -> str:
     return output.strip().splitlines()[-1]
 
 
-def rounds(
-    kinds: Sequence[type[Contender]], mode: str, sizes: Sequence[int], seconds: float, count: int, idle_s: float
-) -> Found:
-    """Run each contender ``count`` times, in turns; one that fails is skipped with the reason from then on."""
+def rounds(kinds: Sequence[type[Contender]], mode: str, sizes: Sequence[int], plan: Plan, idle_s: float = 0.0) -> Found:
+    """Run each contender ``plan.rounds`` times, in turns; one that fails is skipped with the reason from then on."""
     found = Found({kind.name: reason for kind in kinds if (reason := kind.unavailable())})
-    work = [(number, kind) for number in range(count) for kind in kinds]
+    work = [(number, kind) for number in range(plan.rounds) for kind in kinds]
     for number, kind in with_progress(work, lambda item: item[1].name):
         if kind.name in found.skipped:
             continue
-        arguments = (",".join(map(str, sizes)), str(seconds), str(idle_s if number == 0 else 0.0))
+        options = [*(["--idle-s", str(idle_s)] if number == 0 else []), *(["--pin"] if plan.pin else [])]
+        asked = (kind.name, mode, ",".join(map(str, sizes)), str(plan.seconds))
         try:
-            output = in_process("bench.pair", kind.name, mode, *arguments)
+            output = in_process("bench.pair", *asked, *options)
         except RuntimeError as error:
             found.skipped[kind.name] = f"failed: {error}"
             continue
@@ -112,21 +120,19 @@ def with_progress(work: Sequence[_Item], name: Callable[[_Item], str]) -> Iterat
             progress.advance(task)
 
 
-def latency(
-    kinds: Sequence[type[Contender]], sizes: Sequence[int], seconds: float, count: int, idle_s: float = 0.3
-) -> LatencyRun:
-    """Measure round trips."""
-    where = setting(_usable(kinds), seconds=seconds, rounds=count)
-    found = rounds(kinds, "latency", sizes, seconds, count, idle_s)
+def latency(kinds: Sequence[type[Contender]], sizes: Sequence[int], plan: Plan, idle_s: float = 0.3) -> LatencyRun:
+    """Measure round trips, and for ``idle_s`` who is busy while nobody calls."""
+    where = setting(_usable(kinds), **vars(plan))
+    found = rounds(kinds, "latency", sizes, plan, idle_s)
     rows = [latency_row(name, nbytes, each) for (name, nbytes), each in _in_order(found)]
     abouts = {kind.name: About.of(kind) for kind in kinds}
     return LatencyRun(where, abouts, found.skipped, rows, found.idle_cores)
 
 
-def throughput(kinds: Sequence[type[Contender]], sizes: Sequence[int], seconds: float, count: int) -> ThroughputRun:
+def throughput(kinds: Sequence[type[Contender]], sizes: Sequence[int], plan: Plan) -> ThroughputRun:
     """Measure how much gets through with several calls under way."""
-    where = setting(_usable(kinds), seconds=seconds, rounds=count)
-    found = rounds(kinds, "throughput", sizes, seconds, count, 0.0)
+    where = setting(_usable(kinds), **vars(plan))
+    found = rounds(kinds, "throughput", sizes, plan)
     rows = [throughput_row(name, nbytes, each) for (name, nbytes), each in _in_order(found)]
     return ThroughputRun(where, {kind.name: About.of(kind) for kind in kinds}, found.skipped, rows)
 

@@ -13,7 +13,7 @@ from bench.contenders.floors import REPLY_BYTES, REQUEST_BYTES
 from bench.contenders.pipe import Pipe
 from bench.content import WrongAnswer
 from bench.pair import measure
-from bench.runner import chosen, rounds
+from bench.runner import Plan, chosen, rounds
 from shmtransport import Client
 
 SIZES = (64, 1 << 20)
@@ -107,7 +107,7 @@ class Missing(Pipe):
 
 def test_what_is_not_installed_is_skipped_with_the_reason() -> None:
     """And nothing is run for it."""
-    found = rounds([Missing], "latency", SIZES, 0.01, 1, 0.0)
+    found = rounds([Missing], "latency", SIZES, Plan(0.01, 1))
     assert found.skipped == {"missing": "not installed: no-such-package"}
     assert not found.sizes
 
@@ -115,7 +115,7 @@ def test_what_is_not_installed_is_skipped_with_the_reason() -> None:
 def test_what_fails_is_skipped_with_the_reason() -> None:
     """A size that can't be sent makes the pair fail; the others would go on."""
     kind = CONTENDERS["multiprocessing.Pipe"]
-    found = rounds([kind], "latency", (60,), 0.01, 2, 0.0)
+    found = rounds([kind], "latency", (60,), Plan(0.01, 2))
     assert found.skipped[kind.name].startswith("failed: ")
     assert "multiple of 8" in found.skipped[kind.name]
 
