@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,6 +85,8 @@ def chat(
 
 
 def _talk(conversation: Conversation, llama: SplitLlamaForCausalLM, *, as_json: bool) -> None:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are one message's error, not the end
     streamer = None if as_json else printer(conversation.tokenizer)
     facts = about(llama)
     number = 0

@@ -119,6 +119,14 @@ def test_a_message_too_long_is_refused_and_the_chat_goes_on(
     assert done.err.startswith("error: the prompt has ")
 
 
+def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(command: Command, worker: str, talking: Path) -> None:
+    """One line on standard error for the message that has them."""
+    common = ("--model", str(talking), "--worker", worker, "--max-new-tokens", "8")
+    done = command("chat", *common, said=f"w5 \udcff\n{FIRST}\n")
+    assert (done.code, done.err) == (0, "error: the text is not valid UTF-8\n")
+    assert done.out.splitlines() == [turn["text"] for turn in turns(command, talking, worker, FIRST)]
+
+
 def test_a_model_without_chat_template_is_one_line(command: Command, worker: str, tiny: Path) -> None:
     """Which names the command that can use it."""
     done = command("chat", "--model", str(tiny), "--worker", worker)

@@ -23,7 +23,7 @@ from llama_split.__main__ import main
 
 def run(arguments: list[str], environment: dict[str, str], said: str) -> dict[str, object]:
     with (
-        tempfile.TemporaryFile("w+") as into,
+        tempfile.TemporaryFile("w+", errors="surrogateescape") as into,
         tempfile.TemporaryFile("w+") as out,
         tempfile.TemporaryFile("w+") as err,
     ):
