@@ -75,7 +75,7 @@ bench: install $(PEERS_STAMP) ## every benchmark beside everybody, in some ten m
 	mkdir -p $(BENCH_RUNS)
 	$(BIN)/python -m bench latency --seconds 0.3 --rounds 2 --json $(BENCH_RUNS)/latency.json --plot docs/images
 	$(BIN)/python -m bench throughput --seconds 0.3 --rounds 1 --json $(BENCH_RUNS)/throughput.json --plot docs/images
-	$(BIN)/python -m bench seed --seconds 0.3 --rounds 2 --json $(BENCH_RUNS)/seed.json --plot docs/images
+	$(BIN)/python -m bench seed --seconds 1 --rounds 2 --json $(BENCH_RUNS)/seed.json --plot docs/images
 	$(BIN)/python -m bench report $(BENCH_RUNS)/latency.json $(BENCH_RUNS)/throughput.json $(BENCH_RUNS)/seed.json
 
 bench-quick: install ## the most telling of them, in less than two minutes, with the peers that are installed

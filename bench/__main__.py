@@ -131,17 +131,20 @@ def engine(
 def check(
     seconds: Seconds = 0.3,
     rounds: Rounds = 5,
-    update: Annotated[bool, typer.Option(help="Store what is measured now.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Store what is measured now instead.")] = False,
+    stored: Annotated[Path, typer.Option(help="Where the stored ratios are.")] = STORED,
 ) -> None:
     """Compare ratios with the stored ones; fail on a loss that is beyond the noise."""
+    if not update and not stored.exists():
+        raise typer.BadParameter(f"{stored} is not there: make it with --update, on a quiet machine")
     kinds = [CONTENDERS[name] for name in check_names()]
     run = runner.latency(kinds, CHECK_SIZES, runner.Plan(seconds, rounds), idle_s=0.0)
     now = {one.title: found for one in CHECKED if (found := measured(one, run)) is not None}
     _show(grids.setting_text(run.setting), [grids.target_grid(targets(run, None))], run.skipped)
     if update:
-        STORED.write_bytes(msgspec.json.format(msgspec.json.encode(now), indent=1) + b"\n")
+        stored.write_bytes(msgspec.json.format(msgspec.json.encode(now), indent=1) + b"\n")
         return
-    worse = losses(msgspec.json.decode(STORED.read_bytes(), type=dict[str, Measured]), now)
+    worse = losses(msgspec.json.decode(stored.read_bytes(), type=dict[str, Measured]), now)
     for loss in worse:
         print(f"worse: {loss}", file=sys.stderr)
     raise typer.Exit(1 if worse else 0)
@@ -149,13 +152,13 @@ def check(
 
 @app.command()
 def report(
-    files: Annotated[list[Path], typer.Argument(help="What --json has written.")],
+    files: Annotated[list[Path] | None, typer.Argument(help="What --json has written.")] = None,
     document: Annotated[Path, typer.Option(help="Markdown with <!-- bench:… --> markers.")] = Path(
         "docs/benchmarks.md"
     ),
 ) -> None:
     """Write the tables of runs into the document."""
-    write_report(document, [read(path) for path in files])
+    write_report(document, [read(path) for path in files or ()])
 
 
 def _chosen(contenders: str, moving_only: bool = False) -> list[type[Contender]]:

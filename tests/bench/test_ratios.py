@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from bench.__main__ import app
 from bench.contenders import CONTENDERS
 from bench.ratios import CHECKED, Measured, allowed, losses, measured, size_text, targets
 from bench.report import report
@@ -61,6 +63,21 @@ def test_a_quotient_is_taken_round_by_round() -> None:
     run = run_of(("zmq, in place", 64, [50.0, 100.0]), ("pyzmq DEALER/ROUTER, no tensor", 64, [40.0, 80.0]))
     assert measured(quotient, run) == Measured(1.25, 0.0)
     assert measured(quotient, run_of(("zmq, in place", 64, [50.0]))) is None
+
+
+@pytest.mark.parametrize(("p50", "code"), [(50.0, 0), (53.0, 0), (80.0, 1)])
+def test_check_fails_on_a_loss_only(p50: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line, against what --update has stored."""
+    stored = ["--stored", str(tmp_path / "ratios.json")]
+
+    def checked(ours: float, *options: str) -> int:
+        found = run_of(("zmq, in place", 64, [ours, ours]), ("pyzmq DEALER/ROUTER, no tensor", 64, [40.0, 40.0]))
+        monkeypatch.setattr("bench.runner.latency", lambda *_arguments, **_options: found)
+        return CliRunner().invoke(app, ["check", *stored, *options]).exit_code
+
+    assert checked(50.0) == 2  # nothing is stored yet
+    assert checked(50.0, "--update") == 0
+    assert checked(p50) == code
 
 
 def test_the_best_of_each_side_is_compared() -> None:
