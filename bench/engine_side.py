@@ -184,14 +184,15 @@ def _prompt(model: LlamaForCausalLM, tokens: int) -> torch.Tensor:
 def _prefill(model: LlamaForCausalLM, tokens: int, repeats: int) -> Prefill:
     ids = _prompt(model, tokens)
     seconds = []
+    counted = _counter(model)
     crossed = (0, 0, 0)
     for _ in range(repeats + 1):
-        counted = _counter(model)
         started = time.perf_counter()
         output = model(ids, use_cache=True, logits_to_keep=1)
         seconds.append(time.perf_counter() - started)
-        crossed = counted()
         del output
+        if len(seconds) == 1:  # later ones also end the session of the one before
+            crossed = counted()
     return Prefill(tokens, seconds[1:], *crossed)  # the first one is the warm-up
 
 

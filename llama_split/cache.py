@@ -62,6 +62,11 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
         return capacity if length <= capacity else max(_FIRST_CAPACITY, length, 2 * capacity, self.reserved)
 
     @property
+    def batch(self) -> int:
+        """How many rows it has room for."""
+        return self._key_buffer.shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both buffers."""
         return self._key_buffer.nbytes + self._value_buffer.nbytes
@@ -132,6 +137,11 @@ class GrowingCache(Cache):  # type: ignore[misc]
 
     def __init__(self, layers: int, reserved: int = 0) -> None:
         super().__init__(layers=[GrowingLayer(reserved) for _ in range(layers)])
+
+    @property
+    def batch(self) -> int:
+        """How many rows it holds; 0 if it never held any."""
+        return int(self.layers[0].batch)
 
     @property
     def nbytes(self) -> int:

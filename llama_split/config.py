@@ -18,6 +18,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 _MIN_ARENA_BYTES = 16 << 20
 _ARENA_TOKENS = 1024
+_ARENA_LOGITS = 16  # rows of a batch that generates
 _LARGEST_TENSORS_HELD = 4
 
 
@@ -80,6 +81,6 @@ def default_arena_bytes(geometry: Geometry, mode: Mode, dtype: torch.dtype) -> i
 
     Longer prompts cross in several calls.
     """
-    sizes = forward_sizes(geometry, _ARENA_TOKENS)
+    sizes = forward_sizes(geometry, _ARENA_TOKENS, logits=_ARENA_LOGITS)
     crossing = [tensor for operation in BY_MODE[mode] for tensor in (*operation.arguments, operation.result)]
     return max(_MIN_ARENA_BYTES, _LARGEST_TENSORS_HELD * max(tensor.nbytes(sizes, dtype) for tensor in crossing))

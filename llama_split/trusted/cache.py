@@ -29,6 +29,7 @@ class History:
         self._sources: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
         self._masks: list[torch.Tensor] = []
+        self._length = 0
 
     def append(self, source: torch.Tensor, positions: torch.Tensor, padding: torch.Tensor | None) -> None:
         """One more forward: its source, positions [1 or B, T], and the mask [B, S] of all tokens until now, if any."""
@@ -37,15 +38,18 @@ class History:
         self._sources.append(source.clone())
         self._positions.append(positions.expand(batch, tokens).clone())
         self._masks.append(own.clone())
+        self._length += tokens
 
     def crop(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
         for parts in (self._sources, self._positions, self._masks):
-            kept, left = [], length
-            for part in parts:
-                kept.append(part[:, :left])
-                left = max(left - part.shape[1], 0)
-            parts[:] = [part for part in kept if part.shape[1]]
+            excess = self._length - length
+            while excess > 0:  # from the end: what is cropped is usually of the last forward
+                last = parts.pop()
+                if last.shape[1] > excess:
+                    parts.append(last[:, : last.shape[1] - excess])
+                excess -= last.shape[1]
+        self._length = length
 
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows of the batch."""
@@ -57,7 +61,8 @@ class History:
         """One that goes on alone."""
         copied = History()
         self._join()
-        copied._sources, copied._positions, copied._masks = list(self._sources), self._positions[:], self._masks[:]
+        copied._sources, copied._positions, copied._masks = self._sources[:], self._positions[:], self._masks[:]
+        copied._length = self._length
         return copied
 
     def joined(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -104,10 +109,10 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
-        self._keep(max(self.length + tokens_to_remove, 0))
+        self.forget_after(max(self.length + tokens_to_remove, 0))
 
     def reset(self) -> None:
-        self._keep(0)
+        self.forget_after(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._go_on_with(beam_idx.cpu())
@@ -118,7 +123,8 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._go_on_with(torch.arange(self.batch)[indices.cpu()])
 
-    def _keep(self, length: int) -> None:
+    def forget_after(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
         if length < self.length:
             self.history.crop(length)
         self.length = length
@@ -174,6 +180,11 @@ class RemoteCache(Cache):  # type: ignore[misc]
     def must_be_built(self, epoch: int) -> bool:
         """Whether what this cache stands for is not on the worker that was connected to as the ``epoch``-th."""
         return self._state.length > 0 and self._epoch != epoch
+
+    def rewind(self, length: int) -> None:
+        """Forget what a forward that failed has added to the first ``length`` tokens."""
+        self._state.forget_after(length)
+        self.lose()
 
     def lose(self) -> None:
         """What the worker has is not known any more: it must be built before the next forward."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +41,8 @@ class Calls(ABC):
     """How one part of a forward is put into calls."""
 
     @abstractmethod
-    def widest(self, wanted_rows: int) -> int:
-        """Numbers that cross at most for each token, where results are wanted of so many rows."""
+    def cut(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
+        """Where a forward of so many tokens is cut, first and last of each part; results are wanted of the last."""
 
     @abstractmethod
     def send(self, part: Part, session: int) -> torch.Tensor:
@@ -52,12 +52,13 @@ class Calls(ABC):
 class LayerCalls(Calls):
     """A call a layer. The result are hidden states; ``on_layers`` is given copies of each part's, a layer each."""
 
-    def __init__(self, link: WorkerLink, on_layers: OnLayers | None = None) -> None:
+    def __init__(self, link: WorkerLink, remote: Remote, on_layers: OnLayers | None = None) -> None:
         self._link = link
+        self._remote = remote
         self._on_layers = on_layers
 
-    def widest(self, wanted_rows: int) -> int:
-        return self._link.geometry.hidden
+    def cut(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
+        return _cut(0, tokens, self._remote.rows_per_call(self._link.geometry.hidden) // batch)
 
     def send(self, part: Part, session: int) -> torch.Tensor:
         hidden_BTD, start = part.hidden_BTD, {"start": part.start}
@@ -75,20 +76,30 @@ class LayerCalls(Calls):
 class StackCalls(Calls):
     """One call for all. The result are logits."""
 
-    def __init__(self, link: WorkerLink, rows_per_call: Callable[[int], int]) -> None:
+    def __init__(self, link: WorkerLink, remote: Remote) -> None:
         self._link = link
-        self._rows_per_call = rows_per_call
+        self._remote = remote
 
-    def widest(self, wanted_rows: int) -> int:
+    def cut(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
         geometry = self._link.geometry
-        fits = wanted_rows <= self._rows_per_call(geometry.vocab)
-        return geometry.hidden if fits else max(geometry.hidden, geometry.vocab)
+        rows = self._remote.rows_per_call(geometry.hidden)
+        if batch * wanted <= self._remote.rows_per_call(geometry.vocab):
+            yield from _cut(0, tokens, rows // batch)
+        else:  # logits are what is large: few tokens at a time, but only of those whose logits are wanted
+            yield from _cut(0, tokens - wanted, rows // batch)
+            widest = max(geometry.hidden, geometry.vocab)
+            yield from _cut(tokens - wanted, tokens, self._remote.rows_per_call(widest) // batch)
 
     def send(self, part: Part, session: int) -> torch.Tensor:
         known = {"N": part.keep}
         return self._link.call(
             STACK, (part.hidden_BTD,), known=known, session=session, start=part.start, keep=part.keep
         )
+
+
+def _cut(first: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
+    step = max(limit, 1)
+    return ((start, min(start + step, end)) for start in range(first, end, step))
 
 
 class KeptForwards:
@@ -121,7 +132,9 @@ class KeptForwards:
         Raises:
             UnsupportedBySplit: the cache is another model's.
         """
-        return self._run(LayerCalls(self._link, on_layers), source, cache, positions, padding, source.shape[1])
+        return self._run(
+            LayerCalls(self._link, self._remote, on_layers), source, cache, positions, padding, source.shape[1]
+        )
 
     def stack(
         self,
@@ -136,7 +149,7 @@ class KeptForwards:
         Raises:
             UnsupportedBySplit: the cache is another model's.
         """
-        calls = StackCalls(self._link, self._remote.rows_per_call)
+        calls = StackCalls(self._link, self._remote)
         return self._run(calls, source, cache, positions, padding, wanted)
 
     def end_sessions(self) -> None:
@@ -162,16 +175,18 @@ class KeptForwards:
         self.end_sessions()
         batch, tokens = source.shape[:2]
         past = cache.get_seq_length()
-        limit = self._tokens_per_part(calls, batch, wanted)
         results = []
-        for first in range(0, tokens, limit):  # causal: later tokens change nothing for earlier ones
-            last = min(first + limit, tokens)
-            seen = None if padding is None else padding[:, : past + last]
-            keep = max(last - max(first, tokens - wanted), 0)
-            result = self._part(calls, source[:, first:last], cache, positions[:, first:last], seen, keep)
-            # All but the last are copied out of the arena: the next part's results need the room.
-            results.append(result if last == tokens else result.clone())
-            del result
+        try:
+            for first, last in calls.cut(tokens, batch, wanted):  # causal: later tokens don't change earlier ones
+                seen = None if padding is None else padding[:, : past + last]
+                keep = max(last - max(first, tokens - wanted), 0)
+                result = self._part(calls, source[:, first:last], cache, positions[:, first:last], seen, keep)
+                # All but the last are copied out of the arena: the next part's results need the room.
+                results.append(result if last == tokens else result.clone())
+                del result
+        except BaseException:
+            cache.rewind(past)  # as if the forward had never begun: whoever repeats it repeats its first parts too
+            raise
         return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
     def _part(
@@ -204,9 +219,7 @@ class KeptForwards:
         sources, positions_BS, mask_BS = cache.history.joined()
         hidden_BSD = torch.cat([self._embed(source) for source in sources], dim=1)
         batch, tokens = hidden_BSD.shape[:2]
-        limit = self._tokens_per_part(calls, batch, 0)
-        for first in range(0, tokens, limit):
-            last = min(first + limit, tokens)
+        for first, last in calls.cut(tokens, batch, 0):
             start = {
                 "positions": positions_BS[:, first:last],
                 "padding": mask_BS[:, :last],
@@ -218,7 +231,5 @@ class KeptForwards:
 
     def _sendable(self, source: torch.Tensor) -> torch.Tensor:
         """A source's embeddings, made where they are sent from."""
-        return self._remote.place(self._embed(source))
-
-    def _tokens_per_part(self, calls: Calls, batch: int, wanted: int) -> int:
-        return max(self._remote.rows_per_call(calls.widest(batch * wanted)) // batch, 1)
+        embedded = self._embed(source)
+        return self._remote.loan(embedded.shape).copy_(embedded)

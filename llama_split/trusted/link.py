@@ -75,6 +75,7 @@ class WorkerLink:
         self._reconnect = reconnect
         self._revive = revive
         self._closed = False
+        self._connecting = False
         self._lock = threading.Lock()
         self._check()
 
@@ -93,7 +94,13 @@ class WorkerLink:
             shmtransport.TransportError.
         """
         sizes = operation.bind(arguments, self.geometry, **(known or {}))
+        if self._connecting:  # another thread is: whoever it finds must be compared with this side's model first
+            with self._lock:
+                pass
+        epoch = self.epoch
         result = self.client.call(operation.name, *arguments, **keywords)
+        if self._connecting or self.epoch != epoch:
+            raise Closed("the connection was made anew during this call")
         expected = operation.result.shape(sizes)
         if not isinstance(result, torch.Tensor) or result.shape != expected or result.dtype != self.wire:
             found = (
@@ -135,29 +142,46 @@ class WorkerLink:
         with self._lock:
             if self.epoch != epoch:
                 return
-            address = self.client.address
-            for attempt in range(1, RECONNECT_TRIES + 1):
-                logger.warning(
-                    "the worker at %s was lost (%s): connecting again, try %d of %d",
-                    address,
-                    cause,
-                    attempt,
-                    RECONNECT_TRIES,
-                )
-                try:
-                    self._revive()
-                    self.client.reconnect()
-                    self._check()
-                except (ConnectTimeout, PeerDied) as error:
-                    failure: Exception = error
-                except ConnectRefused as error:
-                    failure = error
-                    time.sleep(_REFUSED_PAUSE_S)  # it is there, and may have room soon
-                else:
-                    self.epoch += 1
-                    logger.warning("connected to the worker at %s again (process %d)", address, self.client.server_pid)
-                    return
-            raise PeerDied(f"the worker at {address} was lost, and none took over: {failure}") from cause
+            self._connecting = True
+            try:
+                self._try_to_connect(cause)
+            finally:
+                self._connecting = False
+
+    def _try_to_connect(self, cause: Exception) -> None:
+        address = self.client.address
+        failure = ""  # the words alone: an exception would keep this frame, and what it holds, alive
+        for attempt in range(1, RECONNECT_TRIES + 1):
+            self._refuse_closed()
+            tries = f"try {attempt} of {RECONNECT_TRIES}"
+            logger.warning("the worker at %s was lost (%s): connecting again, %s", address, failure or cause, tries)
+            try:
+                self._revive()
+                self._connect_and_check()
+            except (ConnectTimeout, PeerDied) as error:
+                failure = str(error)
+            except ConnectRefused as error:
+                failure = str(error)
+                time.sleep(_REFUSED_PAUSE_S)  # it is there, and may have room soon
+            else:
+                self.epoch += 1
+                logger.warning("connected to the worker at %s again (process %d)", address, self.client.server_pid)
+                return
+        raise PeerDied(f"the worker at {address} was lost, and none took over: {failure}") from cause
+
+    def _connect_and_check(self) -> None:
+        """Connect to whoever is there; a connection that is not the right worker's is not kept."""
+        self.client.reconnect()
+        try:
+            self._refuse_closed()
+            self._check()
+        except BaseException:
+            self.client.close()
+            raise
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise Closed("this model was closed")
 
     def _check(self) -> None:
         """Compare what the worker says of itself with this side's model."""

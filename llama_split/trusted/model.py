@@ -219,6 +219,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             logits = self._remotely(source, attention_mask, position_ids, cache, logits_to_keep, shown)
         else:
             logits = self._here(source, attention_mask, position_ids, cache, logits_to_keep, shown)
+        # Private: a caller may keep or change them, and reads them more than once.
+        logits = logits.to(self.dtype, copy=True)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
@@ -249,7 +251,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if source.is_floating_point():
             return source
         if self.model.embed_tokens is None:
-            return self._remote.embed(source).to(self.dtype)
+            return self._remote.embed(source).to(self.dtype, copy=True)
         embedded: torch.Tensor = self.model.embed_tokens(source)
         return embedded
 
@@ -280,7 +282,14 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
         layers = cast("Sequence[DecoderLayer]", self.model.layers)
         steps = decoder(layers, hidden_BTD, context, self._remote, lambda hidden_BTD: shown.add([hidden_BTD]))
-        return self._logits(run(steps, self._remote.perform), logits_to_keep, shown)
+        past = 0 if cache is None else cache.get_seq_length()
+        try:
+            hidden_BTD = run(steps, self._remote.perform)
+        except BaseException:
+            if isinstance(cache, GrowingCache):  # the layers before the one that failed have grown already
+                cache.truncate(past)
+            raise
+        return self._logits(hidden_BTD, logits_to_keep, shown)
 
     def _remotely(
         self,
@@ -306,7 +315,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             return self._logits(hidden_BTD.to(self.dtype), logits_to_keep, shown)
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
         wanted = min(last or source.shape[1], source.shape[1])
-        logits = self._kept.stack(source, cache, position_ids, attention_mask, wanted).to(self.dtype)
+        logits = self._kept.stack(source, cache, position_ids, attention_mask, wanted)
         kept: torch.Tensor = slice_logits_to_keep(logits, logits_to_keep)
         return kept
 
@@ -314,7 +323,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         norm = cast("RMSNorm", self.model.norm)
         if shown.wants_hidden:
             shown.replace_last(norm(hidden_BTD, Memory(hidden_BTD.device, self.dtype)))
-        return self._remote.lm_head(norm(slice_logits_to_keep(hidden_BTD, logits_to_keep), self._remote)).to(self.dtype)
+        return self._remote.lm_head(norm(slice_logits_to_keep(hidden_BTD, logits_to_keep), self._remote))
 
     def _attention(self, weights: list[torch.Tensor] | None) -> Attention:
         if self.mode is Mode.OP:

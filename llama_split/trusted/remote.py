@@ -29,7 +29,11 @@ class Remote:
         """Memory for a tensor that will be sent; ordinary memory where it is too large to be sent in one piece."""
         if torch.Size(shape).numel() > self._most:
             return torch.empty(tuple(shape), dtype=self._link.wire)
-        return self._link.persist(lambda: self._link.client.empty(shape, self._link.wire))
+        return self._link.persist(lambda: self.loan(shape))
+
+    def loan(self, shape: Sequence[int]) -> torch.Tensor:
+        """Memory of the request arena, by the connection that there is now."""
+        return self._link.client.empty(shape, self._link.wire)
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor where it will be sent from."""

@@ -27,6 +27,8 @@ from .kernels import Weights
 
 logger = logging.getLogger("llama_split")
 
+_MAX_MASK_BYTES = 1 << 30  # a byte for each pair of a new token and one that it may attend to
+
 
 @dataclass(frozen=True)
 class SessionLimits:
@@ -100,12 +102,18 @@ class Session:
             )
         if padding is not None and padding.shape != (batch, past + tokens):
             raise ValueError(f"the mask is {list(padding.shape)}, not {batch} × {past + tokens}")
+        if tokens > 1 and batch * tokens * (past + tokens) > _MAX_MASK_BYTES:
+            raise ValueError(
+                f"the mask of {batch} × {tokens} tokens over {past + tokens} exceeds {size_text(_MAX_MASK_BYTES)}: "
+                "send fewer tokens at once, by a smaller arena_bytes or prefill_chunk_size"
+            )
         self._context = None
         self.last_used = time.monotonic()
         self.cache.truncate(past)
-        if select is not None:
-            self._select(select.clone(), batch)
+        rows = self._rows(select, batch)
         self._reserve(batch, past + tokens, min(reserve, positions_limit))
+        if rows is not None:  # only now, since it allocates
+            self.cache.select(rows)
         device = self._weights.device
         private = positions.to(device, copy=True)
         mask = create_causal_mask(
@@ -149,11 +157,25 @@ class Session:
                 self.kv_bytes = nbytes
                 return
 
-    def _select(self, rows: torch.Tensor, batch: int) -> None:
-        held = self.cache.layers[0].keys.shape[0] if self.cache.get_seq_length() else 0
+    def _rows(self, select: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+        """The rows to go on with, in private memory; none where the batch stays as it is, or begins anew.
+
+        Raises:
+            ValueError: they are not of this batch, or the batch differs and none are named.
+        """
+        held = self.cache.batch
+        if self.cache.get_seq_length() == 0:
+            if held != batch:
+                self.cache.reset()  # nothing of another size stays allocated
+            held = 0
+        if select is None:
+            if held not in (0, batch):
+                raise ValueError(f"the session holds a batch of {held}; the forward is of {batch}")
+            return None
+        rows = select.clone()
         if rows.dtype != torch.int64 or rows.shape != (batch,) or not all(0 <= row < held for row in rows.tolist()):
             raise ValueError(f"rows to go on with must be {batch} numbers below {held}")
-        self.cache.select(rows)
+        return rows
 
 
 class Sessions:

@@ -20,7 +20,7 @@ from llama_split import SplitLlamaForCausalLM, WorkerMismatch
 from llama_split.operations import Geometry, Mode, calls_per_forward
 from llama_split.trusted import link
 from llama_split.worker.sessions import SessionLimits
-from shmtransport import PeerDied, RemoteError
+from shmtransport import CallTimeout, Closed, PeerDied, RemoteError
 
 from .conftest import Small, Worker, worker_in_thread
 from .prompts import SHARED, padded_prompts, prompt, single_prompt
@@ -179,10 +179,13 @@ def test_another_model_that_takes_over_is_refused(
     other = Workers(save_small(seed=77).path, workers.address)
     try:
         workers.start()
-        with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=workers.address, revive=other.start) as split:
+        with SplitLlamaForCausalLM.from_pretrained(
+            plain.path, worker=workers.address, revive=lambda: None if other.pid else other.start()
+        ) as split:
             workers.kill()
-            with pytest.raises(WorkerMismatch, match="other weights"):
-                split(prompt())
+            for _ in range(2):  # nor is it accepted by whoever asks again
+                with pytest.raises(WorkerMismatch, match="other weights"):
+                    split(prompt())
     finally:
         other.stop()
 
@@ -269,3 +272,71 @@ def test_kv_is_allocated_once_for_the_whole_generation(plain: Small, plain_worke
         assert held._key_buffer.shape[2] == 11 + 300 - 1
         assert session.kv_bytes == session.cache.nbytes == sessions.kv_bytes
         del output
+
+
+@pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
+def test_rows_that_would_exceed_the_limit_are_refused_before_they_are_allocated(plain: Small, mode: Mode) -> None:
+    """A batch that grows by repeating a cache's rows counts before it takes memory, and the cache stays usable."""
+    token_bytes = 2 * 3 * 32 * 4
+    limits = SessionLimits(max_kv_bytes=token_bytes * 128 * 4)
+    text = prompt(9)
+    with (
+        worker_in_thread(plain.path, limits=limits) as worker,
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode) as split,
+        torch.inference_mode(),
+    ):
+        cache = split(text, use_cache=True).past_key_values
+        copied = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(50)
+        with pytest.raises(RemoteError, match="of KV"):
+            split(prompt(1, batch=50), past_key_values=cache)
+        held = sum(session.cache.nbytes for session in worker.service.sessions._sessions.values())
+        assert held <= worker.service.sessions.kv_bytes <= token_bytes * 128 * 4
+        logits = split(prompt(2, seed=4), past_key_values=copied).logits
+        expected = plain.unsplit(torch.cat([text, prompt(2, seed=4)], dim=1), logits_to_keep=2).logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_forward_that_fails_leaves_the_cache_as_it_was(plain: Small, plain_worker: Worker, mode: str) -> None:
+    """Cut into several calls and failing in a late one, it may be repeated: no token is cached twice."""
+    text, more = prompt(40), prompt(400, seed=6)
+    with (
+        SplitLlamaForCausalLM.from_pretrained(
+            plain.path, worker=plain_worker.address, mode=mode, arena_bytes=64 << 10
+        ) as split,
+        torch.inference_mode(),
+    ):
+        cache = split(text, use_cache=True).past_key_values
+        call, calls = split.link.client.call, 0
+
+        def failing(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 6:
+                raise CallTimeout("as a test wants it")
+            return call(*arguments, **keywords)
+
+        split.link.client.call = failing  # type: ignore[method-assign]
+        with pytest.raises(CallTimeout):
+            split(more, past_key_values=cache)
+        assert cache.get_seq_length() == 40
+        logits = split(more, past_key_values=cache, logits_to_keep=5).logits
+        expected = plain.unsplit(torch.cat([text, more], dim=1), logits_to_keep=5).logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_closed_while_its_worker_is_waited_for_stays_closed(plain: Small, workers: Workers) -> None:
+    """``close()`` by another thread ends the tries; no connection comes about after it."""
+    workers.start()
+    split = SplitLlamaForCausalLM.from_pretrained(plain.path, worker=workers.address, revive=lambda: close())
+
+    def close() -> None:
+        split.close()
+        workers.start()
+
+    workers.kill()
+    with pytest.raises(Closed):
+        split(prompt())
+    with pytest.raises(Closed):
+        split(prompt())
+    workers.kill()
