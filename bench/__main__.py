@@ -108,7 +108,9 @@ def engine(
     new_tokens: Annotated[int, typer.Option(min=3, help="How many tokens to generate.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Forwards of each prompt.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of each process.")] = 2,
-    spin_us: Annotated[float, typer.Option(help="How long the trusted side looks before it waits (doorbell).")] = 0.0,
+    spin_us: Annotated[
+        float, typer.Option(help="How long the worker looks for a call before it waits (doorbell).")
+    ] = 0.0,
     json_file: Json = None,
 ) -> None:
     """The splits beside the unsplit transformers model: prompts and generated tokens."""

@@ -30,6 +30,7 @@ DEMO = "smollm2"
 class Job(msgspec.Struct, frozen=True):
     """What one process is to run. ``prompts`` are lengths in tokens.
 
+    ``spin_us`` is for the worker; the trusted side would look for the reply on a core that the worker computes on.
     ``mode`` is a split's name, or the unsplit model's with OpenMP's threads as they are by default, which spin while
     they wait, or passive ones, as the split's two processes have them. On a busy machine the latter is faster.
     """
@@ -99,7 +100,15 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
         UNSPLIT,
         UNSPLIT_PASSIVE,
     ):  # started before anything heavy is imported, so that both load at once
-        options = ["--dtype", job.dtype, "--threads", str(job.threads), *_model_options(job.model)]
+        options = [
+            "--dtype",
+            job.dtype,
+            "--threads",
+            str(job.threads),
+            "--spin-us",
+            str(job.spin_us),
+            *_model_options(job.model),
+        ]
         own = stack.enter_context(WorkerProcess([*options, *(["--embedding"] if job.mode == "op" else [])]))
     checkpoint = _checkpoint(job.model)
     if own is None:
@@ -114,7 +123,6 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
         mode=job.mode,
         dtype=job.dtype,
         channel=parse_channel(job.channel),
-        spin_us=job.spin_us,
     )
     stack.enter_context(split)
     return split, split.link.client.server_pid

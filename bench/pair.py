@@ -20,10 +20,11 @@ from .processes import CpuMeter, scratch, served, settle
 from .results import PairResult, PairSize
 
 _FULL_CALLS = 2
-_WARM_UP_CALLS = 4
+_WARM_UP_CALLS = 12  # Ray's compiled graph has touched all of its pages by then, the last to
+_WARM_UP_PATIENCE_S = 4.0  # then fewer will do
 _WARM_UP_PART = 0.15  # of the seconds measured
 _FEWEST_CALLS = 5
-_PATIENCE_S = 2.0  # then fewer will do
+_PATIENCE_S = 2.0
 _LEAST_CALLS = 2
 _MOST_CALLS = 100_000
 
@@ -68,11 +69,11 @@ def _checked(
     """Full calls, warm-up, the measured calls, and full calls once more."""
     _full(contender, nbytes, 0)
     loop = one(contender, nbytes)
-    loop.run(seconds * _WARM_UP_PART, _WARM_UP_CALLS)
+    loop.run(seconds * _WARM_UP_PART, _WARM_UP_CALLS, _WARM_UP_PATIENCE_S)
     gc.collect()
     loop.forget()
     meter.start()
-    loop.run(seconds, _FEWEST_CALLS)
+    loop.run(seconds, _FEWEST_CALLS, _PATIENCE_S)
     client, server, wall = meter.read()
     _full(contender, nbytes, _FULL_CALLS)
     return PairSize(nbytes, loop.samples_ns, client, server, wall, loop.calls)
@@ -102,11 +103,11 @@ class _Latency:
     def forget(self) -> None:
         self.samples_ns = []
 
-    def run(self, seconds: float, fewest: int) -> None:
+    def run(self, seconds: float, fewest: int, patience_s: float) -> None:
         contender, nbytes, samples = self._contender, self._nbytes, self.samples_ns
         now = time.perf_counter_ns
         end = now() + int(seconds * 1e9)
-        patience_end = now() + int(max(seconds, _PATIENCE_S) * 1e9)
+        patience_end = now() + int(patience_s * 1e9)
         while (
             (now() < end and len(samples) < _MOST_CALLS)
             or (len(samples) < fewest and now() < patience_end)
@@ -138,9 +139,9 @@ class _Throughput:
     def forget(self) -> None:
         self.calls = 0
 
-    def run(self, seconds: float, fewest: int) -> None:
+    def run(self, seconds: float, fewest: int, patience_s: float) -> None:
         end = time.perf_counter() + seconds
-        patience_end = time.perf_counter() + max(seconds, _PATIENCE_S)
+        patience_end = time.perf_counter() + patience_s
         under_way: deque[int] = deque()
         while (self.calls < fewest and time.perf_counter() < patience_end) or time.perf_counter() < end:
             while len(under_way) < self._contender.in_flight:

@@ -60,6 +60,14 @@ WorkerThreadsOption = Annotated[
         "core.",
     ),
 ]
+SpinOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="Microseconds to look for a doorbell client's next call before waiting for it: saves a wake-up where "
+        "there is a core to spare, and takes time where there is none.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class WorkerOptions:
     max_sessions: int | None
     max_kv_bytes: int | None
     idle_s: float | None
+    spin_us: float
     threads: int | None
     random_weights: bool
     seed: int
@@ -102,6 +111,7 @@ def worker(
     max_sessions: SessionsOption = None,
     max_kv_bytes: KvBytesOption = None,
     idle_s: IdleOption = None,
+    spin_us: SpinOption = 0.0,
     threads: WorkerThreadsOption = None,
     random_weights: RandomOption = False,
     seed: SeedOption = 0,
@@ -139,7 +149,7 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
     from ..worker.service import Service
 
     dtype, device = parse_dtype(dtype_name), parse_device(device_name)
-    server = stack.enter_context(Server(parse_address(address)))
+    server = stack.enter_context(Server(parse_address(address), spin_us=options.spin_us))
     checkpoint = open_model(name, options.seed if options.random_weights else None)
     with progress_bar("loading weights") as progress:
         weights = Weights(checkpoint, dtype, device, progress, embedding=options.embedding)
