@@ -20,8 +20,7 @@ from .processes import CpuMeter, scratch, served, settle
 from .results import PairResult, PairSize
 
 _FULL_CALLS = 2
-_WARM_UP_CALLS = 12  # Ray's compiled graph has touched all of its pages by then, the last to
-_WARM_UP_PATIENCE_S = 4.0  # then fewer will do
+_WARM_UP_PATIENCE_S = 12.0  # then fewer will do
 _WARM_UP_PART = 0.15  # of the seconds measured
 _FEWEST_CALLS = 5
 _PATIENCE_S = 2.0
@@ -69,7 +68,7 @@ def _checked(
     """Full calls, warm-up, the measured calls, and full calls once more."""
     _full(contender, nbytes, 0)
     loop = one(contender, nbytes)
-    loop.run(seconds * _WARM_UP_PART, _WARM_UP_CALLS, _WARM_UP_PATIENCE_S)
+    loop.run(seconds * _WARM_UP_PART, contender.warm_up_calls, _WARM_UP_PATIENCE_S)
     gc.collect()
     loop.forget()
     meter.start()

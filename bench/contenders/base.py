@@ -44,6 +44,8 @@ class Contender(ABC):
     """Modules that it needs, and what pip calls them."""
     in_flight: ClassVar[int] = 1
     """How many calls can be under way at once, for the throughput benchmark."""
+    warm_up_calls: ClassVar[int] = 8
+    """How many calls, at least, until all pages that it uses in turns are mapped."""
     moves_tensors: ClassVar[bool] = True
     """False for a floor that has no tensor and so no size."""
     has_server: ClassVar[bool] = True

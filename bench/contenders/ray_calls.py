@@ -74,6 +74,7 @@ class RayGraph(RayActor):
     how = "the same method, experimental_compile with buffers of the largest size"
     copies = "2: into a channel, each way"
     reply = "read-only view of a channel, valid until it is given back"
+    warm_up_calls = 20  # the first dozen of the largest take 0.3 s each, later ones 0.02 s
     in_flight = 1  # a view of the last reply keeps the channel from taking the next
 
     def connect(self) -> None:
