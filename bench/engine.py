@@ -83,7 +83,7 @@ def _row(job: Job, outcome: Outcome, expected: list[int]) -> EngineRow:
         mode=job.mode,
         channel=job.channel,
         prefill_ms={str(one.tokens): statistics.median(one.seconds) * 1e3 for one in outcome.prefills},
-        prefill_calls=outcome.prefills[-1].calls,
+        prefill_calls=outcome.prefills[0].calls,
         prefill_mib={str(one.tokens): (one.sent_bytes + one.received_bytes) / 2**20 for one in outcome.prefills},
         decode_p50_ms=statistics.median(intervals) * 1e3,
         decode_p99_ms=intervals[min(len(intervals) * 99 // 100, len(intervals) - 1)] * 1e3,

@@ -134,7 +134,7 @@ class SeedRun(msgspec.Struct, frozen=True, tag="seed"):
 class EngineRow(msgspec.Struct, frozen=True):
     """One way of running one model. By length of prompt, in tokens, where a field is a dict.
 
-    ``prefill_calls`` are those of the longest prompt; ``decode_*`` are of one token after the shortest one.
+    ``prefill_calls`` are those of the shortest prompt; ``decode_*`` are of one token after the shortest one.
     ``same_tokens`` of ``tokens`` generated are the unsplit model's, before the first that is not.
     """
 

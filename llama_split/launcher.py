@@ -37,8 +37,11 @@ def end_with_parent(parent: int) -> None:
 
 def remove_directory_of(address: str) -> None:
     """Remove the private directory of a worker's address, for a parent that could not do so itself."""
+    path = address.removeprefix("ipc://")
     with contextlib.suppress(OSError):
-        os.rmdir(os.path.dirname(address.removeprefix("ipc://")))
+        os.unlink(path)  # left there where the server was not closed in order
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(path))
 
 
 class WorkerProcess:
