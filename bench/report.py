@@ -34,9 +34,10 @@ def report(document: str, runs: Iterable[Run]) -> str:
         sections["seed"] = _section(grids.setting_text(seed.setting), grids.seed_grids(seed))
     if latency is not None or seed is not None:
         sections["targets"] = grids.to_markdown(grids.target_grid(targets(latency, seed)))
-    engine = next((run for run in runs if isinstance(run, EngineRun)), None)
-    if engine is not None:
-        sections["engine"] = _section(grids.setting_text(engine.setting), [*engine_grids(engine), revealed_grid()])
+    engines = [run for run in runs if isinstance(run, EngineRun)]
+    if engines:  # several: models of different sizes are measured with different prompts
+        parts = [_section(grids.setting_text(run.setting), engine_grids(run)) for run in engines]
+        sections["engine"] = "\n".join([*parts, grids.to_markdown(revealed_grid())])
     for name, text in sections.items():
         document = _replaced(document, name, text)
     return document
