@@ -89,7 +89,7 @@ class AsyncServer(Host):
         for _ in range(_MESSAGES_AT_ONCE):
             received = self._receive()
             if isinstance(received, Arrival):
-                self._begin(*received)
+                self._begin(received.client, received.call)
             elif not received:
                 return
         self._loop.call_soon(self._on_readable)

@@ -38,6 +38,9 @@ from .units import size_text
 
 _FIRST_PAUSE_S = 50e-6
 _LONGEST_PAUSE_S = 5e-3
+_FEW_HELD = 8  # sent tensors: with fewer, nobody looks which of them are released until a claim needs room
+_STRIDED = torch.strided
+_new_array, _from_numpy = np.ndarray, torch.from_numpy
 
 _Memory: TypeAlias = "memoryview | np.ndarray[Any, Any]"
 
@@ -78,8 +81,8 @@ def _view(
     when it is made, which torch's own function needs a second tensor for.
     """
     if row.numpy is not None:
-        array: np.ndarray[Any, Any] = np.ndarray(shape, row.numpy, data, offset)
-        return array, torch.from_numpy(array)
+        array: np.ndarray[Any, Any] = _new_array(shape, row.numpy, data, offset)
+        return array, _from_numpy(array)
     memory = data[offset : offset + nbytes]
     flat = torch.frombuffer(memory, dtype=row.torch)
     return memory, flat if len(shape) == 1 else flat.view(shape)
@@ -150,7 +153,11 @@ class SendArena:
         if nbytes <= 0 or len(sizes) > MAX_DIMENSIONS or (sizes and min(sizes) < 0):
             return _without_bytes(sizes, row)
         with self._lock:
-            block = self._claim(nbytes)
+            if self._ended:
+                self._collect_ended_loans()
+            if self._held_by_peer:
+                self._collect_oldest()
+            block = self._ring.claim(nbytes) or self._claim_slowly(nbytes)
         memory, tensor = _view(self._data, block.offset, nbytes, row, sizes)
         loan = _Loan(memory, self._ended.append)
         loan.block = block
@@ -167,7 +174,7 @@ class SendArena:
         Raises:
             As ``empty``.
         """
-        if tensor.layout is not torch.strided or tensor.is_nested:
+        if tensor.layout is not _STRIDED or tensor.is_nested:
             raise LocalProtocolError("only dense tensors can be sent")
         row = BY_TORCH.get(tensor.dtype) or _refuse_dtype(tensor.dtype)
         shape = tuple(tensor.shape)
@@ -180,9 +187,10 @@ class SendArena:
             and len(shape) <= MAX_DIMENSIONS
             and tensor.nbytes > 0
         ):
-            with self._lock:
-                slot, sequence = self._hold(loan)
-            return TensorDescriptor(tensor.data_ptr() - self._address, shape, row.name, slot, sequence)
+            return self._describe(loan, tensor.data_ptr() - self._address, shape, row)
+        return self._export_copied(tensor, shape, row)
+
+    def _export_copied(self, tensor: torch.Tensor, shape: tuple[int, ...], row: DType) -> TensorDescriptor:
         if tensor.is_meta:
             raise LocalProtocolError("a meta tensor has no content and can't be sent")
         copy = self.empty(shape, tensor.dtype)
@@ -229,30 +237,32 @@ class SendArena:
             self._counters.tensors_copied += 1
         return self.export(copy)
 
-    def _hold(self, loan: _Loan) -> tuple[int, int]:
-        """Hold a block for the peer; the slot and sequence that will release it."""
-        if self._held_by_peer:
-            self._collect_oldest()
-        if not self._free_slots:
-            self._wait_until(lambda: bool(self._free_slots), self._no_slot)
-        slot = self._free_slots.pop()
-        self._sequence += 1
-        loan.holds += 1
-        self._held_by_peer[slot] = (self._sequence, loan, time.monotonic())
-        return slot, self._sequence
+    def _describe(self, loan: _Loan, offset: int, shape: tuple[int, ...], row: DType) -> TensorDescriptor:
+        """Describe what lies in a loan, and hold its block until the peer releases it."""
+        with self._lock:
+            held = self._held_by_peer
+            if len(held) >= _FEW_HELD or not self._free_slots:
+                self._collect_oldest()
+                if not self._free_slots:
+                    self._wait_until(lambda: bool(self._free_slots), self._no_slot)
+            slot = self._free_slots.pop()
+            self._sequence = sequence = self._sequence + 1
+            loan.holds += 1
+            held[slot] = (sequence, loan, time.monotonic())
+        return TensorDescriptor(offset, shape, row.name, slot, sequence)
 
-    def _claim(self, nbytes: int) -> Block:
+    def _claim_slowly(self, nbytes: int) -> Block:
+        """Claim where there is no gap at once; waits until there is."""
         if nbytes > self._ring.capacity:
             raise TensorTooLarge(
                 f"a tensor of {size_text(nbytes)} can't fit an arena of {size_text(self._ring.capacity)}: "
                 f"raise arena_bytes to {nbytes + PAGE_BYTES} or more"
             )
-        self._collect_oldest()
-        block = self._ring.claim(nbytes)
-        while block is None:
+        while True:
             self._wait_until(lambda: self._ring.largest_gap() >= nbytes, lambda: self._no_room(nbytes))
             block = self._ring.claim(nbytes)
-        return block
+            if block is not None:
+                return block
 
     def _wait_until(self, possible: Callable[[], bool], failure: Callable[[], ArenaFull]) -> None:
         """Collect what has ended until something is possible; gives the lock away while it waits.
@@ -306,12 +316,10 @@ class SendArena:
 
     def _collect_oldest(self) -> None:
         """Free what has ended, looking at the oldest borrows only: O(1) in first-in-first-out use."""
-        if self._ended:
-            self._collect_ended_loans()
-        held = self._held_by_peer
+        held, released = self._held_by_peer, self._peer_released
         while held:
             slot = next(iter(held))
-            if self._peer_released[slot] != held[slot][0]:
+            if released[slot] != held[slot][0]:
                 break
             self._end_hold(slot)
 
@@ -350,6 +358,7 @@ class ReceiveArena:
     def __init__(self, segment: Segment, released: memoryview) -> None:
         layout = segment.layout
         self._data = segment.view[layout.data_offset : layout.data_offset + layout.data_bytes]
+        self._data_bytes = len(self._data)
         self._released = released
         self._borrows: dict[int, _BorrowAnchor] = {}
 
@@ -367,21 +376,23 @@ class ReceiveArena:
         Raises:
             PeerProtocolError: the descriptor is invalid.
         """
-        row, nbytes = descriptor.validate(len(self._data), len(self._released))
+        row, nbytes = descriptor.validate(self._data_bytes, len(self._released))
         if nbytes == 0:
             return torch.empty(descriptor.shape, dtype=row.torch)
-        if descriptor.sequence in self._borrows:
-            raise PeerProtocolError(f"descriptor with sequence {descriptor.sequence} was sent before and is still held")
+        sequence = descriptor.sequence
+        if sequence in self._borrows:
+            raise PeerProtocolError(f"descriptor with sequence {sequence} was sent before and is still held")
         memory, tensor = _view(self._data, descriptor.offset, nbytes, row, descriptor.shape)
-        anchor = _BorrowAnchor(memory, self._end)
-        anchor.slot, anchor.sequence = descriptor.slot, descriptor.sequence
-        self._borrows[descriptor.sequence] = anchor
+        self._borrows[sequence] = anchor = _BorrowAnchor(memory, self._end)
+        anchor.slot = descriptor.slot
+        anchor.sequence = sequence
         return tensor
 
     def _end(self, anchor: Any) -> None:
+        sequence = anchor.sequence
         order()  # the reads of the block come before its release
-        self._released[anchor.slot] = anchor.sequence
-        self._borrows.pop(anchor.sequence, None)
+        self._released[anchor.slot] = sequence
+        self._borrows.pop(sequence, None)
 
 
 def release_cells(segment: Segment) -> memoryview:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from .backlog import QUEUE_LIMIT
-from .channel import deadline_in
 from .errors import CallTimeout, Closed, PeerDied, PeerProtocolError, TransportError
 from .forks import abandon_after_fork
 from .handshake import Sizes, Wishes
@@ -269,19 +268,22 @@ class Client(ClientBase):
             raise Closed("the client was reconnected while this request was being made")
         link.protocol.start(pending)
         if not self._send(link, data):
-            self._counters.stalls += 1
-            started = time.monotonic()
-            try:
-                while not self._send(link, data):
-                    if time.monotonic() - started >= self._timeout_s:
-                        raise self._full_error()
-                    self._step(link, pending, _SEND_SLICE_S)
-                    self._live()
-            finally:
-                self._counters.stall_seconds += time.monotonic() - started
-                self._hand_over()
+            self._send_when_possible(link, pending, data)
         if self._receiver is not None:  # sending may have taken away what would have told the receiver of a reply
             self._receive_all(link)
+
+    def _send_when_possible(self, link: Link, pending: PendingReply, data: bytes) -> None:
+        self._counters.stalls += 1
+        started = time.monotonic()
+        try:
+            while not self._send(link, data):
+                if time.monotonic() - started >= self._timeout_s:
+                    raise self._full_error()
+                self._step(link, pending, _SEND_SLICE_S)
+                self._live()
+        finally:
+            self._counters.stall_seconds += time.monotonic() - started
+            self._hand_over()
 
     def _send(self, link: Link, data: bytes) -> bool:
         try:
@@ -292,21 +294,22 @@ class Client(ClientBase):
 
     def _wait(self, pending: PendingReply, timeout_s: float | None) -> None:
         """Wait until this call is done, its time is up, or the server is dead."""
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        deadline = deadline_in(timeout_s)
+        timeout_s = left_s = self._timeout_s if timeout_s is None else timeout_s
+        started = time.monotonic()
         with self._lock:
             try:
                 while not pending.done:
                     link = self._live()
-                    left_s = deadline - time.monotonic()
                     if left_s <= 0:
                         self._receive_all(link)
                         if not pending.done and self._ended is None:
                             link.protocol.give_up(pending, self._timeout_error(link, pending, timeout_s))
                     else:
                         self._step(link, pending, left_s)
+                        left_s = timeout_s - (time.monotonic() - started)
             finally:
-                self._hand_over()
+                if self._followers:
+                    self._hand_over()
 
     def _hand_over(self) -> None:
         """This thread will not receive any more: let the one that has waited longest do it."""
@@ -357,7 +360,7 @@ class Client(ClientBase):
                 pass
             elif completed is self._receiver:  # taken by another thread: nothing else may wake it
                 link.channel.wake()
-            elif self._followers and completed in self._followers:
+            elif completed in self._followers:
                 self._followers[completed].notify_all()
         return True
 

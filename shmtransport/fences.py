@@ -5,9 +5,9 @@
 store before it ahead of a load after it, which no machine does by itself: for "I said that I wait, then I looked
 again".
 
-A lock's release followed by an acquire is a full fence on x86 (a locked instruction) and on Arm (a load-acquire is
-never moved ahead of an earlier store-release). The lock is fresh, so never contended, so this can't block, not even
-inside a garbage collection.
+On x86 a full fence is any locked instruction, as in a lock's acquire; on Arm it is a lock's release followed by an
+acquire (a load-acquire is never moved ahead of an earlier store-release). The lock is fresh, so never contended, so
+this can't block, not even inside a garbage collection.
 """
 
 from __future__ import annotations
@@ -16,9 +16,18 @@ import platform
 import threading
 
 
-def full_fence() -> None:
+_new_lock = threading.Lock
+_ON_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def _by_locked_instruction() -> None:
     """Order all that this thread did before ahead of all that it does next."""
-    lock = threading.Lock()
+    _new_lock().acquire(False)
+
+
+def _by_release_and_acquire() -> None:
+    """Order all that this thread did before ahead of all that it does next."""
+    lock = _new_lock()
     lock.acquire()
     lock.release()
     lock.acquire()
@@ -28,4 +37,5 @@ def _ordered_by_hardware() -> None:
     """Nothing to do: every store is a release and every load an acquire here."""
 
 
-order = _ordered_by_hardware if platform.machine() in ("x86_64", "AMD64") else full_fence
+full_fence = _by_locked_instruction if _ON_X86 else _by_release_and_acquire
+order = _ordered_by_hardware if _ON_X86 else full_fence

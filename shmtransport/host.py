@@ -6,8 +6,9 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 import torch
 
 from . import address as addresses
@@ -46,7 +47,7 @@ class HostedClient:
         self.in_progress = 0
 
 
-class Arrival(NamedTuple):
+class Arrival(msgspec.Struct):
     """A call that has come, and whose it is."""
 
     client: HostedClient

@@ -162,7 +162,7 @@ def decode(data: bytes) -> AnyMessage:
     if not data.startswith(PREAMBLE):
         return _decode_other_version(data)
     try:
-        message: AnyMessage = _decoder.decode(memoryview(data)[2:])
+        message: AnyMessage = _decoder.decode(data[2:])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise PeerProtocolError(f"the peer sent an invalid message: {_reason(error)}") from None
     return message
@@ -248,7 +248,7 @@ def unpack(value: Any, tensors: Sequence[torch.Tensor], depth: int = 0) -> Any:
     kind = type(value)
     if kind in _PLAIN_TYPES:
         return value
-    if depth >= MAX_DEPTH + 1:
+    if depth > MAX_DEPTH:
         raise PeerProtocolError(f"the peer sent values nested more than {MAX_DEPTH} deep")
     if kind is Ext:
         return _unpack_tensor(value, tensors)
@@ -265,7 +265,7 @@ def unpack(value: Any, tensors: Sequence[torch.Tensor], depth: int = 0) -> Any:
 
 def _unpack_tensor(extension: Ext, tensors: Sequence[torch.Tensor]) -> Any:
     code = extension.code
-    index = _INDEX.get(bytes(extension.data), MAX_TENSORS)
+    index = _INDEX.get(extension.data, MAX_TENSORS)  # type: ignore[call-overload]  # bytes, where it was decoded
     if (code != _EXT_TENSOR and code != _EXT_ARRAY) or index >= len(tensors):
         raise PeerProtocolError(f"the peer sent an extension of code {code} that names no tensor")
     tensor = tensors[index]

@@ -33,7 +33,10 @@ _CELL_BYTES = 64
 _PUBLISHED, _CONSUMED, _WANTS_ROOM, _ENDED = range(4)
 _DATA_OFFSET = 4 * _CELL_BYTES
 _LENGTH = struct.Struct("<I")
+_LENGTH_BYTES = _LENGTH.size
+_pack_length, _length_at = _LENGTH.pack, _LENGTH.unpack_from
 _ALIGNMENT = 8
+_ROUND_UP = _LENGTH_BYTES + _ALIGNMENT - 1
 _LARGEST_RECORDS = 2  # how many of the largest messages fit
 
 
@@ -61,14 +64,14 @@ class MessageRing:
     """Both directions of one connection: writes to the ring in ``own``, reads the one in ``peer``."""
 
     def __init__(self, own: Segment, peer: Segment) -> None:
-        self._own = _Area(own)
-        self._peer = _Area(peer)
-        self._own_cells = self._own.cells
-        self._peer_cells = self._peer.cells
+        own_area, peer_area = _Area(own), _Area(peer)
+        self._own_cells, self._peer_cells = own_area.cells, peer_area.cells
+        self._own_data, self._own_capacity = own_area.data, len(own_area.data)
+        self._peer_data, self._peer_capacity = peer_area.data, len(peer_area.data)
         self._published = 0
         self._peer_consumed = 0
         self._consumed = 0
-        self.largest_message = len(self._own.data) // _LARGEST_RECORDS - _LENGTH.size
+        self.largest_message = self._own_capacity // _LARGEST_RECORDS - _LENGTH.size
         self.made_room = False
         """Whether ``read`` has made room that the peer waits for; whoever rings the peer sets it back."""
 
@@ -83,25 +86,24 @@ class MessageRing:
             MessageTooLarge: it could never fit.
             PeerProtocolError: the peer's count of what it has read is impossible.
         """
-        ring = self._own.data
-        capacity = len(ring)
-        needed = (_LENGTH.size + len(data) + _ALIGNMENT - 1) & -_ALIGNMENT
-        if needed > capacity // _LARGEST_RECORDS:
+        length = len(data)
+        if length > self.largest_message:
             raise MessageTooLarge(
-                f"a message of {len(data)} bytes can't pass a message ring that takes {self.largest_message}: "
+                f"a message of {length} bytes can't pass a message ring that takes {self.largest_message}: "
                 "send large data as tensors, or raise max_message_bytes on both sides"
             )
-        if self._published + needed - self._peer_consumed > capacity and not self._has_room(needed):
+        needed = (length + _ROUND_UP) & -_ALIGNMENT
+        published, capacity = self._published, self._own_capacity
+        if published + needed - self._peer_consumed > capacity and not self._has_room(needed):
             return False
-        start = self._published % capacity
+        start = published % capacity
         if start + needed <= capacity:
-            _LENGTH.pack_into(ring, start, len(data))
-            ring[start + _LENGTH.size : start + _LENGTH.size + len(data)] = data
+            self._own_data[start : start + _LENGTH_BYTES + length] = _pack_length(length) + data
         else:
-            self._write_around(start, _LENGTH.pack(len(data)) + data)
-        self._published += needed
+            self._write_around(start, _pack_length(length) + data)
+        self._published = published = published + needed
         order()  # the record is there before it is published
-        self._own_cells[_PUBLISHED] = self._published
+        self._own_cells[_PUBLISHED] = published
         return True
 
     def read(self) -> bytes | None:
@@ -110,29 +112,30 @@ class MessageRing:
         Raises:
             PeerProtocolError: the peer's ring is not what a ring can be.
         """
-        published = self._peer_cells[_PUBLISHED]
-        unread = published - self._consumed
+        consumed = self._consumed
+        unread = self._peer_cells[_PUBLISHED] - consumed
         if not unread:
             return None
         order()  # the record is read after the position that published it
-        ring = self._peer.data
-        capacity = len(ring)
+        ring, capacity = self._peer_data, self._peer_capacity
         if not 0 < unread <= capacity or unread % _ALIGNMENT:
             raise PeerProtocolError(
                 f"the peer has published {unread} bytes beyond what was read; its message ring takes {capacity}"
             )
-        start = self._consumed % capacity
-        (length,) = _LENGTH.unpack_from(ring, start)
-        needed = (_LENGTH.size + length + _ALIGNMENT - 1) & -_ALIGNMENT
+        start = consumed % capacity
+        (length,) = _length_at(ring, start)
+        needed = (length + _ROUND_UP) & -_ALIGNMENT
         if needed > unread:
             raise PeerProtocolError(f"the peer's message ring names a record of {length} bytes; {unread} are there")
-        begin, end = start + _LENGTH.size, start + _LENGTH.size + length
-        data = bytes(ring[begin : min(end, capacity)])
-        if end > capacity:
-            data += bytes(ring[: end - capacity])
-        self._consumed += needed
+        if length > self.largest_message:  # the ring takes two of these; one may not be as large as both
+            raise PeerProtocolError(f"the peer sent a message of {length} bytes; {self.largest_message} were agreed")
+        begin = start + _LENGTH_BYTES
+        data = ring[begin : begin + length].tobytes()
+        if begin + length > capacity:
+            data += ring[: begin + length - capacity].tobytes()
+        self._consumed = consumed = consumed + needed
         order()  # the record is copied before its room is given back
-        self._own_cells[_CONSUMED] = self._consumed
+        self._own_cells[_CONSUMED] = consumed
         full_fence()  # a writer without room says so, then looks again: one of the two sees the other
         if self._peer_cells[_WANTS_ROOM]:
             self.made_room = True
@@ -168,10 +171,10 @@ class MessageRing:
                 f"{self._published} are possible"
             )
         self._peer_consumed = consumed
-        return self._published + needed - consumed <= len(self._own.data)
+        return self._published + needed - consumed <= self._own_capacity
 
     def _write_around(self, start: int, record: bytes) -> None:
-        ring = self._own.data
-        first = len(ring) - start
+        ring = self._own_data
+        first = self._own_capacity - start
         ring[start:] = record[:first]
         ring[: len(record) - first] = record[first:]

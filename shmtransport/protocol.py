@@ -7,10 +7,11 @@ maps. Arenas come in through two small interfaces, so that a test can stand in f
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from time import perf_counter
+from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import torch
 
@@ -64,26 +65,24 @@ class Importer(Protocol):
     def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor: ...
 
 
-class _Parcel:
+class _Parcel(list[TensorDescriptor]):
     """The tensors of one message that is being made."""
 
-    __slots__ = ("_exporter", "descriptors", "nbytes")
+    __slots__ = ("_exporter", "nbytes")
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
-        self.descriptors: list[TensorDescriptor] = []
         self.nbytes = 0
 
     def add(self, tensor: torch.Tensor | np.ndarray[Any, Any]) -> int:
         """Describe a tensor to the peer; its index in the message."""
-        descriptors = self.descriptors
-        index = len(descriptors)
+        index = len(self)
         if index == MAX_TENSORS:
             raise LocalProtocolError(f"one message carries {MAX_TENSORS} tensors at most")
         if isinstance(tensor, torch.Tensor):
-            descriptors.append(self._exporter.export(tensor))
+            self.append(self._exporter.export(tensor))
         else:
-            descriptors.append(self._exporter.export_array(tensor))
+            self.append(self._exporter.export_array(tensor))
         self.nbytes += tensor.nbytes
         return index
 
@@ -104,35 +103,35 @@ class Codec:
         snapshot: bool = False,
     ) -> None:
         self._exporter = exporter
-        self._importer = importer
+        self._borrow = importer.borrow
         self._counters = counters
         self._max_message_bytes = max_message_bytes
         self._snapshot = snapshot
 
     def request(
-        self, call_id: int, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any]
-    ) -> tuple[bytes, list[TensorDescriptor]]:
+        self, call_id: int, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any], started: float
+    ) -> tuple[bytes, Sequence[TensorDescriptor]]:
         """The bytes of a request and what it holds; on any error no block stays held."""
-        started = time.perf_counter()
         parcel = _Parcel(self._exporter)
         try:
-            packed = [pack(argument, parcel.add, _ARGUMENT_DEPTH) for argument in arguments]
-            named = {name: pack(argument, parcel.add, _ARGUMENT_DEPTH) for name, argument in keywords.items()}
-            data = encode(Request(call_id, method, packed, named, tuple(parcel.descriptors)), self._max_message_bytes)
+            add = parcel.add
+            packed = [pack(argument, add, _ARGUMENT_DEPTH) for argument in arguments]
+            named = {name: pack(argument, add, _ARGUMENT_DEPTH) for name, argument in keywords.items()}
+            data = encode(Request(call_id, method, packed, named, tuple(parcel)), self._max_message_bytes)
         except BaseException:
-            self._exporter.withdraw(parcel.descriptors)
+            self._exporter.withdraw(parcel)
             raise
         self._count_sent(data, parcel, started)
-        return data, parcel.descriptors
+        return data, parcel
 
     def reply(self, call_id: int, result: Any) -> bytes:
         """The bytes of a reply; on any error no block stays held."""
-        started = time.perf_counter()
+        started = perf_counter()
         parcel = _Parcel(self._exporter)
         try:
-            data = encode(Reply(call_id, pack(result, parcel.add), tuple(parcel.descriptors)), self._max_message_bytes)
+            data = encode(Reply(call_id, pack(result, parcel.add), tuple(parcel)), self._max_message_bytes)
         except BaseException:
-            self._exporter.withdraw(parcel.descriptors)
+            self._exporter.withdraw(parcel)
             raise
         self._count_sent(data, parcel, started)
         return data
@@ -151,7 +150,7 @@ class Codec:
         """A received message's tensors: borrowed views, or private copies for a snapshot."""
         tensors = []
         for descriptor in descriptors:
-            tensor = self._importer.borrow(descriptor)
+            tensor = self._borrow(descriptor)
             self._counters.tensor_bytes_received += tensor.nbytes
             tensors.append(tensor)
         if self._snapshot:
@@ -165,30 +164,30 @@ class Codec:
     def discard(self, descriptors: Sequence[TensorDescriptor]) -> None:
         """Release tensors that nobody wants any more."""
         for descriptor in descriptors:
-            self._importer.borrow(descriptor)
+            self._borrow(descriptor)
 
     def _count_sent(self, data: bytes, parcel: _Parcel, started: float) -> None:
         counters = self._counters
-        counters.tensors_sent += len(parcel.descriptors)
-        counters.tensor_bytes_sent += parcel.nbytes
+        if parcel:
+            counters.tensors_sent += len(parcel)
+            counters.tensor_bytes_sent += parcel.nbytes
         counters.control_bytes_sent += len(data)
-        counters.serialize_seconds += time.perf_counter() - started
+        counters.serialize_seconds += perf_counter() - started
 
 
 class PendingReply:
     """The client's handle on a call in flight; made by ``Client.submit``."""
 
-    __slots__ = ("_error", "_result", "_wait", "call_id", "done", "method", "submitted", "tensors")
+    call_id = -1
+    done = False
+    tensors: Sequence[TensorDescriptor] = ()
+    _result: Any = None
+    _error: BaseException | None = None
 
     def __init__(self, method: str, wait: Callable[[PendingReply, float | None], None]) -> None:
-        self.call_id = -1
         self.method = method
-        self.done = False
-        self.submitted = time.perf_counter()
-        self.tensors: Sequence[TensorDescriptor] = ()
+        self.submitted = perf_counter()
         self._wait = wait
-        self._result: Any = None
-        self._error: BaseException | None = None
 
     def result(self, timeout_s: float | None = None) -> Any:
         """The call's result; waits for it up to ``timeout_s`` seconds (default: the client's).
@@ -235,12 +234,13 @@ class ClientProtocol:
         Raises:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing is held for the call.
         """
-        if len(pending.method) > MAX_NAME_CHARACTERS:
+        method = pending.method
+        if len(method) > MAX_NAME_CHARACTERS:
             raise LocalProtocolError(
-                f"a method's name has {len(pending.method)} characters; the limit is {MAX_NAME_CHARACTERS}"
+                f"a method's name has {len(method)} characters; the limit is {MAX_NAME_CHARACTERS}"
             )
-        pending.call_id = next(self._ids)
-        data, pending.tensors = self._codec.request(pending.call_id, pending.method, arguments, keywords)
+        pending.call_id = call_id = next(self._ids)
+        data, pending.tensors = self._codec.request(call_id, method, arguments, keywords, pending.submitted)
         return data
 
     def start(self, pending: PendingReply) -> None:
@@ -261,15 +261,14 @@ class ClientProtocol:
             PeerProtocolError: the message is invalid.
             PeerDied: the server ended the connection.
         """
-        started = time.perf_counter()
+        started = perf_counter()
         message = self._codec.decode(data)
         if isinstance(message, (Reply, Failure)):
             pending = self._pending.pop(message.call_id, None)
             if pending is not None:
-                self._complete(pending, message)
+                self._complete(pending, message, started)
             elif isinstance(message, Reply):
                 self._codec.discard(message.tensors)
-            self._counters.deserialize_seconds += time.perf_counter() - started
             return pending
         if isinstance(message, Goodbye):
             raise PeerDied(f"the server ended the connection: {message.reason}")
@@ -287,7 +286,7 @@ class ClientProtocol:
         for call in pending:
             call.fail(error)
 
-    def _complete(self, pending: PendingReply, message: Reply | Failure) -> None:
+    def _complete(self, pending: PendingReply, message: Reply | Failure, started: float) -> None:
         counters = self._counters
         if isinstance(message, Reply):
             try:
@@ -298,7 +297,9 @@ class ClientProtocol:
         else:
             counters.failures += 1
             pending.fail(_raised(message))
-        counters.count_call(time.perf_counter() - pending.submitted)
+        ended = perf_counter()
+        counters.deserialize_seconds += ended - started
+        counters.count_call(ended - pending.submitted)
 
 
 def _raised(message: Failure) -> TransportError:
@@ -306,7 +307,7 @@ def _raised(message: Failure) -> TransportError:
     return RemoteError(message.type_name, message.text) if kind is None else kind(f"on the server: {message.text}")
 
 
-class Call(NamedTuple):
+class Call(msgspec.Struct):
     """One call to be handled: the tensors in it are borrowed views."""
 
     call_id: int
@@ -328,16 +329,16 @@ class ServerProtocol:
         Raises:
             PeerProtocolError: the message is invalid.
         """
-        started = time.perf_counter()
+        started = perf_counter()
         message = self._codec.decode(data)
-        if isinstance(message, Goodbye):
-            return None
         if not isinstance(message, Request):
+            if isinstance(message, Goodbye):
+                return None
             raise PeerProtocolError(f"the client sent a {type(message).__name__} where only requests are valid")
         tensors = self._codec.borrow(message.tensors)
         arguments = [unpack(argument, tensors, _ARGUMENT_DEPTH) for argument in message.arguments]
         keywords = {name: unpack(argument, tensors, _ARGUMENT_DEPTH) for name, argument in message.keywords.items()}
-        self._counters.deserialize_seconds += time.perf_counter() - started
+        self._counters.deserialize_seconds += perf_counter() - started
         return Call(message.call_id, message.method, arguments, keywords)
 
     def reply(self, call_id: int, result: Any) -> bytes:

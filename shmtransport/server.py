@@ -74,7 +74,7 @@ class Server(Host):
 
     def _answer(self, arrival: Arrival) -> bytes:
         """Handle a call; the bytes of its reply."""
-        client, call = arrival
+        client, call = arrival.client, arrival.call
         self._counters.in_flight_peak = 1
         started = time.perf_counter()
         token = self._current.set(client)

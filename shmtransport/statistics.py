@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+
+import numpy as np
 
 from .units import KIB, MIB
 
 _SHORTEST_S = 1e-6
 _RANGES_PER_OCTAVE = 8
 _LATENCY_OCTAVES = 32  # 1 µs to more than an hour
-_UNSORTED_LIMIT = 256
+_UNSORTED_LIMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Counters:
         self.stalls = 0
         self.stall_seconds = 0.0
         self.in_flight_peak = 0
-        self._latencies = [0] * (_LATENCY_OCTAVES * _RANGES_PER_OCTAVE)
+        self._latencies = np.zeros(_LATENCY_OCTAVES * _RANGES_PER_OCTAVE, int)
         self._unsorted: list[float] = []
 
     def count_call(self, seconds: float) -> None:
@@ -130,9 +131,9 @@ class Counters:
 
     def _sort(self) -> None:
         unsorted, self._unsorted = self._unsorted, []
-        for seconds in unsorted:
-            index = int(math.log2(max(seconds, _SHORTEST_S) / _SHORTEST_S) * _RANGES_PER_OCTAVE)
-            self._latencies[min(index, len(self._latencies) - 1)] += 1
+        octaves = np.log2(np.maximum(unsorted, _SHORTEST_S) / _SHORTEST_S)
+        index = np.minimum((octaves * _RANGES_PER_OCTAVE).astype(int), len(self._latencies) - 1)
+        self._latencies += np.bincount(index, minlength=len(self._latencies))
 
     @property
     def latency_histogram(self) -> tuple[tuple[float, int], ...]:
@@ -140,7 +141,7 @@ class Counters:
         self._sort()
         return tuple(
             (_SHORTEST_S * 2 ** ((index + 1) / _RANGES_PER_OCTAVE), count)
-            for index, count in enumerate(self._latencies)
+            for index, count in enumerate(self._latencies.tolist())
             if count
         )
 

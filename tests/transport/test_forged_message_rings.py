@@ -97,15 +97,14 @@ def test_a_record_longer_than_what_is_unread_is_the_peers_error(
         rings.b.read()
 
 
-def test_a_record_up_to_all_that_is_unread_is_a_message(rings: RingPair, forger: Forger) -> None:
-    """A length that joins two records stays within what was published: the codec is to judge what it says."""
+@pytest.mark.parametrize("length", [LARGEST + 1, CAPACITY - 4])
+def test_a_record_beyond_the_largest_message_is_refused(rings: RingPair, forger: Forger, length: int) -> None:
+    """A length that joins two records stays within what was published, and is more than was agreed."""
     rings.a.write(b"a" * LARGEST)
     rings.a.write(b"b" * LARGEST)
-    forger.set_length(0, CAPACITY - 4)
-    received = rings.b.read()
-    assert received is not None
-    assert len(received) == CAPACITY - 4
-    assert rings.b.read() is None
+    forger.set_length(0, length)
+    with pytest.raises(PeerProtocolError, match=f"a message of {length} bytes; {LARGEST} were agreed"):
+        rings.b.read()
 
 
 @given(consumed=st.integers(0, CAPACITY // 8), published=_CELL, length=_LENGTH, records=st.binary(max_size=CAPACITY))
