@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-# Two processes compute in turn: a thread that spins while it has nothing to do would take the other's core.
+# Two processes compute in turn: a thread that spins while it has nothing to do would take the other's core. The
+# worker's may for some 0.1 ms, which is as long as the gaps between the products of a layer.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if sys.argv[1:2] == ["worker"]:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 _EXIT_ERROR = 2

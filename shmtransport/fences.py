@@ -15,7 +15,6 @@ from __future__ import annotations
 import platform
 import threading
 
-
 _new_lock = threading.Lock
 _ON_X86 = platform.machine() in ("x86_64", "AMD64")
 

@@ -56,8 +56,8 @@ WorkerThreadsOption = Annotated[
         min=1,
         max=MOST_THREADS,
         help="Threads that torch computes with here. The trusted side waits meanwhile, so all cores may be used; "
-        "idle threads sleep instead of spinning (OMP_WAIT_POLICY=PASSIVE, unless it is set). Default: torch's, one a "
-        "core.",
+        "idle threads sleep after some 0.1 ms (OMP_WAIT_POLICY=PASSIVE and GOMP_SPINCOUNT, unless they are set). "
+        "Default: torch's, one a core.",
     ),
 ]
 SpinOption = Annotated[
