@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from .descriptor import MAX_DIMENSIONS, TensorDescriptor, representable
-from .dtypes import BY_NAME, BY_TORCH, DType
+from .dtypes import BY_NAME, BY_TORCH, INTEGERS, DType
 from .errors import ArenaFull, LocalProtocolError, PeerProtocolError, TensorTooLarge
 from .fences import order
 from .layout import PAGE_BYTES, RELEASE_CELL_BYTES
@@ -42,7 +42,7 @@ _FEW_HELD = 8  # sent tensors: with fewer, nobody looks which of them are releas
 _STRIDED = torch.strided
 _new_array, _from_numpy = np.ndarray, torch.from_numpy
 
-_Memory: TypeAlias = "memoryview | np.ndarray[Any, Any]"
+_Memory: TypeAlias = "np.ndarray[Any, Any]"
 
 if TYPE_CHECKING:
     from .statistics import Counters
@@ -64,6 +64,17 @@ class _Loan(_Reference):
     holds: int
 
 
+class _Copied:
+    """A claimed block that a tensor was copied into: nobody here has it, only the peer."""
+
+    __slots__ = ("block", "holds")
+    ended = True
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.holds = 0
+
+
 class _BorrowAnchor(_Reference):
     """Weak reference to a borrow's memory; its death is what releases the borrow."""
 
@@ -72,26 +83,14 @@ class _BorrowAnchor(_Reference):
     sequence: int
 
 
-def _view(
-    data: memoryview, offset: int, nbytes: int, row: DType, shape: tuple[int, ...]
-) -> tuple[_Memory, torch.Tensor]:
-    """A tensor over these bytes of ``data``, and what its storage owns for as long as it lives.
+def _view(data: memoryview, offset: int, row: DType, shape: tuple[int, ...]) -> tuple[_Memory, torch.Tensor]:
+    """A tensor over the bytes of ``data`` from ``offset`` on, and what its storage owns for as long as it lives.
 
-    The bytes are reinterpreted, never converted. By way of numpy where it has the type: an array is given its shape
-    when it is made, which torch's own function needs a second tensor for.
+    By way of numpy: an array is given its shape when it is made, which torch's own function needs a second tensor for.
     """
-    if row.numpy is not None:
-        array: np.ndarray[Any, Any] = _new_array(shape, row.numpy, data, offset)
-        return array, _from_numpy(array)
-    memory = data[offset : offset + nbytes]
-    flat = torch.frombuffer(memory, dtype=row.torch)
-    return memory, flat if len(shape) == 1 else flat.view(shape)
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a contiguous CPU tensor."""
-    array: np.ndarray[Any, Any] = tensor.reshape(-1).view(torch.uint8).numpy()
-    return array
+    array: _Memory = _new_array(shape, row.carrier, data, offset)
+    tensor = _from_numpy(array)
+    return array, tensor if row.numpy is not None else tensor.view(row.torch)
 
 
 def _refuse_dtype(dtype: torch.dtype) -> NoReturn:
@@ -134,7 +133,7 @@ class SendArena:
         self._lock = threading.Lock()
         self._by_address: dict[int, _Loan] = {}
         # Ordered by age, with a first item that is found at once however many were taken out before it.
-        self._held_by_peer: OrderedDict[int, tuple[int, _Loan, float]] = OrderedDict()
+        self._held_by_peer: OrderedDict[int, tuple[int, _Loan | _Copied, float]] = OrderedDict()
         self._free_slots = list(range(len(peer_released) - 1, -1, -1))
         self._sequence = 0
         self._ended: deque[Any] = deque()
@@ -153,12 +152,8 @@ class SendArena:
         if nbytes <= 0 or len(sizes) > MAX_DIMENSIONS or (sizes and min(sizes) < 0):
             return _without_bytes(sizes, row)
         with self._lock:
-            if self._ended:
-                self._collect_ended_loans()
-            if self._held_by_peer:
-                self._collect_oldest()
-            block = self._ring.claim(nbytes) or self._claim_slowly(nbytes)
-        memory, tensor = _view(self._data, block.offset, nbytes, row, sizes)
+            block = self._claim(nbytes)
+        memory, tensor = _view(self._data, block.offset, row, sizes)
         loan = _Loan(memory, self._ended.append)
         loan.block = block
         loan.ended = False
@@ -188,20 +183,9 @@ class SendArena:
             and tensor.nbytes > 0
         ):
             return self._describe(loan, tensor.data_ptr() - self._address, shape, row)
-        return self._export_copied(tensor, shape, row)
-
-    def _export_copied(self, tensor: torch.Tensor, shape: tuple[int, ...], row: DType) -> TensorDescriptor:
         if tensor.is_meta:
             raise LocalProtocolError("a meta tensor has no content and can't be sent")
-        copy = self.empty(shape, tensor.dtype)
-        if copy.numel() == 0:
-            return TensorDescriptor(0, shape, row.name, 0, 0)
-        plain = tensor.detach()
-        if plain.is_cpu and plain.is_contiguous() and not (plain.is_conj() or plain.is_neg()):
-            np.copyto(_bytes(copy), _bytes(plain))  # a memcpy, where torch would wake threads for it
-        else:
-            copy.copy_(plain)
-        return self._export_copy(copy)
+        return self._export_copy(tensor.detach() if tensor.requires_grad else tensor, shape, row)
 
     def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor:
         """As ``export``, for a numpy array of any strides and byte order, read-only or not."""
@@ -215,9 +199,7 @@ class SendArena:
                 pass
             else:
                 return self.export(tensor)
-        copy = self.empty(array.shape, row.torch)
-        np.copyto(copy.numpy(), array)
-        return self._export_copy(copy)
+        return self._export_copy(array, array.shape, row)
 
     @property
     def held_by_peer(self) -> int:
@@ -231,13 +213,41 @@ class SendArena:
                 if descriptor.sequence:
                     self._end_hold(descriptor.slot)
 
-    def _export_copy(self, copy: torch.Tensor) -> TensorDescriptor:
+    def _export_copy(
+        self, source: torch.Tensor | np.ndarray[Any, Any], shape: tuple[int, ...], row: DType
+    ) -> TensorDescriptor:
+        """Copy a tensor into a block that is free again once the peer has released it."""
+        nbytes = math.prod(shape) * row.itemsize
+        if nbytes == 0 or len(shape) > MAX_DIMENSIONS:
+            _without_bytes(shape, row)
+            return TensorDescriptor(0, shape, row.name, 0, 0)
         with self._lock:
-            self._counters.bytes_copied += copy.nbytes
+            copied = _Copied(self._claim(nbytes))
+        try:
+            self._write(copied.block.offset, source, shape, row)
+            descriptor = self._describe(copied, copied.block.offset, shape, row)
+        except BaseException:
+            if copied.holds == 0:
+                with self._lock:
+                    self._ring.release(copied.block)
+            raise
+        with self._lock:
+            self._counters.bytes_copied += nbytes
             self._counters.tensors_copied += 1
-        return self.export(copy)
+        return descriptor
 
-    def _describe(self, loan: _Loan, offset: int, shape: tuple[int, ...], row: DType) -> TensorDescriptor:
+    def _write(
+        self, offset: int, source: torch.Tensor | np.ndarray[Any, Any], shape: tuple[int, ...], row: DType
+    ) -> None:
+        """Copy a tensor's content to this place: a memcpy where that can be, since torch would wake threads for it."""
+        if isinstance(source, torch.Tensor):
+            if not (source.is_cpu and source.is_contiguous()) or source.is_conj() or source.is_neg():
+                _view(self._data, offset, row, shape)[1].copy_(source)
+                return
+            source = (source if row.numpy is not None else source.view(INTEGERS[row.itemsize])).numpy()
+        np.copyto(_new_array(shape, row.carrier, self._data, offset), source)
+
+    def _describe(self, loan: _Loan | _Copied, offset: int, shape: tuple[int, ...], row: DType) -> TensorDescriptor:
         """Describe what lies in a loan, and hold its block until the peer releases it."""
         with self._lock:
             held = self._held_by_peer
@@ -250,6 +260,13 @@ class SendArena:
             loan.holds += 1
             held[slot] = (sequence, loan, time.monotonic())
         return TensorDescriptor(offset, shape, row.name, slot, sequence)
+
+    def _claim(self, nbytes: int) -> Block:
+        if self._ended:
+            self._collect_ended_loans()
+        if self._held_by_peer:
+            self._collect_oldest()
+        return self._ring.claim(nbytes) or self._claim_slowly(nbytes)
 
     def _claim_slowly(self, nbytes: int) -> Block:
         """Claim where there is no gap at once; waits until there is."""
@@ -304,7 +321,7 @@ class SendArena:
     def _no_room(self, nbytes: int) -> ArenaFull:
         return ArenaFull(
             f"requested {size_text(nbytes)}; arena is {size_text(self._ring.capacity)} with "
-            f"{size_text(self._ring.largest_gap())} in its largest gap; {len(self._by_address)} blocks held, "
+            f"{size_text(self._ring.largest_gap())} in its largest gap; {len(self._ring)} blocks held, "
             f"{self._peer_facts()}; drop tensors made by empty(), release results or raise arena_bytes"
         )
 
@@ -344,8 +361,8 @@ class SendArena:
         if loan.ended and loan.holds == 0:
             self._free(loan)
 
-    def _free(self, loan: _Loan) -> None:
-        del self._by_address[self._address + loan.block.offset]
+    def _free(self, loan: _Loan | _Copied) -> None:
+        self._by_address.pop(self._address + loan.block.offset, None)
         self._ring.release(loan.block)
 
 
@@ -382,7 +399,7 @@ class ReceiveArena:
         sequence = descriptor.sequence
         if sequence in self._borrows:
             raise PeerProtocolError(f"descriptor with sequence {sequence} was sent before and is still held")
-        memory, tensor = _view(self._data, descriptor.offset, nbytes, row, descriptor.shape)
+        memory, tensor = _view(self._data, descriptor.offset, row, descriptor.shape)
         self._borrows[sequence] = anchor = _BorrowAnchor(memory, self._end)
         anchor.slot = descriptor.slot
         anchor.sequence = sequence

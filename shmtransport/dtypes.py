@@ -1,7 +1,7 @@
 """The one table of dtypes: wire name, torch dtype, numpy dtype, bytes an element.
 
 Bytes are reinterpreted, never converted, so that any fixed-width type crosses unchanged. ``numpy`` is None where
-numpy has no such type; those arrive as torch tensors only.
+numpy has no such type; those arrive as torch tensors only, and ``carrier`` is numpy's integer of the same size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class DType(NamedTuple):
     torch: torch.dtype
     numpy: np.dtype[Any] | None
     itemsize: int
+    carrier: np.dtype[Any]
 
 
 _TORCH_ONLY = (
@@ -51,7 +52,8 @@ _IN_BOTH = (
 
 def _row(name: str, in_numpy: bool) -> DType:
     dtype: torch.dtype = getattr(torch, name)
-    return DType(name, dtype, np.dtype(name) if in_numpy else None, dtype.itemsize)
+    known = np.dtype(name) if in_numpy else None
+    return DType(name, dtype, known, dtype.itemsize, known or np.dtype(f"i{dtype.itemsize}"))
 
 
 TABLE: tuple[DType, ...] = (
@@ -63,5 +65,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.empty(0, dtype=torch.complex32)
 
+INTEGERS: dict[int, torch.dtype] = {size: getattr(torch, f"int{8 * size}") for size in (1, 2, 4)}
+"""torch's integers by their size in bytes: what a tensor is seen as whose dtype numpy doesn't have."""
 BY_NAME: dict[str, DType] = {row.name: row for row in TABLE}
 BY_TORCH: dict[torch.dtype, DType] = {row.torch: row for row in TABLE}

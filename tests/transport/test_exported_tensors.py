@@ -259,3 +259,20 @@ def test_an_unaligned_array_is_sent(pair: Pair) -> None:
     result = pair.pass_on(array)
     assert result.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert result.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), torch.ones(3, dtype=torch.bfloat16), np.ones(3)[::-1]])
+def test_a_copy_that_is_interrupted_leaves_no_block(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, value: torch.Tensor | np.ndarray
+) -> None:
+    """Where copying a tensor in doesn't come to an end, its room can be had again, and no copy was counted."""
+
+    def interrupted(_target: np.ndarray, _source: np.ndarray) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "copyto", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pair.pass_on(value)
+    assert pair.is_free()
+    assert pair.counters.bytes_copied == pair.counters.tensors_copied == 0
