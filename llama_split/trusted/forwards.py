@@ -25,6 +25,22 @@ _END_TIMEOUT_S = 5.0
 OnLayers = Callable[[list[torch.Tensor]], None]
 
 
+class Tokens(NamedTuple):
+    """What a forward goes over: ids [B, T] or embeddings [B, T, D], positions [B, T], and a mask [B, S] or None.
+
+    The mask, over all that is cached afterwards, is false or 0 where a token is padding.
+    """
+
+    source: torch.Tensor
+    positions: torch.Tensor
+    padding: torch.Tensor | None
+
+    def cut(self, first: int, last: int, past: int) -> Tokens:
+        """Those from ``first`` up to ``last``, of a forward that begins after ``past`` cached ones."""
+        padding = None if self.padding is None else self.padding[:, : past + last]
+        return Tokens(self.source[:, first:last], self.positions[:, first:last], padding)
+
+
 class Part(NamedTuple):
     """So many of a forward's tokens as cross at once.
 
@@ -119,38 +135,22 @@ class KeptForwards:
         """A new session's cache; the session ends with it."""
         return RemoteCache(self._numbers, reserved)
 
-    def layers(
-        self,
-        source: torch.Tensor,
-        cache: RemoteCache,
-        positions: torch.Tensor,
-        padding: torch.Tensor | None,
-        on_layers: OnLayers | None = None,
-    ) -> torch.Tensor:
+    def layers(self, tokens: Tokens, cache: RemoteCache, on_layers: OnLayers | None = None) -> torch.Tensor:
         """All decoder layers, one call each: hidden states [B, T, D], of the wire's dtype.
 
         Raises:
             UnsupportedBySplit: the cache is another model's.
         """
-        return self._run(
-            LayerCalls(self._link, self._remote, on_layers), source, cache, positions, padding, source.shape[1]
-        )
+        calls = LayerCalls(self._link, self._remote, on_layers)
+        return self._run(calls, tokens, cache, tokens.source.shape[1])
 
-    def stack(
-        self,
-        source: torch.Tensor,
-        cache: RemoteCache,
-        positions: torch.Tensor,
-        padding: torch.Tensor | None,
-        wanted: int,
-    ) -> torch.Tensor:
+    def stack(self, tokens: Tokens, cache: RemoteCache, wanted: int) -> torch.Tensor:
         """All layers, the final norm and the output matrix in one call: the last ``wanted`` tokens' logits [B, N, V].
 
         Raises:
             UnsupportedBySplit: the cache is another model's.
         """
-        calls = StackCalls(self._link, self._remote)
-        return self._run(calls, source, cache, positions, padding, wanted)
+        return self._run(StackCalls(self._link, self._remote), tokens, cache, wanted)
 
     def end_sessions(self) -> None:
         """Free the KV of sessions whose cache has died here; a worker that can't be asked does so in the end."""
@@ -160,56 +160,40 @@ class KeptForwards:
                 pending = self._link.client.submit("end_session", ended.popleft())
                 pending.result(timeout_s=_END_TIMEOUT_S)
 
-    def _run(
-        self,
-        calls: Calls,
-        source: torch.Tensor,
-        cache: RemoteCache,
-        positions: torch.Tensor,
-        padding: torch.Tensor | None,
-        wanted: int,
-    ) -> torch.Tensor:
+    def _run(self, calls: Calls, tokens: Tokens, cache: RemoteCache, wanted: int) -> torch.Tensor:
         """A forward in as many parts as the arenas need: the results of its last ``wanted`` tokens."""
         if not cache.is_of(self._numbers):
             raise UnsupportedBySplit("past_key_values belongs to another model's connection; its KV is not there")
         self.end_sessions()
-        batch, tokens = source.shape[:2]
+        batch, length = tokens.source.shape[:2]
         past = cache.get_seq_length()
         results = []
         try:
-            for first, last in calls.cut(tokens, batch, wanted):  # causal: later tokens don't change earlier ones
-                seen = None if padding is None else padding[:, : past + last]
-                keep = max(last - max(first, tokens - wanted), 0)
-                result = self._part(calls, source[:, first:last], cache, positions[:, first:last], seen, keep)
+            for first, last in calls.cut(length, batch, wanted):  # causal: later tokens don't change earlier ones
+                keep = max(last - max(first, length - wanted), 0)
+                result = self._part(calls, tokens.cut(first, last, past), cache, keep)
                 # All but the last are copied out of the arena: the next part's results need the room.
-                results.append(result if last == tokens else result.clone())
+                results.append(result if last == length else result.clone())
                 del result
         except BaseException:
             cache.rewind(past)  # as if the forward had never begun: whoever repeats it repeats its first parts too
             raise
         return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
-    def _part(
-        self,
-        calls: Calls,
-        source: torch.Tensor,
-        cache: RemoteCache,
-        positions: torch.Tensor,
-        padding: torch.Tensor | None,
-        keep: int,
-    ) -> torch.Tensor:
+    def _part(self, calls: Calls, tokens: Tokens, cache: RemoteCache, keep: int) -> torch.Tensor:
         def attempt() -> torch.Tensor:
             epoch = self._link.epoch
             try:
                 if cache.must_be_built(epoch):
                     self._build(calls, cache)
                     cache.built(epoch)
-                part = Part(self._sendable(source), cache.start(positions, padding), keep)
+                start = cache.start(tokens.positions, tokens.padding)
+                part = Part(self._sendable(tokens.source), start, keep)
                 result = calls.send(part, cache.session)
             except BaseException:
                 cache.lose()
                 raise
-            cache.advance(source, positions, padding, epoch)
+            cache.advance(*tokens, epoch)
             return result
 
         return self._link.persist(attempt)

@@ -33,7 +33,7 @@ from ..errors import UnsupportedBySplit
 from ..operations import Mode
 from ..steps import Memory, run
 from .cache import RemoteCache
-from .forwards import KeptForwards
+from .forwards import KeptForwards, Tokens
 from .link import WorkerLink
 from .outputs import Shown
 from .remote import Remote
@@ -308,14 +308,15 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise UnsupportedBySplit(f"in mode {self.mode.value} the attention mask must be [batch, tokens]")
+        tokens = Tokens(source, position_ids, attention_mask)
         if self.mode is Mode.LAYER:
             if shown.wants_hidden:
                 shown.add([self._embed(source)])
-            hidden_BTD = self._kept.layers(source, cache, position_ids, attention_mask, shown.part_adder(self.dtype))
+            hidden_BTD = self._kept.layers(tokens, cache, shown.part_adder(self.dtype))
             return self._logits(hidden_BTD.to(self.dtype), logits_to_keep, shown)
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
         wanted = min(last or source.shape[1], source.shape[1])
-        logits = self._kept.stack(source, cache, position_ids, attention_mask, wanted)
+        logits = self._kept.stack(tokens, cache, wanted)
         kept: torch.Tensor = slice_logits_to_keep(logits, logits_to_keep)
         return kept
 
