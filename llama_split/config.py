@@ -16,6 +16,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+MOST_PIPELINED = 8
+"""Parts of a prompt that may be under way together."""
+
 _MIN_ARENA_BYTES = 16 << 20
 _ARENA_TOKENS = 1024
 _ARENA_LOGITS = 16  # rows of a batch that generates
@@ -74,6 +77,20 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LlamaSplitError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def check_pipeline(parts: int, mode: Mode) -> None:
+    """Refuse a number of parts that a prompt can't be cut into, or that this split has no use for.
+
+    Raises:
+        LlamaSplitError: it is none of 1 to ``MOST_PIPELINED``, or more than 1 where the worker attends.
+    """
+    if not 1 <= parts <= MOST_PIPELINED:
+        raise LlamaSplitError(f"pipeline {parts} is not supported; choose 1 to {MOST_PIPELINED} parts")
+    if parts > 1 and mode.worker_keeps_kv:
+        raise LlamaSplitError(
+            f"pipeline {parts}: in mode {mode.value} this side has nothing to compute meanwhile; use fused or op"
+        )
 
 
 def default_arena_bytes(geometry: Geometry, mode: Mode, dtype: torch.dtype) -> int:

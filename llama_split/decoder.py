@@ -32,6 +32,14 @@ class AttentionContext:
     cache: Cache | None
     attention: Attention
 
+    def part(self, tokens: slice, past: int) -> AttentionContext:
+        """That of some of the tokens, which attend to those before them, of a forward after ``past`` cached ones."""
+        if self.mask is None:
+            raise ValueError("a part of a forward needs the forward's mask")
+        cos, sin = self.cos_sin
+        mask = self.mask[:, :, tokens, : past + tokens.stop]
+        return AttentionContext((cos[:, tokens], sin[:, tokens]), mask, self.cache, self.attention)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang & Sennrich 2019), accumulated in float32 as transformers does."""

@@ -44,10 +44,11 @@ class Opening:
         elif options.device is not None:
             notice(f"--device {options.device} has no effect: the worker at {address} runs where it was started")
         limit_threads(options.threads)
-        from ..config import parse_channel, parse_dtype, parse_mode
+        from ..config import check_pipeline, parse_channel, parse_dtype, parse_mode
 
         self._address = parse_address(address)
         self._mode = parse_mode(options.mode)
+        check_pipeline(options.pipeline, self._mode)
         self._dtype = parse_dtype(dtype)
         self._wire = self._dtype if options.wire_dtype is None else parse_dtype(options.wire_dtype)
         self._channel = parse_channel(options.channel)
@@ -97,6 +98,7 @@ class Opening:
                     wire_dtype=self._wire,
                     arena_bytes=self._options.arena_bytes,
                     channel=self._channel,
+                    pipeline=self._options.pipeline,
                     reconnect=self._options.reconnect,
                     revive=_nothing if self._own is None else self._own.revive,
                     progress=progress,

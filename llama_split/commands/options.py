@@ -59,6 +59,13 @@ ReconnectOption = Annotated[
         help="Connect again to a worker that was lost, and start our own again; the tokens stay the same.",
     ),
 ]
+PipelineOption = Annotated[
+    int,
+    typer.Option(
+        help="In fused and op: up to so many parts of a prompt under way together, so that both sides compute at the "
+        "same time; as many times the calls. For a worker that computes elsewhere than on this side's cores.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
@@ -102,6 +109,7 @@ class SplitOptions:
     worker: str | None
     device: str | None
     channel: str
+    pipeline: int
     arena_bytes: int | None
     reconnect: bool
     threads: int | None

@@ -24,6 +24,7 @@ from shmtransport import (
     ConnectTimeout,
     LocalProtocolError,
     PeerDied,
+    PendingReply,
     RemoteError,
 )
 
@@ -41,6 +42,23 @@ RECONNECT_TRIES = 6
 
 _ATTEMPTS = 4
 _REFUSED_PAUSE_S = 1.0
+
+
+class CheckedReply:
+    """A call under way over the connection of ``epoch``, whose result is compared with what is due."""
+
+    def __init__(self, pending: PendingReply, epoch: int, check: Callable[[Any], torch.Tensor]) -> None:
+        self.epoch = epoch
+        self._pending = pending
+        self._check = check
+
+    def result(self) -> torch.Tensor:
+        """Wait for it.
+
+        Raises:
+            As ``WorkerLink.call``.
+        """
+        return self._check(self._pending.result())
 
 
 class WorkerLink:
@@ -94,11 +112,29 @@ class WorkerLink:
             shmtransport.TransportError.
         """
         sizes = operation.bind(arguments, self.geometry, **(known or {}))
+        epoch = self._wait_for_connection()
+        return self._checked(self.client.call(operation.name, *arguments, **keywords), operation, sizes, epoch)
+
+    def submit(self, operation: Operation, arguments: Sequence[torch.Tensor], **keywords: Any) -> CheckedReply:
+        """Begin a call; several may be under way.
+
+        Raises:
+            shmtransport.TransportError.
+        """
+        sizes = operation.bind(arguments, self.geometry)
+        epoch = self._wait_for_connection()
+        pending = self.client.submit(operation.name, *arguments, **keywords)
+        return CheckedReply(pending, epoch, lambda result: self._checked(result, operation, sizes, epoch))
+
+    def _wait_for_connection(self) -> int:
+        """The epoch of the connection that there is, once it is known to lead to the right worker."""
         if self._connecting:  # another thread is: whoever it finds must be compared with this side's model first
             with self._lock:
                 pass
-        epoch = self.epoch
-        result = self.client.call(operation.name, *arguments, **keywords)
+        return self.epoch
+
+    def _checked(self, result: Any, operation: Operation, sizes: dict[str, int], epoch: int) -> torch.Tensor:
+        """A call's result, if it came over the connection of that epoch and is what is due."""
         if self._connecting or self.epoch != epoch:
             raise Closed("the connection was made anew during this call")
         expected = operation.result.shape(sizes)

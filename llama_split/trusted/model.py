@@ -27,15 +27,16 @@ from shmtransport import ChannelKind, Client, Statistics
 from ..attention import Attention, EagerAttention, RemoteAttention, SdpaAttention
 from ..cache import GrowingCache
 from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name, open_checkpoint
-from ..config import default_arena_bytes, parse_dtype, parse_mode
+from ..config import check_pipeline, default_arena_bytes, parse_dtype, parse_mode
 from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder
 from ..errors import UnsupportedBySplit
 from ..operations import Mode
-from ..steps import Memory, run
+from ..steps import Memory, Steps, run
 from .cache import RemoteCache
 from .forwards import KeptForwards, Tokens
 from .link import WorkerLink
 from .outputs import Shown
+from .pipeline import cut, run_in_turn
 from .remote import Remote
 
 
@@ -64,13 +65,14 @@ class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
 class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """A Llama split between this process and a worker; make one with ``from_pretrained``."""
 
-    def __init__(self, config: LlamaConfig, mode: Mode, link: WorkerLink, arena_bytes: int) -> None:
+    def __init__(self, config: LlamaConfig, mode: Mode, link: WorkerLink, arena_bytes: int, pipeline: int = 1) -> None:
         super(LlamaForCausalLM, self).__init__(config)
         self.model = TrustedPart(config, mode)
         self.vocab_size = config.vocab_size
         self.mode = mode
         self.link = link
         self._remote = Remote(link, arena_bytes)
+        self._pipeline = pipeline
         self._kept = KeptForwards(link, self._remote, self._embed)
 
     @classmethod
@@ -89,6 +91,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         reconnect: bool = True,
         revive: Callable[[], None] = lambda: None,
         snapshot: bool = False,
+        pipeline: int = 1,
         channel: ChannelKind = "zmq",
         spin_us: float = 0.0,
         progress: Progress | None = None,
@@ -101,7 +104,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         direction's arena (default: by the model's shape), ``timeout_s`` the longest that one call may take;
         ``channel``, ``spin_us`` and ``snapshot`` are those of ``shmtransport.Client``. With ``reconnect`` a worker
         that dies is connected to again, a bounded number of times, and a generation goes on with the same tokens;
-        before each try ``revive`` is called, which may start the worker anew.
+        before each try ``revive`` is called, which may start the worker anew. In ``op`` and ``fused`` a prompt may go
+        through in up to ``pipeline`` parts, so that both sides compute at the same time: as many times the calls.
 
         Raises:
             CheckpointError: no model there, or none that can be split.
@@ -115,6 +119,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         )
         config = checkpoint.config
         mode = parse_mode(mode)
+        check_pipeline(pipeline, mode)
         compute = parse_dtype(dtype if dtype is not None else getattr(config, "dtype", None) or torch.float32)
         wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
@@ -132,7 +137,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         try:
             link = WorkerLink(client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive)
             with torch.device("meta"):
-                model = cls(config, mode, link, arena_bytes)
+                model = cls(config, mode, link, arena_bytes, pipeline)
             weights = checkpoint.load(TrustedPart.weight_names(config, mode), compute, torch.device("cpu"), progress)
             model.load_state_dict(weights, assign=True)
             model.model.rotary_emb = LlamaRotaryEmbedding(config)
@@ -272,24 +277,34 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         if config._attn_implementation != attention.implementation:  # noqa: SLF001 - as where it is set
             config = copy.copy(config)
             config._attn_implementation = attention.implementation  # noqa: SLF001
+        # What is shown is shown whole, and a part needs to find the parts before it in a cache that grows.
+        together = 1 if shown.anything or not isinstance(cache, GrowingCache) else self._pipeline
+        parts = cut(hidden_BTD.shape[1], together)
         mask = create_causal_mask(
             config=config,
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids,
+            allow_is_causal_skip=len(parts) == 1,
         )
-        context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
-        layers = cast("Sequence[DecoderLayer]", self.model.layers)
-        steps = decoder(layers, hidden_BTD, context, self._remote, lambda hidden_BTD: shown.add([hidden_BTD]))
         past = 0 if cache is None else cache.get_seq_length()
+        context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
         try:
-            hidden_BTD = run(steps, self._remote.perform)
+            if len(parts) == 1:
+                hidden_BTD = run(self._steps(hidden_BTD, context, shown), self._remote.perform)
+            else:
+                forwards = [self._steps(hidden_BTD[:, part], context.part(part, past), shown) for part in parts]
+                hidden_BTD = torch.cat(run_in_turn(forwards, self._remote.begin), dim=1)
         except BaseException:
             if isinstance(cache, GrowingCache):  # the layers before the one that failed have grown already
                 cache.truncate(past)
             raise
         return self._logits(hidden_BTD, logits_to_keep, shown)
+
+    def _steps(self, hidden_BTD: torch.Tensor, context: AttentionContext, shown: Shown) -> Steps:
+        layers = cast("Sequence[DecoderLayer]", self.model.layers)
+        return decoder(layers, hidden_BTD, context, self._remote, lambda hidden_BTD: shown.add([hidden_BTD]))
 
     def _remotely(
         self,

@@ -20,6 +20,11 @@ class Shown:
         self._hidden: list[torch.Tensor] = []
         self._parts: list[list[torch.Tensor]] = []
 
+    @property
+    def anything(self) -> bool:
+        """Whether something is asked for."""
+        return self.wants_hidden or self.attentions is not None
+
     def add(self, hidden: Sequence[torch.Tensor]) -> None:
         """The next layers' hidden states, of all tokens."""
         if self.wants_hidden:

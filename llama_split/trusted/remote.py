@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from shmtransport import Closed, PeerDied
 
 from ..config import DTYPE_NAMES
 from ..operations import EMBED, LM_HEAD
 from ..steps import Step
-from .link import WorkerLink
+from .link import CheckedReply, WorkerLink
 
 _ARENA_SHARE = 4  # one call's tensor takes at most this part of an arena; longer ones cross in several calls
 
@@ -43,6 +47,26 @@ class Remote:
         """Make one step on the worker: one call, or several where the tensors don't fit the arenas together."""
         return self._link.persist(lambda: self._perform(step))
 
+    def begin(self, step: Step, together: int) -> Callable[[], torch.Tensor]:
+        """Begin to make one step on the worker; what is returned waits for its result.
+
+        ``together`` is how many steps may be under way at once. One that the arenas have no room for beside the others
+        is made when its result is wanted, and so is one whose worker has died.
+        """
+        begun: list[CheckedReply] = []
+        _, rows, widest = self._extent(step)
+        if together * rows * widest <= self._most:
+            with contextlib.suppress(PeerDied, Closed):
+                begun.append(self._link.submit(step.operation, step.arguments, **self._keywords(step)))
+
+        def finish() -> torch.Tensor:
+            reply = begun.pop() if begun else None
+            if reply is not None and reply.epoch == self._link.epoch:
+                return reply.result()
+            return self._perform(step)
+
+        return lambda: self._link.persist(finish)
+
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """The embedding's rows for these ids: [B, T, D] of the wire's dtype."""
         return self.perform(Step(EMBED, 0, (ids_BT,)))
@@ -56,10 +80,7 @@ class Remote:
         return max(self._most // width, 1)
 
     def _perform(self, step: Step) -> torch.Tensor:
-        sizes = step.operation.bind(step.arguments, self._link.geometry)
-        shape = step.operation.result.shape(sizes)
-        rows = shape[0] * shape[1]
-        widest = max(torch.Size(each[2:]).numel() for each in (*(a.shape for a in step.arguments), shape))
+        shape, rows, widest = self._extent(step)
         if rows * widest <= self._most:
             return self._call(step, step.arguments)
         result = torch.empty(shape, dtype=self._link.wire)
@@ -78,9 +99,18 @@ class Remote:
                 target.copy_(self._call(step, (own, *(other[:, cut] for other in others))))
         return result
 
+    def _extent(self, step: Step) -> tuple[tuple[int, ...], int, int]:
+        """The shape of the result, how many rows there are, and how many elements the widest tensor has in a row."""
+        sizes = step.operation.bind(step.arguments, self._link.geometry)
+        shape = step.operation.result.shape(sizes)
+        widest = max(torch.Size(each[2:]).numel() for each in (*(a.shape for a in step.arguments), shape))
+        return shape, shape[0] * shape[1], widest
+
     def _call(self, step: Step, arguments: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._link.call(step.operation, arguments, **self._keywords(step))
+
+    def _keywords(self, step: Step) -> dict[str, Any]:
+        """What goes along with a step's tensors."""
         if step.operation is EMBED:
-            return self._link.call(EMBED, arguments, dtype=DTYPE_NAMES[self._link.wire])
-        if step.operation.per_layer:
-            return self._link.call(step.operation, arguments, layer=step.layer)
-        return self._link.call(step.operation, arguments)
+            return {"dtype": DTYPE_NAMES[self._link.wire]}
+        return {"layer": step.layer} if step.operation.per_layer else {}
