@@ -71,7 +71,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.vocab_size = config.vocab_size
         self.mode = mode
         self.link = link
-        self._remote = Remote(link, arena_bytes)
+        self._remote = Remote(link, arena_bytes, pipeline)
         self._pipeline = pipeline
         self._kept = KeptForwards(link, self._remote, self._embed)
 

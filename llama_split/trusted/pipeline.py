@@ -27,15 +27,10 @@ def cut(tokens: int, parts: int) -> list[slice]:
     return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
 
-def run_in_turn(forwards: Sequence[Steps], begin: Callable[[Step, int], Finish]) -> list[torch.Tensor]:
-    """Drive several forwards to their ends, a step each in turn.
-
-    ``begin(step, together)`` begins a step, of so many that are under way together; what it returns waits for its
-    result.
-    """
-    together = len(forwards)
+def run_in_turn(forwards: Sequence[Steps], begin: Callable[[Step], Finish]) -> list[torch.Tensor]:
+    """Drive several forwards to their ends, a step each in turn; what ``begin`` returns waits for a step's result."""
     results: dict[int, torch.Tensor] = {}
-    under_way = deque((index, begin(next(steps), together)) for index, steps in enumerate(forwards))
+    under_way = deque((index, begin(next(steps))) for index, steps in enumerate(forwards))
     while under_way:
         index, finish = under_way.popleft()
         try:
@@ -43,5 +38,5 @@ def run_in_turn(forwards: Sequence[Steps], begin: Callable[[Step, int], Finish])
         except StopIteration as end:
             results[index] = end.value
         else:
-            under_way.append((index, begin(step, together)))
-    return [results[index] for index in range(together)]
+            under_way.append((index, begin(step)))
+    return [results[index] for index in range(len(forwards))]

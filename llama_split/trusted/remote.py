@@ -15,19 +15,20 @@ from ..operations import EMBED, LM_HEAD
 from ..steps import Step
 from .link import CheckedReply, WorkerLink
 
-_ARENA_SHARE = 4  # one call's tensor takes at most this part of an arena; longer ones cross in several calls
+_ARENA_SHARE = 4
+"""One call's tensor takes at most this part of what the arena has for a step; longer ones cross in several calls."""
 
 
 class Remote:
     """A ``Workspace`` in the request arena, and what makes steps on the worker.
 
     Calls whose tensors would not fit the arenas together are cut: rows of the first two dimensions, tokens or heads,
-    are independent of each other.
+    are independent of each other. ``together`` is how many steps may be under way at once.
     """
 
-    def __init__(self, link: WorkerLink, arena_bytes: int) -> None:
+    def __init__(self, link: WorkerLink, arena_bytes: int, together: int = 1) -> None:
         self._link = link
-        self._most = arena_bytes // (_ARENA_SHARE * link.wire.itemsize)
+        self._most = arena_bytes // (_ARENA_SHARE * together * link.wire.itemsize)
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """Memory for a tensor that will be sent; ordinary memory where it is too large to be sent in one piece."""
@@ -47,15 +48,15 @@ class Remote:
         """Make one step on the worker: one call, or several where the tensors don't fit the arenas together."""
         return self._link.persist(lambda: self._perform(step))
 
-    def begin(self, step: Step, together: int) -> Callable[[], torch.Tensor]:
+    def begin(self, step: Step) -> Callable[[], torch.Tensor]:
         """Begin to make one step on the worker; what is returned waits for its result.
 
-        ``together`` is how many steps may be under way at once. One that the arenas have no room for beside the others
-        is made when its result is wanted, and so is one whose worker has died.
+        One that the arenas have no room for beside others is made when its result is wanted, and so is one whose worker
+        has died.
         """
         begun: list[CheckedReply] = []
         _, rows, widest = self._extent(step)
-        if together * rows * widest <= self._most:
+        if rows * widest <= self._most:
             with contextlib.suppress(PeerDied, Closed):
                 begun.append(self._link.submit(step.operation, step.arguments, **self._keywords(step)))
 

@@ -100,7 +100,7 @@ def test_what_can_not_be_cut_goes_through_whole(plain: Small, pipelined: SplitLl
 
 @torch.inference_mode()
 def test_parts_that_the_arenas_have_no_room_for_wait_for_each_other(plain: Small, worker: Worker) -> None:
-    """With an arena that only just takes one part's tensors, the results are the same."""
+    """With an arena that can't take all parts' tensors, the results are the same."""
     with SplitLlamaForCausalLM.from_pretrained(
         plain.path, worker=worker.address, mode="op", pipeline=4, arena_bytes=40_000
     ) as split:
@@ -185,8 +185,7 @@ def test_parts_take_turns_in_their_order() -> None:
             events.append(("used", part, result.item()))
         return torch.tensor(part)
 
-    def begin(step: Step, together: int) -> Callable[[], torch.Tensor]:
-        assert together == 2
+    def begin(step: Step) -> Callable[[], torch.Tensor]:
         (argument,) = step.arguments
         events.append(("begun", int(argument) // 10, argument.item()))
         return lambda: argument
