@@ -20,7 +20,7 @@ FULLY_COVERED := protocol ring arena descriptor message message_ring doorbell
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz coverage soak check fix bench bench-quick bench-check clean
+.PHONY: help install demo test fuzz coverage soak check fix bench bench-engine bench-quick bench-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,12 +71,18 @@ $(PEERS_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[bench-peers]'
 	@touch $@
 
-bench: install $(PEERS_STAMP) ## every benchmark beside everybody, in some ten minutes; figures and pictures go to docs/
+bench: install $(PEERS_STAMP) ## every benchmark beside everybody, in a quarter of an hour; figures and pictures go to docs/
 	mkdir -p $(BENCH_RUNS)
 	$(BIN)/python -m bench latency --seconds 0.3 --rounds 2 --json $(BENCH_RUNS)/latency.json --plot docs/images
 	$(BIN)/python -m bench throughput --seconds 0.3 --rounds 1 --json $(BENCH_RUNS)/throughput.json --plot docs/images
 	$(BIN)/python -m bench seed --seconds 1 --rounds 2 --json $(BENCH_RUNS)/seed.json --plot docs/images
 	$(BIN)/python -m bench report $(BENCH_RUNS)/latency.json $(BENCH_RUNS)/throughput.json $(BENCH_RUNS)/seed.json
+	$(BIN)/python -m bench engine --dtypes bfloat16 --channels doorbell --prompts 128 --new-tokens 24 --repeats 1
+
+bench-engine: install ## all splits beside the unsplit models, every dtype, channel and length: half an hour
+	mkdir -p $(BENCH_RUNS)
+	$(BIN)/python -m bench engine --json $(BENCH_RUNS)/engine.json
+	$(BIN)/python -m bench report $(BENCH_RUNS)/engine.json
 
 bench-quick: install ## the most telling of them, in less than two minutes, with the peers that are installed
 	$(BIN)/python -m bench latency --seconds 0.15 --rounds 1 --sizes 64,1048576,134217728 --contenders "doorbell,zmq,polling,shared_memory,memcpy,semaphore"
