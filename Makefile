@@ -81,11 +81,11 @@ bench: install $(PEERS_STAMP) ## every benchmark beside everybody, in a quarter 
 
 bench-engine: install ## all splits beside the unsplit models, every dtype, channel and length: half an hour
 	mkdir -p $(BENCH_RUNS)
-	$(BIN)/python -m bench engine --json $(BENCH_RUNS)/engine.json
+	$(BIN)/python -m bench engine --repeats 2 --json $(BENCH_RUNS)/engine.json
 	$(BIN)/python -m bench report $(BENCH_RUNS)/engine.json
 
 bench-quick: install ## the most telling of them, in less than two minutes, with the peers that are installed
-	$(BIN)/python -m bench latency --seconds 0.15 --rounds 1 --sizes 64,1048576,134217728 --contenders "doorbell,zmq,polling,shared_memory,memcpy,semaphore"
+	$(BIN)/python -m bench latency --seconds 0.15 --rounds 1 --sizes 64,1048576,8388608 --contenders "doorbell,zmq,polling,memcpy,semaphore"
 	$(BIN)/python -m bench seed --seconds 0.3 --rounds 1 --dtypes float32 --patterns op --contenders doorbell,memcpy
 
 bench-check: install ## compare ratios with the stored ones; fails on a clear loss
