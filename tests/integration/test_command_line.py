@@ -62,6 +62,16 @@ def test_the_demo_answers_and_reports_its_transport() -> None:
     assert answer["statistics"]["control_bytes_sent"] < answer["statistics"]["tensor_bytes_sent"]
 
 
+def test_a_pipelined_prompt_has_the_same_answer() -> None:
+    """Its parts are under way together, as the statistics show."""
+    prompt = "Which city is the capital of France? Answer with the name of the city alone, without any other word."
+    done = run("generate", "--prompt", prompt, "--json", "--max-new-tokens", "4", "--pipeline", "2")
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
+    assert "Paris" in answer["text"]
+    assert answer["statistics"]["in_flight_peak"] == 2
+
+
 @pytest.mark.parametrize("prompt", ["w5 w6 w7", "w1999"])
 def test_every_mode_generates_the_same_tokens(command: Command, worker: str, tiny: Path, prompt: str) -> None:
     """As many as were asked for, as one JSON object on standard output and nothing else, whatever the split."""

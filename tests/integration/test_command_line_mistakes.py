@@ -72,8 +72,10 @@ def test_no_worker_at_the_address_is_one_line(command: Command, tiny: Path, tmp_
         (("--mode", "magic"), "'magic' is not supported; choose one of"),
         (("--worker", "nonsense"), "'nonsense' is neither ipc:///absolute/path nor tcp://host:port"),
         (("--device", "cuda:99"), "device 'cuda:99' is not there"),
+        (("--pipeline", "9"), "pipeline 9 is not supported; choose 1 to 8 parts"),
+        (("--pipeline", "2", "--mode", "stack"), "in mode stack this side has nothing to compute meanwhile"),
     ],
-    ids=["dtype", "mode", "worker", "device"],
+    ids=["dtype", "mode", "worker", "device", "pipeline", "pipeline in stack"],
 )
 def test_a_bad_option_is_one_line_that_says_what_would_do(
     command: Command, tiny: Path, options: tuple[str, ...], reason: str
