@@ -141,7 +141,7 @@ class Client(ClientBase):
     """A connection to a ``Server`` on this machine.
 
     ``channel`` is what carries requests and replies: "zmq", or "doorbell" (a ring in shared memory and a semaphore:
-    about two thirds of the time, or a third if both sides look for ``spin_us`` microseconds before they wait, at the
+    about two thirds of the time, or a quarter if both sides look for ``spin_us`` microseconds before they wait, at the
     price of busy cores). ``arena_bytes`` is the size of the data area for what this side sends, ``reply_arena_bytes``
     (default: the same) of the one for what it receives; with ``prefault`` all of their pages are mapped now, not on
     first use. ``timeout_s`` is how long a call may take unless it says otherwise, and how long a claim waits for
