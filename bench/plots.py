@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from .ratios import size_text
 from .results import LatencyRun, SeedRun, ThroughputRun
 
+_COLOURS = {"ours": "C0", "peer": "C1", "floor": "C7"}
+_SEED_GROUPS = {"original": "peer", "memcpy of the same bytes": "floor"}  # all else is ours
 _STYLES = {"ours": ("-", 2.4), "peer": ("--", 1.2), "floor": (":", 1.2)}
 _DPI = 120
 _MARKERS = "osD^v<>ph*XP"
@@ -63,6 +65,7 @@ def throughput_plot(run: ThroughputRun, directory: Path) -> Path:
     return _bars(
         labels,
         [row.bytes_per_s / 1e9 for row in rows],
+        [run.contenders[row.contender].group for row in rows],
         f"GB/s both ways, tensors of {size_text(largest)}",
         directory / "throughput.png",
     )
@@ -71,18 +74,21 @@ def throughput_plot(run: ThroughputRun, directory: Path) -> Path:
 def seed_plot(run: SeedRun, directory: Path) -> Path:
     """A forward's total transport time."""
     labels = [f"{row.contender}: {row.pattern}, {row.dtype}" for row in run.rows]
+    groups = [_SEED_GROUPS.get(row.contender, "ours") for row in run.rows]
     title = "transport time of a forward of 1024 tokens, ms"
-    return _bars(labels, [row.total_ms for row in run.rows], title, directory / "seed.png")
+    return _bars(labels, [row.total_ms for row in run.rows], groups, title, directory / "seed.png")
 
 
-def _bars(labels: list[str], values: list[float], title: str, path: Path) -> Path:
-    """Level bars on a logarithmic axis, the first at the top."""
+def _bars(labels: list[str], values: list[float], groups: list[str], title: str, path: Path) -> Path:
+    """Level bars on a logarithmic axis, the first at the top; ours, others and floors each have a colour."""
     figure, axes = plt.subplots(figsize=(10, 1.2 + 0.22 * len(labels)), layout="constrained")
-    bars = axes.barh(range(len(labels)), values)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize="small")
+    bars = axes.barh(range(len(labels)), values, color=[_COLOURS[group] for group in groups])
+    texts = [f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
+    axes.bar_label(bars, texts, padding=3, fontsize="small")
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel=title)
+    axes.margins(x=0.1, y=0.01)
     axes.grid(visible=True, axis="x", alpha=0.3)
     return _save(figure, path)
 
