@@ -73,9 +73,9 @@ $(PEERS_STAMP): $(STAMP)
 
 bench: install $(PEERS_STAMP) ## every benchmark beside everybody, in a quarter of an hour; figures and pictures go to docs/
 	mkdir -p $(BENCH_RUNS)
-	$(BIN)/python -m bench latency --seconds 0.25 --rounds 2 --json $(BENCH_RUNS)/latency.json --plot docs/images
-	$(BIN)/python -m bench throughput --seconds 0.3 --rounds 1 --json $(BENCH_RUNS)/throughput.json --plot docs/images
-	$(BIN)/python -m bench seed --seconds 1 --rounds 2 --json $(BENCH_RUNS)/seed.json --plot docs/images
+	$(BIN)/python -m bench latency --seconds 0.2 --rounds 2 --json $(BENCH_RUNS)/latency.json --plot docs/images
+	$(BIN)/python -m bench throughput --seconds 0.2 --rounds 1 --json $(BENCH_RUNS)/throughput.json --plot docs/images
+	$(BIN)/python -m bench seed --seconds 0.5 --rounds 2 --json $(BENCH_RUNS)/seed.json --plot docs/images
 	$(BIN)/python -m bench report $(BENCH_RUNS)/latency.json $(BENCH_RUNS)/throughput.json $(BENCH_RUNS)/seed.json
 	$(BIN)/python -m bench engine --dtypes bfloat16 --channels doorbell --prompts 128 --new-tokens 16 --repeats 1
 
