@@ -227,7 +227,7 @@ class SendArena:
             self._write(copied.block.offset, source, shape, row)
             descriptor = self._describe(copied, copied.block.offset, shape, row)
         except BaseException:
-            if copied.holds == 0:
+            if copied.holds == 0:  # pragma: no branch - else an interrupt has come just after it was held
                 with self._lock:
                     self._ring.release(copied.block)
             raise
@@ -275,11 +275,11 @@ class SendArena:
                 f"a tensor of {size_text(nbytes)} can't fit an arena of {size_text(self._ring.capacity)}: "
                 f"raise arena_bytes to {nbytes + PAGE_BYTES} or more"
             )
-        while True:
+        block: Block | None = None
+        while block is None:
             self._wait_until(lambda: self._ring.largest_gap() >= nbytes, lambda: self._no_room(nbytes))
             block = self._ring.claim(nbytes)
-            if block is not None:
-                return block
+        return block
 
     def _wait_until(self, possible: Callable[[], bool], failure: Callable[[], ArenaFull]) -> None:
         """Collect what has ended until something is possible; gives the lock away while it waits.
