@@ -130,7 +130,7 @@ def test_whatever_is_written_a_read_stays_within_the_ring(
         try:
             received = pair.b.read()
         except PeerProtocolError:
-            assert unread < 0 or unread > CAPACITY or unread % 8 or record_bytes(length) > unread
+            assert unread < 0 or unread > CAPACITY or unread % 8 or record_bytes(length) > unread or length > LARGEST
             return
         if received is None:
             assert unread == 0
@@ -138,6 +138,7 @@ def test_whatever_is_written_a_read_stays_within_the_ring(
         assert received == (content * 2)[around + 4 : around + 4 + length]
         assert len(received) == length
         assert record_bytes(length) <= unread <= CAPACITY
+        assert length <= LARGEST
     finally:
         pair.close()
 
