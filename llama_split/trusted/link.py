@@ -111,17 +111,22 @@ class WorkerLink:
             WorkerMismatch: the result is not what is due.
             shmtransport.TransportError.
         """
-        sizes = operation.bind(arguments, self.geometry, **(known or {}))
-        epoch = self._wait_for_connection()
-        return self._checked(self.client.call(operation.name, *arguments, **keywords), operation, sizes, epoch)
+        return self.submit(operation, arguments, known=known, **keywords).result()
 
-    def submit(self, operation: Operation, arguments: Sequence[torch.Tensor], **keywords: Any) -> CheckedReply:
+    def submit(
+        self,
+        operation: Operation,
+        arguments: Sequence[torch.Tensor],
+        *,
+        known: dict[str, int] | None = None,
+        **keywords: Any,
+    ) -> CheckedReply:
         """Begin a call; several may be under way.
 
         Raises:
             shmtransport.TransportError.
         """
-        sizes = operation.bind(arguments, self.geometry)
+        sizes = operation.bind(arguments, self.geometry, **(known or {}))
         epoch = self._wait_for_connection()
         pending = self.client.submit(operation.name, *arguments, **keywords)
         return CheckedReply(pending, epoch, lambda result: self._checked(result, operation, sizes, epoch))

@@ -76,10 +76,10 @@ def workers(plain: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def killing(split: SplitLlamaForCausalLM, kill: Callable[[], None], every: int) -> list[int]:
-    """Have ``kill`` called just before each ``every``-th call of an operation; the list grows with each."""
+    """Have ``kill`` called just before each ``every``-th call of an operation begins; the list grows with each."""
     kills: list[int] = []
     calls = 0
-    call = split.link.client.call
+    submit = split.link.client.submit
 
     def counted(method: str, *arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
@@ -88,9 +88,9 @@ def killing(split: SplitLlamaForCausalLM, kill: Callable[[], None], every: int) 
             if calls % every == 0:
                 kill()
                 kills.append(calls)
-        return call(method, *arguments, **keywords)
+        return submit(method, *arguments, **keywords)
 
-    split.link.client.call = counted  # type: ignore[method-assign]
+    split.link.client.submit = counted  # type: ignore[method-assign]
     return kills
 
 
@@ -307,16 +307,16 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(plain: Small, plain_wor
         torch.inference_mode(),
     ):
         cache = split(text, use_cache=True).past_key_values
-        call, calls = split.link.client.call, 0
+        submit, calls = split.link.client.submit, 0
 
         def failing(*arguments: Any, **keywords: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == 6:
                 raise CallTimeout("as a test wants it")
-            return call(*arguments, **keywords)
+            return submit(*arguments, **keywords)
 
-        split.link.client.call = failing  # type: ignore[method-assign]
+        split.link.client.submit = failing  # type: ignore[method-assign]
         with pytest.raises(CallTimeout):
             split(more, past_key_values=cache)
         assert cache.get_seq_length() == 40

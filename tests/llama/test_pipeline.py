@@ -17,7 +17,7 @@ from llama_split.trusted.pipeline import FEWEST_TOKENS, cut, run_in_turn
 
 from .conftest import Small, Worker, worker_in_thread
 from .prompts import SHARED, prompt
-from .test_lost_workers import Workers, workers  # noqa: F401 - a fixture
+from .test_lost_workers import Workers, killing, workers  # noqa: F401 - the last is a fixture
 
 _TRUSTED_MODES = [Mode.OP, Mode.FUSED]
 _LONG = 5 * FEWEST_TOKENS + 3
@@ -124,29 +124,11 @@ def test_a_worker_killed_with_parts_under_way_costs_no_token(
     with SplitLlamaForCausalLM.from_pretrained(
         plain.path, worker=workers.address, mode=mode, channel=channel, revive=workers.start, pipeline=3
     ) as split:
-        kills = killing_submissions(split, workers.kill, every=10)
+        kills = killing(split, workers.kill, every=10)
         torch.testing.assert_close(split(ids).logits, expected, atol=1e-4, rtol=1e-4)
         assert kills
         assert split.link.epoch == len(kills)
         workers.kill()
-
-
-def killing_submissions(split: SplitLlamaForCausalLM, kill: Callable[[], None], every: int) -> list[int]:
-    """Have ``kill`` called before each ``every``-th call that a part begins; the list grows with each."""
-    kills: list[int] = []
-    calls = 0
-    submit = split.link.submit
-
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls % every == 0:
-            kill()
-            kills.append(calls)
-        return submit(*arguments, **keywords)
-
-    split.link.submit = counted  # type: ignore[method-assign]
-    return kills
 
 
 @pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
