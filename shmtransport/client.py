@@ -308,8 +308,7 @@ class Client(ClientBase):
                         self._step(link, pending, left_s)
                         left_s = timeout_s - (time.monotonic() - started)
             finally:
-                if self._followers:
-                    self._hand_over()
+                self._hand_over()
 
     def _hand_over(self) -> None:
         """This thread will not receive any more: let the one that has waited longest do it."""
