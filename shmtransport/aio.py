@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -22,8 +22,6 @@ from .errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtoco
 from .link import Link
 from .protocol import PendingReply
 from .threads import in_a_thread
-
-logger = logging.getLogger("shmtransport")
 
 _ASK_INTERVAL_S = 0.5  # for peers whose process the kernel does not show to this one, as in another container
 _MESSAGES_AT_ONCE = 64  # then the loop's other work has its turn
@@ -145,12 +143,17 @@ class AsyncClient(ClientBase):
             raise
         self._link, self._ended = link, None
         self._closing: Future[None] | None = None
-        self._loop.add_reader(link.channel.fileno(), self._on_readable, link)
+        readable = link.channel.fileno()
+        self._loop.add_reader(readable, _weakly(AsyncClient._on_readable, self, link))
         descriptor = link.connection.watch.fileno()
+        link.held.release_by = functools.partial(_release_in, self._loop, (readable, descriptor))
         if descriptor is not None:
-            self._loop.add_reader(descriptor, self._on_death, link)
+            self._loop.add_reader(descriptor, _weakly(AsyncClient._on_death, self, link))
         else:
-            self._loop.call_later(_ASK_INTERVAL_S, self._ask, link)
+            self._ask_later(link)
+
+    def _ask_later(self, link: Link) -> None:
+        self._loop.call_later(_ASK_INTERVAL_S, _weakly(AsyncClient._ask, self, link))
 
     async def _request(
         self,
@@ -252,7 +255,7 @@ class AsyncClient(ClientBase):
             if link.died() is not None:
                 self._on_death(link)
             else:
-                self._loop.call_later(_ASK_INTERVAL_S, self._ask, link)
+                self._ask_later(link)
 
     def _on_timeout(self, link: Link, pending: _AwaitedReply) -> None:
         if not pending.done:
@@ -281,6 +284,35 @@ class AsyncClient(ClientBase):
             self._end(link, Closed(reason))
         if self._closing is not None:
             await asyncio.shield(asyncio.wrap_future(self._closing))
+
+
+def _weakly(method: Callable[[AsyncClient, Link], None], client: AsyncClient, link: Link) -> Callable[[], None]:
+    """A callback for a loop that keeps neither the client nor its link alive."""
+    client_reference, link_reference = weakref.ref(client), weakref.ref(link)
+
+    def call() -> None:
+        client, link = client_reference(), link_reference()
+        if client is not None and link is not None:
+            method(client, link)
+
+    return call
+
+
+def _release_in(
+    loop: asyncio.AbstractEventLoop, descriptors: Sequence[int | None], release: Callable[[], None]
+) -> None:
+    """Give back what a client held that was dropped, in its loop if that still runs: on whichever thread this is."""
+
+    def remove_and_release() -> None:
+        for descriptor in descriptors:
+            if descriptor is not None:
+                loop.remove_reader(descriptor)
+        release()
+
+    try:
+        loop.call_soon_threadsafe(remove_and_release)
+    except RuntimeError:  # it is closed
+        release()
 
 
 def _close_unwanted(opening: Future[Link]) -> None:

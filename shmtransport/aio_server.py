@@ -69,6 +69,7 @@ class AsyncServer(Host):
         self._cut(list(self._calls))
         await asyncio.gather(*self._calls, return_exceptions=True)
         self._closed = True
+        self._at_drop.detach()
         self._drop_all()
         await asyncio.wrap_future(in_a_thread(self._channel.close))
 

@@ -114,6 +114,10 @@ class Bell:
             with contextlib.suppress(posix_ipc.ExistentialError):
                 posix_ipc.unlink_semaphore(self.name)
 
+    def remove_if_dead(self) -> None:
+        """Remove the name that a killed owner has left."""
+        remove_if_dead(bell_file(self.name))
+
     def close(self) -> None:
         """Give the semaphore back, and its name if this process made it. A second call does nothing."""
         if self._closed:

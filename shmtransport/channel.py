@@ -8,18 +8,22 @@ says otherwise.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
+import socket
+import struct
 import time
 from abc import ABC, abstractmethod
 
 import zmq
 
 from . import address as addresses
+from . import listener, open_files, zmq_context
 from .alarm import Alarm
 from .backlog import QUEUE_LIMIT as QUEUE_LIMIT
 from .backlog import QUEUED_BYTES_LIMIT, Backlogs
-from .errors import AddressError, Closed, PeerProtocolError
+from .errors import AddressError, Closed, OutOfResources, PeerProtocolError
 from .message import is_reply
 
 _GOODBYE_LINGER_MS = 500
@@ -27,6 +31,8 @@ _RETRY_S = 0.01
 _HELD_BYTES = 2 << 20
 """What ZeroMQ itself holds for or of one peer of a server: it frees none of that before the peer's socket goes."""
 _FEWEST_HELD = 8
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
+_SERVER_DESCRIPTORS = 20  # what libzmq needs for its threads and a socket, and this side's own
 
 
 class Channel(ABC):
@@ -144,37 +150,75 @@ class ServerChannel(ABC):
         """Make ``wait`` return; may be called from a signal handler or any thread."""
 
     @abstractmethod
+    def remove_names(self) -> None:
+        """Remove what other processes find this server by; safe while another thread uses the channel."""
+
+    @abstractmethod
     def abandon(self) -> None:
         """In a forked child: forget the parent's channel without touching it."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Give the channel back and remove its socket file. A second call does nothing."""
+    def close(self, *, flush: bool = True) -> None:
+        """Give the channel back and remove its socket file; with ``flush``, let what is queued go out for a moment.
+
+        A second call does nothing.
+        """
 
 
 class ZmqChannel(Channel):
-    """DEALER socket; its own ZeroMQ context, so that nothing is shared with the caller's."""
+    """DEALER socket. ``lost`` tells whether the connection broke before ``settle`` was called.
+
+    Raises:
+        AddressError: the address can't be connected to.
+        OutOfResources: too few file descriptors are left.
+    """
 
     kind = "zmq"
 
     def __init__(self, address: str, max_message_bytes: int) -> None:
         self._closed = False
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
-        self._socket.maxmsgsize = max_message_bytes
-        self._socket.sndhwm = QUEUE_LIMIT
-        self._socket.rcvhwm = max(QUEUED_BYTES_LIMIT // max_message_bytes, _FEWEST_HELD)
-        self._socket.linger = 0  # a client that is dropped without close() must not hang in a garbage collection
-        self._fd = int(self._socket.get(zmq.FD))
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
-        self._poll.register(self._wake_fd, select.POLLIN)
+        self._socket = zmq_context.open_socket(zmq.DEALER)
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._wake_fd = -1
+        self.peer_pid: int | None = None
         try:
+            self._socket.maxmsgsize = max_message_bytes
+            self._socket.sndhwm = QUEUE_LIMIT
+            self._socket.rcvhwm = max(QUEUED_BYTES_LIMIT // max_message_bytes, _FEWEST_HELD)
+            self._fd = int(self._socket.get(zmq.FD))
+            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._waited_for = [self._fd, self._wake_fd, int(self._monitor.get(zmq.FD))]
+            self._idle_polls: list[select.poll] = []
             self._socket.connect(address)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, OSError) as error:
             self.close(flush=False)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OutOfResources(f"can't connect to {address}: {error.strerror}") from error
             raise AddressError(f"can't connect to {address}: {error.strerror}") from error
+
+    def lost(self) -> bool:
+        """Whether the connection broke: libzmq makes a new one, and what was sent over the old one may be lost."""
+        if self._monitor is None or not int(self._monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+            return False
+        self._monitor.recv_multipart(zmq.DONTWAIT)
+        return True
+
+    def receive_first(self) -> bytes | None:
+        """As ``receive``, of a message of the handshake; also learns from the kernel which process sent it."""
+        try:
+            frame = self._socket.recv(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return None
+        self.peer_pid = _pid_behind(frame)
+        return frame.bytes
+
+    def settle(self) -> None:
+        """Stop watching for ``lost``: from now on the peer's process is watched instead."""
+        if self._monitor is not None:
+            self._waited_for.remove(int(self._monitor.get(zmq.FD)))
+            self._idle_polls.clear()
+            self._end_monitor()
 
     def send(self, data: bytes) -> bool:
         try:
@@ -197,11 +241,22 @@ class ZmqChannel(Channel):
         return None
 
     def wait(self, timeout_s: float) -> bool:
-        ready = self._poll.poll(max(timeout_s * 1000, 0))
+        poll = self._idle_polls.pop() if self._idle_polls else self._new_poll()
+        try:
+            ready = poll.poll(max(timeout_s * 1000, 0))
+        finally:
+            self._idle_polls.append(poll)
         if len(ready) > 1 or (ready and ready[0][0] == self._wake_fd):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)
         return True
+
+    def _new_poll(self) -> select.poll:
+        """One for each wait that is under way: a signal handler may wait in the middle of another's."""
+        poll = select.poll()
+        for descriptor in self._waited_for:
+            poll.register(descriptor, select.POLLIN)
+        return poll
 
     def wake(self) -> None:
         if not self._closed:
@@ -223,9 +278,28 @@ class ZmqChannel(Channel):
         if self._closed:
             return
         self._closed = True
-        self._socket.close(_GOODBYE_LINGER_MS if flush else 0)
-        self._context.term()
-        os.close(self._wake_fd)
+        self._end_monitor()
+        zmq_context.close_socket(self._socket, _GOODBYE_LINGER_MS if flush else 0)
+        if self._wake_fd >= 0:
+            os.close(self._wake_fd)
+
+    def _end_monitor(self) -> None:
+        if self._monitor is not None:
+            self._socket.disable_monitor()  # first: libzmq's thread would wait for ever for an event to be taken
+            self._monitor.close(0)
+            self._monitor = None
+
+
+def _pid_behind(frame: zmq.Frame) -> int | None:
+    """The process at the other end of the connection that a message came by; None if the kernel doesn't say."""
+    try:
+        with socket.socket(fileno=os.dup(int(frame.get(zmq.SRCFD)))) as connection:
+            pid, _, _ = _CREDENTIALS.unpack(
+                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+    except (zmq.ZMQError, OSError, ValueError):  # libzmq has closed it, or it is no Unix socket
+        return None
+    return int(pid)
 
 
 class ZmqServerChannel(ServerChannel):
@@ -236,37 +310,50 @@ class ZmqServerChannel(ServerChannel):
     """
 
     def __init__(self, address: str, max_message_bytes: int) -> None:
-        transport = addresses.check_bind(address)
+        scheme = addresses.check_bind(address)
+        open_files.require(_SERVER_DESCRIPTORS, f"a server at {address}")
         self._address = address
-        self._bound = False
         self._closed = False
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        self._socket.maxmsgsize = max_message_bytes
-        self._socket.linger = _GOODBYE_LINGER_MS
-        self._socket.router_mandatory = True
-        self._socket.sndhwm = self._socket.rcvhwm = max(_HELD_BYTES // max_message_bytes, _FEWEST_HELD)
-        self._backlogs = Backlogs(self._send)
-        self._retry = Alarm()
-        self._fd = int(self._socket.get(zmq.FD))
-        self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._own_descriptors = (self._fd, self._wake_reader, self._retry.fileno())
-        self._epoll = select.epoll()
-        for descriptor in self._own_descriptors:
-            self.watch(descriptor)
-        mask = os.umask(0o177)  # the socket file is never open to others, not for a moment
+        self._undo = contextlib.ExitStack()
         try:
-            self._socket.bind(address)
-        except zmq.ZMQError as error:
-            self.close()
-            raise AddressError(f"can't bind {address}: {error.strerror}") from error
-        finally:
-            os.umask(mask)
-        self._bound = transport == "ipc"
+            self._socket = zmq_context.open_socket(zmq.ROUTER)
+            self._undo.callback(zmq_context.close_socket, self._socket, _GOODBYE_LINGER_MS)
+            self._socket.maxmsgsize = max_message_bytes
+            self._socket.router_mandatory = True
+            self._socket.sndhwm = self._socket.rcvhwm = max(_HELD_BYTES // max_message_bytes, _FEWEST_HELD)
+            self._backlogs = Backlogs(self._send)
+            self._retry = Alarm()
+            self._undo.callback(self._retry.close)
+            self._fd = int(self._socket.get(zmq.FD))
+            self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._undo.callback(os.close, self._wake_reader)
+            self._undo.callback(os.close, self._wake_writer)
+            self._own_descriptors = (self._fd, self._wake_reader, self._retry.fileno())
+            self._epoll = self._undo.enter_context(select.epoll())
+            for descriptor in self._own_descriptors:
+                self.watch(descriptor)
+            self._listen(scheme)
+        except BaseException as error:
+            self._undo.close()
+            if isinstance(error, OSError):
+                raise OutOfResources(f"a server at {address} can't be made: {error.strerror}") from error
+            raise
 
-    @property
-    def _path(self) -> str:
-        return self._address[len(addresses.IPC) :]
+    def _listen(self, scheme: str) -> None:
+        """Listen at the address, and let libzmq accept what the gate lets through."""
+        listening = self._listening = self._undo.enter_context(listener.listen(self._address))
+        self._socket_file = self._address[len(addresses.IPC) :] if scheme == "ipc" else ""
+        if self._socket_file:
+            self._undo.callback(_unlink, self._socket_file)
+        zmq_fd = os.dup(listening.fileno())  # libzmq closes it with the socket
+        try:
+            self._socket.setsockopt(zmq.USE_FD, zmq_fd)
+            self._socket.bind(self._address)
+        except zmq.ZMQError as error:
+            os.close(zmq_fd)
+            raise AddressError(f"can't bind {self._address}: {error.strerror}") from error
+        gate = listener.Gate(listening, zmq_fd)
+        self._undo.callback(gate.close)
 
     def send(self, peer: bytes, data: bytes) -> bool:
         if self._closed:
@@ -362,24 +449,26 @@ class ZmqServerChannel(ServerChannel):
             with contextlib.suppress(BlockingIOError):  # full: it will wake
                 os.write(self._wake_writer, b"\0")
 
+    def remove_names(self) -> None:
+        if not self._closed and self._socket_file:
+            _unlink(self._socket_file)
+
     def abandon(self) -> None:
         self._closed = True
+        self._listening.detach()
 
-    def close(self) -> None:
+    def close(self, *, flush: bool = True) -> None:
         if self._closed:
             return
-        if self._bound and self._backlogs:
+        if flush and self._backlogs:
             self._flush_for(_GOODBYE_LINGER_MS / 1000)
         self._closed = True
-        if self._bound:  # before the socket is closed: after that the file may be a successor's
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path)
-        self._socket.close()
-        self._context.term()
-        self._epoll.close()
-        self._retry.close()
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+        self._undo.close()
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def deadline_in(timeout_s: float | None) -> float:

@@ -3,16 +3,19 @@
 Several threads may call at once. At any time one of those that wait is the *receiver*: it waits for the channel,
 without the lock, and hands every reply to its owner. When its own has come, the thread that has waited longest takes
 over.
+
+A call may also be made within a call of the same thread: by a signal handler, or by a finalizer that a garbage
+collection runs. Such an inner call never waits for an outer one, which can't go on before it has returned. It receives
+in the place of an outer one that is the receiver, and is the one of its thread that is woken to take over.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,8 +28,6 @@ from .message import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
 from .protocol import PendingReply
 from .statistics import Counters, Statistics
 from .units import MIB
-
-logger = logging.getLogger("shmtransport")
 
 DEFAULT_ARENA_BYTES = 64 * MIB
 _WATCH_SLICE_S = 0.25  # how soon a dead server is noticed while waiting for a reply
@@ -137,6 +138,13 @@ class ClientBase:
         )
 
 
+class _Turn(NamedTuple):
+    """What a thread waits for that is not the receiver."""
+
+    condition: threading.Condition
+    thread: int
+
+
 class Client(ClientBase):
     """A connection to a ``Server`` on this machine.
 
@@ -233,7 +241,7 @@ class Client(ClientBase):
         """
         with self._lock:
             self._close("the client reconnects")
-            while self._receiver is not None:
+            while self._received_elsewhere():
                 self._receiver_left.wait()
                 self._close("the client reconnects")  # what another thread has connected meanwhile
             self._link = Link(self._options, self._counters)
@@ -256,9 +264,10 @@ class Client(ClientBase):
 
     def _reset_threads(self) -> None:
         self._lock = threading.RLock()
-        self._receiver: object | None = None  # the key of the thread that waits for the channel
+        self._receivers: list[object] = []  # the calls that the receiver waits for, an inner one after its outer one
+        self._receiving_thread = 0
         self._receiver_left = threading.Condition(self._lock)
-        self._followers: dict[object, threading.Condition] = {}
+        self._followers: dict[object, _Turn] = {}
 
     # From here on, all with the lock held.
 
@@ -269,7 +278,7 @@ class Client(ClientBase):
         link.protocol.start(pending)
         if not self._send(link, data):
             self._send_when_possible(link, pending, data)
-        if self._receiver is not None:  # sending may have taken away what would have told the receiver of a reply
+        if self._receivers:  # sending may have taken away what would have told the receiver of a reply
             self._receive_all(link)
 
     def _send_when_possible(self, link: Link, pending: PendingReply, data: bytes) -> None:
@@ -311,34 +320,49 @@ class Client(ClientBase):
                 self._hand_over()
 
     def _hand_over(self) -> None:
-        """This thread will not receive any more: let the one that has waited longest do it."""
-        if self._followers and self._receiver is None:
-            next(iter(self._followers.values())).notify_all()
+        """This thread will not receive any more: let the one that has waited longest do it, by its innermost call."""
+        if self._followers and not self._receivers:
+            longest = next(iter(self._followers.values())).thread
+            innermost = [turn for turn in self._followers.values() if turn.thread == longest][-1]
+            innermost.condition.notify_all()
+
+    def _received_elsewhere(self) -> bool:
+        """Whether another thread is the receiver."""
+        return bool(self._receivers) and self._receiving_thread != threading.get_ident()
 
     def _step(self, link: Link, key: object, timeout_s: float) -> None:
         """Receive for all, or wait while another thread does."""
-        if self._receiver is not None:
-            turn = self._followers.setdefault(key, threading.Condition(self._lock))
-            try:
-                turn.wait(timeout_s)
-            finally:
-                if self._followers.get(key) is turn:
-                    del self._followers[key]
-                    turn.notify_all()  # several threads may wait for one call
-            return
-        if not link.channel.looks_first and self._receive(link):
-            return
-        self._receiver = key
+        if self._received_elsewhere():
+            self._follow(key, timeout_s)
+        elif link.channel.looks_first or not self._receive(link):
+            self._wait_as_receiver(link, key, min(timeout_s, _WATCH_SLICE_S))
+
+    def _follow(self, key: object, timeout_s: float) -> None:
+        turn = self._followers.setdefault(key, _Turn(threading.Condition(self._lock), threading.get_ident()))
+        try:
+            turn.condition.wait(timeout_s)
+        finally:
+            if self._followers.get(key) is turn:
+                del self._followers[key]
+                turn.condition.notify_all()  # several threads may wait for one call
+
+    def _wait_as_receiver(self, link: Link, key: object, timeout_s: float) -> None:
+        self._receivers.append(key)
+        self._receiving_thread = threading.get_ident()
         self._lock.release()
         try:
-            self._counters.waits += link.channel.wait(min(timeout_s, _WATCH_SLICE_S))
+            self._counters.waits += link.channel.wait(timeout_s)
         finally:
             self._lock.acquire()
-            self._receiver = None
-            if self._ended is not None:  # meanwhile; whoever ended it has left the closing to this thread
+            self._receivers.pop()
+            if self._receivers:  # the call that this one interrupted looks at once whether its reply has come
+                link.channel.wake()
+            elif self._ended is not None or link is not self._link:  # who ended it has left the closing to this thread
                 link.close(flush=self._flush())
                 self._receiver_left.notify_all()
-        if self._ended is None and not self._receive(link) and (error := link.died()) is not None:
+        if link is not self._link or self._ended is not None:
+            return
+        if not self._receive(link) and (error := link.died()) is not None:
             self._receive_all(link)  # the replies that it sent before
             self._end(link, error)
 
@@ -357,10 +381,10 @@ class Client(ClientBase):
         else:
             if completed is None:
                 pass
-            elif completed is self._receiver:  # taken by another thread: nothing else may wake it
+            elif completed in self._receivers:  # taken by another thread, or an inner call: nothing else may wake it
                 link.channel.wake()
             elif completed in self._followers:
-                self._followers[completed].notify_all()
+                self._followers[completed].condition.notify_all()
         return True
 
     def _receive_all(self, link: Link) -> None:
@@ -380,9 +404,9 @@ class Client(ClientBase):
             return
         self._ended = error
         link.protocol.fail_all(error)
-        for turn in self._followers.values():
-            turn.notify_all()
-        if self._receiver is not None:
+        for turn in list(self._followers.values()):
+            turn.condition.notify_all()
+        if self._receivers:
             link.channel.wake()
         else:
             link.close(flush=self._flush())

@@ -85,6 +85,15 @@ class Connection:
         self._own.prefault()
         self._peer.prefault()
 
+    def unlink_own(self) -> None:
+        """Remove the name of this side's segment, which the peer has mapped by now."""
+        self._own.unlink()
+
+    def unlink_peers(self, pid: int | None) -> None:
+        """Remove the name of the peer's segment, if process ``pid`` owns it."""
+        if pid == self.watch.pid:
+            self._peer.unlink_for_owner()
+
     def abandon(self) -> None:
         """In a forked child: nothing that is done or dies here may reach the parent's connection."""
         self._peer_check.closed = True

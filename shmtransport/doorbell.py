@@ -24,7 +24,7 @@ from .backlog import QUEUE_LIMIT, QUEUED_BYTES_LIMIT
 from .bell import Bell
 from .channel import BrokenPeer, Channel, ServerChannel
 from .connection import Bells
-from .errors import MessageTooLarge, PeerProtocolError
+from .errors import MessageTooLarge, OutOfResources, PeerProtocolError
 from .message_ring import MessageRing
 
 _SLICE_S = 0.5
@@ -47,7 +47,8 @@ class _Relay:
     def stop(self) -> None:
         self._stopping = True
         self._interrupt()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # as a garbage collection in it would be
+            self._thread.join()
 
 
 class DoorbellChannel(Channel):
@@ -199,9 +200,20 @@ class DoorbellServerChannel(ServerChannel):
         self._readable: deque[int] = deque()
 
     def bell(self) -> Bell:
-        """What wakes this server; made when a doorbell client comes, and gone with the last one."""
+        """What wakes this server; made when a doorbell client comes, and gone with the last one.
+
+        Raises:
+            SegmentError: the system has no semaphore to give.
+            OutOfResources: the thread that waits beside it can't be started.
+        """
         if self._bell is None:
-            self._bell = Bell.create()
+            bell = Bell.create()
+            try:
+                self._relay = self._start_relay(bell)
+            except RuntimeError as error:
+                bell.close()
+                raise OutOfResources(f"the doorbell channel needs a thread: {error}") from error
+            self._bell = bell
         return self._bell
 
     def kind_of(self, peer: bytes) -> str:
@@ -212,8 +224,6 @@ class DoorbellServerChannel(ServerChannel):
         """From now on this client's messages come by its ring."""
         self._lines[peer] = _Line(peer, ring, bell)
         self._in_turn = tuple(self._lines.values())
-        if self._relay is None:
-            self._start_relay()
 
     def disconnect(self, peer: bytes) -> None:
         self._base.disconnect(peer)
@@ -223,6 +233,10 @@ class DoorbellServerChannel(ServerChannel):
         line.ring.end()
         line.bell.ring()
         self._in_turn = tuple(self._lines.values())
+        self.drop_unused_bell()
+
+    def drop_unused_bell(self) -> None:
+        """Give the bell back if there is no doorbell client, as after a handshake that failed."""
         if not self._lines:
             self._stop_relay()
             self._close_bell()
@@ -241,7 +255,7 @@ class DoorbellServerChannel(ServerChannel):
             return False
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        if not self._lines:
+        if self._relay is None:
             return self._base.receive()
         if self._base_due or self._in_event_loop:
             self._base_first = not self._base_first  # neither kind of client can keep the other waiting
@@ -294,11 +308,17 @@ class DoorbellServerChannel(ServerChannel):
         self._lines.clear()
         self._in_turn = ()
 
-    def close(self) -> None:
+    def remove_names(self) -> None:
+        self._base.remove_names()
+        bell = self._bell
+        if bell is not None:
+            bell.unlink()
+
+    def close(self, *, flush: bool = True) -> None:
         for peer in list(self._lines):
             self.disconnect(peer)
-        self._close_bell()
-        self._base.close()
+        self.drop_unused_bell()
+        self._base.close(flush=flush)
 
     def _receive_from_base(self) -> tuple[bytes, bytes] | None:
         self._base_due = False  # before looking: what comes now is seen here, or the relay says so again
@@ -344,12 +364,10 @@ class DoorbellServerChannel(ServerChannel):
             taken.append(self._readable.popleft())
         return taken
 
-    def _start_relay(self) -> None:
-        bell = self.bell()
+    def _start_relay(self, bell: Bell) -> _Relay:
         if self._in_event_loop:
-            self._relay = _Relay("shmtransport doorbell", self._wake_event_loop, bell.ring)
-        else:
-            self._relay = _Relay("shmtransport zmq", self._ring_for_base, self._base.wake)
+            return _Relay("shmtransport doorbell", lambda: self._wake_event_loop(bell), bell.ring)
+        return _Relay("shmtransport zmq", lambda: self._ring_for_base(bell), self._base.wake)
 
     def _stop_relay(self) -> None:
         if self._relay is not None:
@@ -362,11 +380,11 @@ class DoorbellServerChannel(ServerChannel):
             self._bell = None
         self._untaken = 0
 
-    def _ring_for_base(self) -> None:
+    def _ring_for_base(self, bell: Bell) -> None:
         self._readable.extend(self._base.wait(None))
         self._base_due = True
-        self.bell().ring()
+        bell.ring()
 
-    def _wake_event_loop(self) -> None:
-        if self.bell().wait(_SLICE_S) or self._lines_readable():
+    def _wake_event_loop(self, bell: Bell) -> None:
+        if bell.wait(_SLICE_S) or self._lines_readable():
             self._base.wake()

@@ -4,6 +4,7 @@
 
     TransportError
     ├── SegmentError          the machine: shared memory could not be had or mapped
+    ├── OutOfResources        the machine: too few file descriptors or threads are left
     ├── AddressError          you: the address is malformed, unsafe or already served
     ├── ArenaFull             you: too much is held at once, or the arena is too small
     ├── TensorTooLarge        you: this tensor can never fit the arena
@@ -30,6 +31,10 @@ class TransportError(Exception):
 
 class SegmentError(TransportError):
     """Shared memory could not be created, reserved, opened or mapped."""
+
+
+class OutOfResources(TransportError):
+    """This process has too few file descriptors left, or can't start a thread."""
 
 
 class AddressError(TransportError):

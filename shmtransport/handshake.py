@@ -6,9 +6,13 @@ Each side allocates only after the other has committed to as much::
       Hello(sizes, channel)        ──►         within the limits?
                                    ◄──       Offer, or Refused(figures)
       creates its segment
-      Attach(name, bell)           ──►         maps it and unlinks its name, learns the client's process
-                                               from the kernel, creates its own segment
-      maps it, unlinks its name    ◄──       Welcome(name, bell)
+      Attach(name, bell)           ──►         maps it, learns the client's process from the kernel,
+                                               creates its own segment
+      maps it, unlinks both        ◄──       Welcome(name, bell)
+
+Only its owner unlinks a name: a peer could have named what is another's. The client also unlinks the server's segment
+where the kernel shows that the process at the other end of the socket owns it; elsewhere the server does so, with the
+first message that comes.
 """
 
 from __future__ import annotations
@@ -20,9 +24,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+from . import open_files
 from .bell import Bell, bell_file, is_bell_name
 from .connection import Bells, Connection, segment_layout
-from .errors import ConnectRefused, PeerProtocolError, SegmentError
+from .errors import ConnectRefused, OutOfResources, PeerProtocolError, SegmentError
 from .layout import Layout
 from .message import (
     MIN_MESSAGE_BYTES,
@@ -41,6 +46,9 @@ from .message import (
 from .segment import Segment
 from .statistics import Counters
 from .units import size_text
+
+_ONE_CLIENT = 8
+"""File descriptors that a server needs for one more client: two for each segment, a pidfd, a bell, and spares."""
 
 Expected = TypeVar("Expected", bound=Message)
 
@@ -137,10 +145,21 @@ def _open_peers(name: str, own: Bell) -> Bell:
         raise PeerProtocolError("the peer's bell can't be opened: does it run in another container?") from error
 
 
+_UNKNOWN = "this server does not know the connection; it may have been restarted"
+
+
+class ServerReplaced(Exception):
+    """Another server has taken the place of the one that the handshake was begun with."""
+
+
 def _expect(kind: type[Expected], data: bytes) -> Expected:
     message = decode(data)
     if isinstance(message, Refused):
         raise ConnectRefused(f"the server refused: {message.reason}")
+    if isinstance(message, Goodbye):
+        if message.reason == _UNKNOWN:
+            raise ServerReplaced
+        raise ConnectRefused(f"the server ended the handshake: {message.reason}")
     if not isinstance(message, kind):
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where {kind.__name__} is due")
     return message
@@ -207,7 +226,7 @@ class Admission:
                 raise PeerProtocolError(f"the client sent a {type(message).__name__} where Attach is due")
             return self._attach(identity, newcomer, message)
         if not isinstance(message, Hello):
-            return Goodbye("this server does not know the connection; it may have been restarted"), None
+            return Goodbye(_UNKNOWN), None
         sizes = Sizes(message.request_arena_bytes, message.reply_arena_bytes)
         refusal = self._refusal(sizes, message.max_message_bytes)
         if refusal is not None:
@@ -227,6 +246,10 @@ class Admission:
         """Why these sizes are not granted, or None."""
         if max_message_bytes < MIN_MESSAGE_BYTES:
             return f"max_message_bytes is {max_message_bytes}; it must be {MIN_MESSAGE_BYTES} or more"
+        try:
+            open_files.require(_ONE_CLIENT, "one more client", kept=open_files.reserve())
+        except OutOfResources as error:
+            return str(error)
         limits = self._limits
         granted = [one.sizes for one in self._admitted.values()]
         granted += [newcomer.sizes for newcomer in self._newcomers.values()]
@@ -263,10 +286,9 @@ class Admission:
                 if by_doorbell:
                     own_bell = self._own_bell()
                     bells = Bells(own_bell, undo.enter_context(_open_peers(attach.bell, own_bell)))
-                    bells.peer.unlink()
                 own = Segment.create(segment_layout(sizes.reply_arena_bytes, ring_message_bytes))
                 undo.callback(own.close)
-            except SegmentError as error:
+            except (SegmentError, OutOfResources) as error:
                 return Refused(shorten(str(error))), None
             connection = Connection(
                 own,

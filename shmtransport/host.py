@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -16,7 +20,7 @@ from . import leftovers
 from .channel import BrokenPeer, ZmqServerChannel
 from .connection import Connection
 from .doorbell import DoorbellServerChannel
-from .errors import LocalProtocolError, PeerProtocolError, TransportError
+from .errors import Closed, LocalProtocolError, PeerProtocolError, TransportError
 from .forks import abandon_after_fork
 from .handshake import Admission, Limits
 from .message import DEFAULT_MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Goodbye, Message, Refused, encode, shorten
@@ -44,6 +48,7 @@ class HostedClient:
         self.connection = connection
         self.protocol = ServerProtocol(connection.codec, counters)
         self.gone = False
+        self.heard = False
         self.in_progress = 0
 
 
@@ -99,6 +104,9 @@ class Host:
         self._stopping = threading.Event()
         self._channel = DoorbellServerChannel(ZmqServerChannel(address, max_message_bytes), spin_us)
         self._admission = Admission(limits, self._counters, self._channel.bell)
+        self._at_drop = weakref.finalize(self, _drop, self._channel, self._clients, address)
+        self._at_drop.atexit = False  # other threads may still serve; names are removed, and the kernel does the rest
+        _servers.add(self)
         abandon_after_fork(self)
         leftovers.sweep()
 
@@ -155,8 +163,13 @@ class Host:
         self._stopping.set()
         self._channel.wake()
 
+    def remove_names(self) -> None:
+        """As the process exits: leave nothing in the file system of a server that was not closed."""
+        self._channel.remove_names()
+
     def abandon(self) -> None:
         """In a forked child: this server is the parent's, and nothing that is done here may reach it."""
+        self._at_drop.detach()
         self._channel.abandon()
         for client in self._clients.values():
             client.gone = True
@@ -192,6 +205,9 @@ class Host:
         if client is None:
             self._admit(identity, data)
             return True
+        if not client.heard:  # it has mapped this side's segment
+            client.heard = True
+            client.connection.unlink_own()
         try:
             call = client.protocol.receive(data)
         except PeerProtocolError as error:
@@ -260,6 +276,8 @@ class Host:
             answer, admitted = self._admission.receive(identity, data)
         except PeerProtocolError as error:
             answer, admitted = Refused(shorten(str(error))), None
+        if admitted is None:
+            self._channel.drop_unused_bell()
         if isinstance(answer, Refused) and identity != self._last_refused:
             self._last_refused = identity  # one that goes on sending is not logged again
             logger.warning("a client was refused: %s", answer.reason)
@@ -268,7 +286,12 @@ class Host:
         if admitted is not None:
             self._connected += 1
             client = HostedClient(identity, self._connected, admitted.connection, self._counters)
-            self._connect(client)
+            try:
+                self._connect(client)
+            except (OSError, MemoryError) as error:
+                self._send(identity, Goodbye(shorten(f"the server can't serve one more client: {error}")))
+                self._drop(client, f"it could not be served: {error}")
+                return
             logger.info(
                 "client %d connected at %s (%s, %s channel): request arena %s, reply arena %s, process %d",
                 client.number,
@@ -291,8 +314,8 @@ class Host:
             self._channel.connect(client.identity, connection.ring, connection.bells.peer)
         descriptor = connection.watch.fileno()
         if descriptor is not None:
-            self._watched[descriptor] = client
             self._channel.watch(descriptor)
+            self._watched[descriptor] = client
         elif connection.watch.must_be_asked:
             self._unwatched.add(client)
         if self._prefault:
@@ -303,9 +326,8 @@ class Host:
         del self._clients[client.identity]
         client.gone = True
         descriptor = client.connection.watch.fileno()
-        if descriptor is not None:
+        if descriptor is not None and self._watched.pop(descriptor, None) is not None:
             self._channel.unwatch(descriptor)
-            del self._watched[descriptor]
         self._unwatched.discard(client)
         self._channel.disconnect(client.identity)
         self._admission.forget(client.identity)
@@ -323,6 +345,30 @@ class Host:
             return self._channel.send(identity, encode(message))
         except BrokenPeer:
             return False
+
+
+_servers: weakref.WeakSet[Host] = weakref.WeakSet()
+
+
+@atexit.register
+def _remove_names() -> None:
+    for server in list(_servers):
+        server.remove_names()
+
+
+def _drop(channel: DoorbellServerChannel, clients: dict[bytes, HostedClient], address: str) -> None:
+    """Give back what a server held that was dropped without being closed; may run inside a garbage collection."""
+    with contextlib.suppress(BrokenPeer, Closed):
+        for identity in clients:
+            channel.send(identity, encode(Goodbye("the server was dropped")))
+    channel.close(flush=False)
+    for client in clients.values():
+        client.connection.close()
+    warnings.warn(
+        f"the server at {address} was dropped without being closed: call close(), or use it in a 'with' block",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 def _echo(tensor: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -5,21 +5,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Generator
+import warnings
+import weakref
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from . import address as addresses
+from . import open_files
 from .channel import Channel, ZmqChannel, deadline_in
 from .connection import Connection
 from .doorbell import DoorbellChannel
-from .errors import Closed, ConnectTimeout, LocalProtocolError, PeerDied
-from .handshake import Wishes, client_handshake
+from .errors import Closed, ConnectTimeout, LocalProtocolError, PeerDied, PeerProtocolError
+from .handshake import ServerReplaced, Wishes, client_handshake
 from .message import CHANNEL_KINDS, Goodbye, encode
 from .protocol import ClientProtocol
 from .statistics import Counters
 from .units import size_text
 
 logger = logging.getLogger("shmtransport")
+
+_DESCRIPTORS = 12  # two of ZeroMQ, two to watch it, a wake-up, two segments, a bell, a pidfd, and spares
+_TELL_INTERVAL_S = 5.0
+_AGAIN_PAUSE_S = 0.02
+_END_SHOWS_S = 0.25  # how long libzmq may take to notice that the process at the other end is gone
 
 
 @dataclass(frozen=True)
@@ -52,33 +60,78 @@ def check_options(options: LinkOptions) -> str:
     return addresses.check_connect(options.address)
 
 
+class _Held:
+    """What a link gives back at its end. It refers neither to the link nor to its client, so that it can outlive them.
+
+    ``release_by`` runs what gives it back; an event loop sets it, to remove its readers first.
+    """
+
+    def __init__(self, channel: Channel, connection: Connection, server: str) -> None:
+        self._channel = channel
+        self._connection = connection
+        self._server = server
+        self.release_by: Callable[[Callable[[], None]], None] = _at_once
+
+    def release(self, *, flush: bool) -> None:
+        """Give all back; results stay valid."""
+        self._channel.close(flush=flush)
+        bells = self._connection.bells
+        if bells is not None and not self._connection.watch.alive():
+            bells.peer.remove_if_dead()
+        self._connection.close()
+
+    def drop(self) -> None:
+        """As ``release``, for a link that was dropped without being closed; may run inside a garbage collection."""
+        self.release_by(self._say_goodbye_and_release)
+        warnings.warn(
+            f"a client of {self._server} was dropped without being closed: call close(), or use it in a 'with' block",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
+    def _say_goodbye_and_release(self) -> None:
+        say_goodbye(self._channel, "the client was dropped")
+        self.release(flush=True)
+
+
+def _at_once(release: Callable[[], None]) -> None:
+    release()
+
+
+def say_goodbye(channel: Channel, reason: str) -> None:
+    """Tell the server that it may free this client's share, if it still reads."""
+    with contextlib.suppress(Closed):
+        channel.say_goodbye(encode(Goodbye(reason)))
+
+
+class _ServerLost(Exception):
+    """The server went away during the handshake; one that takes its place knows nothing of it."""
+
+
 class Link:
     """An established connection; ``server`` says in words who is at its other end.
 
+    Dropped without ``close``, in a cycle of references or on any thread, it still gives all back, without waiting.
+
     Raises:
-        ConnectTimeout, ConnectRefused, AddressError, SegmentError, PeerProtocolError: see ``Client``.
+        ConnectTimeout, ConnectRefused, AddressError, SegmentError, OutOfResources, PeerDied, PeerProtocolError: see
+            ``Client``.
     """
 
     def __init__(self, options: LinkOptions, counters: Counters) -> None:
-        self.channel: Channel = ZmqChannel(options.address, options.wishes.max_message_bytes)
-        handshake = client_handshake(options.wishes, counters)
-        try:
-            self.connection = self._connect(handshake, options)
-        except BaseException as error:
-            handshake.close()
-            answered = not isinstance(error, ConnectTimeout)
-            if answered:  # the server counts this client as coming
-                self.say_goodbye("connecting failed")
-            self.channel.close(flush=answered)
-            raise
-        if options.prefault:
-            self.connection.prefault()
+        zmq_channel, self.connection = _Connecting(options, counters).connect()
+        self.channel: Channel = zmq_channel
         ring, bells = self.connection.ring, self.connection.bells
         if ring is not None and bells is not None:
-            self.channel = DoorbellChannel(self.channel, ring, bells, options.spin_us)
-        self.protocol = ClientProtocol(self.connection.codec, counters)
+            self.channel = DoorbellChannel(zmq_channel, ring, bells, options.spin_us)
         self.server_pid = self.connection.watch.pid
         self.server = f"the server at {options.address} (process {self.server_pid})"
+        self.held = _Held(self.channel, self.connection, self.server)
+        self._at_drop = weakref.finalize(self, self.held.drop)
+        self._at_drop.atexit = False  # the kernel gives all back, and other threads may still use it
+        if options.prefault:
+            self.connection.prefault()
+        self.protocol = ClientProtocol(self.connection.codec, counters)
         sizes = options.wishes.sizes
         logger.info(
             "connected to %s (%s, %s channel): request arena %s, reply arena %s, server process %d",
@@ -100,34 +153,94 @@ class Link:
 
     def say_goodbye(self, reason: str) -> None:
         """Tell the server that it may free this client's share, if it still reads."""
-        with contextlib.suppress(Closed):
-            self.channel.say_goodbye(encode(Goodbye(reason)))
+        say_goodbye(self.channel, reason)
 
     def abandon(self) -> None:
         """In a forked child: nothing that is done here may reach the parent's connection."""
+        self._at_drop.detach()
         self.channel.abandon()
         self.connection.abandon()
 
     def close(self, *, flush: bool) -> None:
         """Give all back; results stay valid."""
-        self.channel.close(flush=flush)
-        self.connection.close()
+        if self._at_drop.detach() is not None:
+            self.held.release(flush=flush)
 
-    def _connect(self, handshake: Generator[bytes, bytes, Connection], options: LinkOptions) -> Connection:
-        deadline = deadline_in(options.connect_timeout_s)
+
+class _Connecting:
+    """The handshake with whichever server is at the address, begun again when that server goes away in the middle."""
+
+    def __init__(self, options: LinkOptions, counters: Counters) -> None:
+        self._options = options
+        self._counters = counters
+        self._started = time.monotonic()
+        self._deadline = deadline_in(options.connect_timeout_s)
+        self._told = self._started
+
+    def connect(self) -> tuple[ZmqChannel, Connection]:
+        """The channel of the handshake, and the connection.
+
+        Raises:
+            As ``Link``.
+        """
+        open_files.require(_DESCRIPTORS, f"a connection to {self._options.address}")
+        while True:
+            with contextlib.suppress(_ServerLost):
+                return self._try()
+            logger.info("the server at %s went away during the handshake: it is begun again", self._options.address)
+            time.sleep(_AGAIN_PAUSE_S)
+
+    def _try(self) -> tuple[ZmqChannel, Connection]:
+        channel = ZmqChannel(self._options.address, self._options.wishes.max_message_bytes)
+        handshake = client_handshake(self._options.wishes, self._counters)
+        try:
+            connection = self._shake_hands(channel, handshake)
+            connection.unlink_peers(channel.peer_pid)
+            channel.settle()
+        except BaseException as error:
+            handshake.close()
+            answered = not isinstance(error, (ConnectTimeout, _ServerLost))
+            if answered:  # the server counts this client as coming
+                say_goodbye(channel, "connecting failed")
+            channel.close(flush=answered)
+            raise
+        return channel, connection
+
+    def _shake_hands(self, channel: ZmqChannel, handshake: Generator[bytes, bytes, Connection]) -> Connection:
         data = next(handshake)
         while True:
-            self.channel.send(data)
-            while (answer := self.channel.receive()) is None:
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise ConnectTimeout(
-                        f"no server answered at {options.address} within {options.connect_timeout_s:g} s: start one, "
-                        "check the address, or raise connect_timeout_s if it is still starting"
-                    )
-                self.channel.wait(left_s)
+            channel.send(data)
+            answer = self._answer(channel)
             try:
                 data = handshake.send(answer)
             except StopIteration as end:
                 connection: Connection = end.value
                 return connection
+            except ServerReplaced as error:
+                raise _ServerLost from error
+            except PeerProtocolError as error:
+                channel.wait(_END_SHOWS_S)
+                if channel.lost():  # a killed server holds no lock, and its segment may be gone
+                    raise PeerDied(f"the server at {self._options.address} ended during the handshake") from error
+                raise
+
+    def _answer(self, channel: ZmqChannel) -> bytes:
+        while (answer := channel.receive_first()) is None:
+            if channel.lost():
+                raise _ServerLost
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0:
+                raise ConnectTimeout(
+                    f"no server answered at {self._options.address} within {self._options.connect_timeout_s:g} s: "
+                    "start one, check the address, or raise connect_timeout_s if it is still starting"
+                )
+            channel.wait(min(left_s, _TELL_INTERVAL_S))
+            self._tell()
+        return answer
+
+    def _tell(self) -> None:
+        """Log now and then what is waited for."""
+        now = time.monotonic()
+        if now - self._told >= _TELL_INTERVAL_S:
+            self._told = now
+            logger.info("waiting for a server at %s for %.0f s", self._options.address, now - self._started)

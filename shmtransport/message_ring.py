@@ -17,6 +17,10 @@ the segment, as everything in it:
 
 Rules: positions only grow. A peer's cell is read once, checked against what this side knows, and then used; a record
 is copied out once before anything in it is looked at. Whatever a peer writes costs it the connection, nothing else.
+
+A signal handler or a finalizer may read and write here in the middle of a ``read`` or ``write`` of the same thread. So
+each prepares everything first, then checks that its position still holds, and then goes on without calling anything:
+CPython runs neither handlers nor finalizers there.
 """
 
 from __future__ import annotations
@@ -93,17 +97,29 @@ class MessageRing:
                 "send large data as tensors, or raise max_message_bytes on both sides"
             )
         needed = (length + _ROUND_UP) & -_ALIGNMENT
-        published, capacity = self._published, self._own_capacity
-        if published + needed - self._peer_consumed > capacity and not self._has_room(needed):
-            return False
-        start = published % capacity
-        if start + needed <= capacity:
-            self._own_data[start : start + _LENGTH_BYTES + length] = _pack_length(length) + data
-        else:
-            self._write_around(start, _pack_length(length) + data)
-        self._published = published = published + needed
+        record = _pack_length(length) + data
+        ring, capacity = self._own_data, self._own_capacity
+        while True:
+            published = self._published
+            if published + needed - self._peer_consumed > capacity and not self._has_room(needed):
+                return False
+            start = published % capacity
+            if start + len(record) <= capacity:
+                where = slice(start, start + len(record))
+                if self._published == published:
+                    ring[where] = record
+                    self._published = published + needed
+                    break
+            else:
+                first, rest = slice(start, capacity), slice(0, start + len(record) - capacity)
+                before, after = record[: capacity - start], record[capacity - start :]
+                if self._published == published:
+                    ring[first] = before
+                    ring[rest] = after
+                    self._published = published + needed
+                    break
         order()  # the record is there before it is published
-        self._own_cells[_PUBLISHED] = published
+        self._own_cells[_PUBLISHED] = self._published
         return True
 
     def read(self) -> bytes | None:
@@ -133,9 +149,11 @@ class MessageRing:
         data = ring[begin : begin + length].tobytes()
         if begin + length > capacity:
             data += ring[: begin + length - capacity].tobytes()
-        self._consumed = consumed = consumed + needed
         order()  # the record is copied before its room is given back
-        self._own_cells[_CONSUMED] = consumed
+        if self._consumed != consumed:  # an inner call has taken this one
+            return self.read()
+        self._consumed = consumed + needed
+        self._own_cells[_CONSUMED] = self._consumed
         full_fence()  # a writer without room says so, then looks again: one of the two sees the other
         if self._peer_cells[_WANTS_ROOM]:
             self.made_room = True
@@ -172,9 +190,3 @@ class MessageRing:
             )
         self._peer_consumed = consumed
         return self._published + needed - consumed <= self._own_capacity
-
-    def _write_around(self, start: int, record: bytes) -> None:
-        ring = self._own_data
-        first = self._own_capacity - start
-        ring[start:] = record[:first]
-        ring[: len(record) - first] = record[first:]

@@ -6,7 +6,8 @@ Rules that it keeps:
 * every page is reserved at creation, so that a too small /dev/shm is an error here and never a SIGBUS later;
 * whoever creates a segment holds a POSIX record lock on it until the process ends: the kernel tells the peer who
   that is (see ``liveness``). A forked child does not inherit it;
-* nothing is unlinked by an exit handler: the handshake unlinks a segment as soon as both sides have it mapped. From
+* nothing is unlinked by an exit handler: a segment is unlinked as soon as both sides have it mapped, by its owner, or
+  for an owner that is known for sure. From
   then on a killed process leaves nothing behind. What one has left before that can be removed by anyone who finds
   the lock free, and by nobody else;
 * nobody looks at a segment of its own process by name: closing that descriptor would end the owner's lock.
@@ -55,7 +56,7 @@ class Segment:
         self.fd = fd
         self.layout = layout
         self.owned = owned
-        self._linked = True
+        self._linked = owned
         self._map = mmap.mmap(fd, layout.total_bytes)
         self.view = memoryview(self._map)
 
@@ -101,7 +102,7 @@ class Segment:
 
     @classmethod
     def attach(cls, name: str, layout: Layout) -> Segment:
-        """Map a peer's segment, which must have this layout; both sides have it mapped now, so its name goes.
+        """Map a peer's segment, which must have this layout.
 
         Nothing is mapped before the segment's size and header are known to be right.
 
@@ -119,7 +120,7 @@ class Segment:
             found = Layout.from_header(os.pread(memory.fd, HEADER.size, 0), os.fstat(memory.fd).st_size)
             if found != layout:
                 raise PeerProtocolError(f"the peer's segment has {found}; {layout} was agreed")
-            segment = cls(name, memory.fd, layout, owned=False)
+            return cls(name, memory.fd, layout, owned=False)
         except BaseException as error:
             os.close(memory.fd)
             if isinstance(error, OSError):
@@ -127,8 +128,6 @@ class Segment:
             if isinstance(error, ValueError):  # mmap has looked at the size once more
                 raise PeerProtocolError("the peer's segment changed its size while it was being mapped") from error
             raise
-        segment.unlink()
-        return segment
 
     def prefault(self) -> None:
         """Enter every page into this process's page table now, rather than one by one on first use."""
@@ -142,10 +141,14 @@ class Segment:
         self._linked = self.owned = False
 
     def unlink(self) -> None:
-        """Remove the name; the memory lives until both sides have unmapped it. A second call does nothing."""
+        """Remove the name, if this process owns it; the memory lives until both sides have unmapped it."""
         if self._linked:
             self._linked = False
             _unlink(self.name)
+
+    def unlink_for_owner(self) -> None:
+        """Remove the name of a peer's segment, which the peer is known to own."""
+        _unlink(self.name)
 
     def close(self) -> None:
         """Drop the name and this object's mapping; tensors that still look into it keep it alive."""

@@ -49,6 +49,7 @@ class Server(Host):
 
     def close(self) -> None:
         """End all connections and remove the socket. A second call does nothing."""
+        self._at_drop.detach()
         self._drop_all()
         self._channel.close()
 

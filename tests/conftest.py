@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import zmq
 
 from shmtransport import Server
 from shmtransport.bell import is_owned, remove_if_dead
 from shmtransport.liveness import holder
+from shmtransport.zmq_context import close_socket, open_socket
 
 ROOT = Path(__file__).parent.parent
 _OURS_IN_SHM = "shmtransport-"
@@ -61,6 +63,13 @@ def _traces() -> set[str]:
             if not is_owned(f"/dev/shm/{name}"):
                 traces.add(name)
     return traces
+
+
+@pytest.fixture(autouse=True, scope="session")
+def zmq_has_started() -> None:
+    """Open what this process's ZeroMQ context keeps open, so that tests may compare descriptors and threads."""
+    close_socket(open_socket(zmq.DEALER), 0)
+    time.sleep(0.2)  # libzmq's own thread closes it
 
 
 @pytest.fixture(autouse=True, scope="session")

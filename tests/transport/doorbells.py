@@ -110,7 +110,8 @@ def all_messages(caller: Caller) -> list[bytes]:
 
 def relays() -> list[str]:
     """The names of the relay threads that run."""
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shmtransport ")]
+    names = (thread.name for thread in threading.enumerate())
+    return [name for name in names if name in ("shmtransport zmq", "shmtransport doorbell")]
 
 
 def open_fds() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shmtransport import doorbell
+from shmtransport import OutOfResources, doorbell
 from shmtransport.bell import bell_file
 
 from .doorbells import Caller, Party, all_messages, ended, eventually, in_thread, next_message, open_fds, relays
@@ -260,15 +260,15 @@ def test_in_event_loops_a_relay_waits_for_each_bell(looped: Party) -> None:
 
 
 def test_a_server_without_a_thread_for_its_relay_can_be_closed(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connecting fails then; closing gives back what there is."""
+    """No bell is made then, and the error names the cause; closing gives back what there is."""
 
     def no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_thread)
-        with pytest.raises(RuntimeError, match="can't start"):
-            party.caller()
+        with pytest.raises(OutOfResources, match="can't start"):
+            party.server.bell()
     party.server.close()
 
 

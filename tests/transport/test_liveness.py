@@ -45,7 +45,9 @@ def owner(directory: Path, spawn: Callable[..., Process]) -> Callable[..., tuple
         script = directory / "owner.py"
         script.write_text(_OWNER)
         process = spawn(script, *arguments)
-        return process, Segment.attach(process.readline(), LAYOUT)
+        segment = Segment.attach(process.readline(), LAYOUT)
+        segment.unlink_for_owner()
+        return process, segment
 
     return start
 

@@ -87,16 +87,23 @@ def test_the_header_stands_at_offset_0(segment: Segment) -> None:
     assert segment.owned
 
 
-def test_attaching_removes_the_name(segment: Segment) -> None:
-    """Once both sides have it mapped, nothing of it is left in /dev/shm, so that a kill leaves no trace."""
-    assert segment.name[1:] in _ours()
+def test_attaching_and_closing_leave_the_owners_name(segment: Segment) -> None:
+    """A peer may have named what is another's: only the owner, or one who knows the owner, removes a name."""
     peer = Segment.attach(segment.name, LAYOUT)
-    try:
-        assert segment.name[1:] not in _ours()
-        assert peer.layout == LAYOUT
-        assert not peer.owned
-    finally:
-        peer.close()
+    assert peer.layout == LAYOUT
+    assert not peer.owned
+    peer.unlink()
+    peer.close()
+    assert segment.name[1:] in _ours()
+
+
+def test_a_name_is_removed_for_an_owner_that_is_known(segment: Segment) -> None:
+    """Once both sides have it mapped, nothing of it is left in /dev/shm, so that a kill leaves no trace."""
+    peer = Segment.attach(segment.name, LAYOUT)
+    peer.unlink_for_owner()
+    assert segment.name[1:] not in _ours()
+    segment.unlink()  # the owner need not know of it
+    peer.close()
 
 
 def test_both_sides_see_the_same_bytes(segment: Segment) -> None:
@@ -109,9 +116,10 @@ def test_both_sides_see_the_same_bytes(segment: Segment) -> None:
     peer.close()
 
 
-def test_a_segment_can_be_attached_once_only(segment: Segment) -> None:
-    """After its name is gone, nobody else can map it; the error does not repeat the name."""
+def test_a_segment_without_a_name_can_not_be_attached(segment: Segment) -> None:
+    """After its name is gone, no other process can map it; the error does not repeat the name."""
     peer = Segment.attach(segment.name, LAYOUT)
+    segment.unlink()
     with pytest.raises(PeerProtocolError, match="can't be opened") as caught:
         Segment.attach(segment.name, LAYOUT)
     assert segment.name not in str(caught.value)

@@ -1,0 +1,101 @@
+"""The ZeroMQ context of this process: one for all of its clients and servers, shared with nothing else in it.
+
+Rules that it keeps:
+
+* it is never terminated while one of its sockets is open, so closing a socket never waits. That may happen inside a
+  garbage collection, where terminating would wait for ever;
+* it holds every open socket, so the garbage collector never meets one: a channel closes its own;
+* what closed sockets still have to send is sent before the process exits, as far as that takes no longer than their
+  linger period;
+* a forked child makes a context of its own, and never touches its parent's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+
+import zmq
+
+from . import open_files
+from .errors import OutOfResources
+
+_CONTEXT_DESCRIPTORS = 8  # six that libzmq keeps, and what it opens for a moment
+_SOCKET_DESCRIPTORS = 2  # its mailbox, and one connection
+_MAX_SOCKETS = 16_384
+
+_lock = threading.RLock()  # a signal handler may connect as well
+_context: zmq.Context[zmq.Socket[bytes]] | None = None
+_open: dict[int, zmq.Socket[bytes]] = {}
+_inherited: list[object] = []
+"""What a parent process made: kept, since dropping it would close it."""
+
+
+def open_socket(kind: int) -> zmq.Socket[bytes]:
+    """A new socket of this process's context; give it back by ``close_socket``.
+
+    Raises:
+        OutOfResources: this process has too few file descriptors left, or can't start libzmq's threads.
+    """
+    context = _context or _make_context()
+    open_files.require(_SOCKET_DESCRIPTORS, "a ZeroMQ socket")
+    try:
+        socket = context.socket(kind)
+    except zmq.ZMQError as error:
+        raise OutOfResources(f"ZeroMQ can't make a socket: {error.strerror}") from error
+    _open[id(socket)] = socket
+    return socket
+
+
+def close_socket(socket: zmq.Socket[bytes], linger_ms: int) -> None:
+    """Close a socket; what it has queued is sent for up to ``linger_ms`` milliseconds, without waiting for it here."""
+    socket.close(linger_ms)
+    _open.pop(id(socket), None)
+
+
+def _make_context() -> zmq.Context[zmq.Socket[bytes]]:
+    global _context
+    with _lock:
+        if _context is None:
+            open_files.require(_CONTEXT_DESCRIPTORS + _SOCKET_DESCRIPTORS, "ZeroMQ")
+            _require_threads()
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+            _context = context
+        return _context
+
+
+def _require_threads() -> None:
+    """Check that two threads can be started, as libzmq will: it ends the process if they can't."""
+    may_end = threading.Event()
+    started = []
+    try:
+        for _ in range(2):
+            thread = threading.Thread(target=may_end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise OutOfResources(f"ZeroMQ needs two threads, and they can't be started: {error}") from error
+    finally:
+        may_end.set()
+        for thread in started:
+            thread.join()
+
+
+def _flush_at_exit() -> None:
+    """Let closed sockets send what they have queued; an open one would be waited for without end."""
+    if _context is not None and not _open:
+        _context.term()
+
+
+def _forget_parent() -> None:
+    global _context, _lock
+    _inherited.extend((_context, *_open.values()))
+    _context = None
+    _lock = threading.RLock()  # another thread of the parent may have held it
+    _open.clear()
+
+
+atexit.register(_flush_at_exit)
+os.register_at_fork(after_in_child=_forget_parent)
