@@ -112,6 +112,7 @@ class AsyncServer(Host):
                 f"{client.in_progress} calls of this client are in progress; the server's max_calls_in_progress is "
                 f"{self._max_calls_in_progress}: wait for some of them"
             )
+            self._counters.count_call(0.0)
             self._reply(client, self._failure(client, call, error))
             return
         client.in_progress += 1

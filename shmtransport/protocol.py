@@ -18,6 +18,7 @@ import torch
 from .descriptor import TensorDescriptor
 from .errors import (
     ArenaFull,
+    Closed,
     LocalProtocolError,
     MessageTooLarge,
     PeerDied,
@@ -51,6 +52,8 @@ _RAISED_BY_KIND: dict[str, type[TransportError]] = {
 
 class Exporter(Protocol):
     """The side of a send arena that the protocol uses."""
+
+    copies: dict[int, int]
 
     def export(self, tensor: torch.Tensor) -> TensorDescriptor: ...
 
@@ -118,10 +121,10 @@ class Codec:
             packed = [pack(argument, add, _ARGUMENT_DEPTH) for argument in arguments]
             named = {name: pack(argument, add, _ARGUMENT_DEPTH) for name, argument in keywords.items()}
             data = encode(Request(call_id, method, packed, named, tuple(parcel)), self._max_message_bytes)
+            self._count_sent(data, parcel, started)
         except BaseException:
             self._exporter.withdraw(parcel)
             raise
-        self._count_sent(data, parcel, started)
         return data, parcel
 
     def reply(self, call_id: int, result: Any) -> bytes:
@@ -130,10 +133,10 @@ class Codec:
         parcel = _Parcel(self._exporter)
         try:
             data = encode(Reply(call_id, pack(result, parcel.add), tuple(parcel)), self._max_message_bytes)
+            self._count_sent(data, parcel, started)
         except BaseException:
             self._exporter.withdraw(parcel)
             raise
-        self._count_sent(data, parcel, started)
         return data
 
     def failure(self, failure: Failure) -> bytes:
@@ -171,6 +174,12 @@ class Codec:
         if parcel:
             counters.tensors_sent += len(parcel)
             counters.tensor_bytes_sent += parcel.nbytes
+            copies = self._exporter.copies
+            if copies:
+                for descriptor in parcel:
+                    nbytes = copies.pop(descriptor.sequence, 0)
+                    counters.tensors_copied += nbytes > 0
+                    counters.bytes_copied += nbytes
         counters.control_bytes_sent += len(data)
         counters.serialize_seconds += perf_counter() - started
 
@@ -235,6 +244,8 @@ class ClientProtocol:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing is held for the call.
         """
         method = pending.method
+        if not isinstance(method, str):
+            raise LocalProtocolError(f"a method is named by a str, not by a {type(method).__name__}")
         if len(method) > MAX_NAME_CHARACTERS:
             raise LocalProtocolError(
                 f"a method's name has {len(method)} characters; the limit is {MAX_NAME_CHARACTERS}"
@@ -293,6 +304,12 @@ class ClientProtocol:
                 pending.resolve(unpack(message.result, self._codec.borrow(message.tensors)))
             except PeerProtocolError as error:
                 pending.fail(error)
+                raise
+            except Exception as error:  # noqa: BLE001 - no memory for a snapshot, say: this call's failure, no other's
+                counters.failures += 1
+                pending.fail(error)
+            except BaseException:
+                pending.fail(Closed("an interrupt came while this call's reply was being read"))
                 raise
         else:
             counters.failures += 1
