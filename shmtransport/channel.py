@@ -27,6 +27,7 @@ _RETRY_S = 0.01
 _HELD_BYTES = 2 << 20
 """What ZeroMQ itself holds for or of one peer of a server: it frees none of that before the peer's socket goes."""
 _FEWEST_HELD = 8
+_LONGEST_WAIT_MS = 1 << 30  # poll takes no more than an int
 
 
 class Channel(ABC):
@@ -86,9 +87,12 @@ class BrokenPeer(Exception):
     """What a client has put in place of a message can't be one; ``peer`` says which client."""
 
     def __init__(self, peer: bytes, error: PeerProtocolError) -> None:
-        super().__init__(str(error))
+        super().__init__(peer, error)
         self.peer = peer
         self.error = error
+
+    def __str__(self) -> str:
+        return str(self.error)
 
 
 class ServerChannel(ABC):
@@ -197,7 +201,7 @@ class ZmqChannel(Channel):
         return None
 
     def wait(self, timeout_s: float) -> bool:
-        ready = self._poll.poll(max(timeout_s * 1000, 0))
+        ready = self._poll.poll(min(max(timeout_s * 1000, 0), _LONGEST_WAIT_MS))
         if len(ready) > 1 or (ready and ready[0][0] == self._wake_fd):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake_fd)

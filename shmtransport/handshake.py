@@ -25,6 +25,7 @@ from .connection import Bells, Connection, segment_layout
 from .errors import ConnectRefused, PeerProtocolError, SegmentError
 from .layout import Layout
 from .message import (
+    CHANNEL_KINDS,
     MIN_MESSAGE_BYTES,
     Attach,
     ChannelKind,
@@ -38,8 +39,10 @@ from .message import (
     encode,
     shorten,
 )
+from .opening import opening_error
 from .segment import Segment
 from .statistics import Counters
+from .text import printable
 from .units import size_text
 
 Expected = TypeVar("Expected", bound=Message)
@@ -134,13 +137,13 @@ def _open_peers(name: str, own: Bell) -> Bell:
             raise PeerProtocolError("the peer's bell is an empty file")
         return Bell.open(name)
     except (OSError, ValueError) as error:  # nothing is there, or a directory
-        raise PeerProtocolError("the peer's bell can't be opened: does it run in another container?") from error
+        raise opening_error("bell", error) from error
 
 
 def _expect(kind: type[Expected], data: bytes) -> Expected:
     message = decode(data)
     if isinstance(message, Refused):
-        raise ConnectRefused(f"the server refused: {message.reason}")
+        raise ConnectRefused(f"the server refused: {printable(message.reason)}")
     if not isinstance(message, kind):
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where {kind.__name__} is due")
     return message
@@ -148,12 +151,16 @@ def _expect(kind: type[Expected], data: bytes) -> Expected:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server grants. ``max_arena_bytes`` bounds both arenas of one client together."""
+    """What a server grants.
+
+    ``channels`` are those that clients may use, ``max_arena_bytes`` bounds both arenas of one client together.
+    """
 
     max_arena_bytes: int
     max_total_arena_bytes: int
     max_clients: int
     max_message_bytes: int
+    channels: tuple[ChannelKind, ...] = CHANNEL_KINDS
     total_source: str = "set by its owner"
     handshake_timeout_s: float = 10.0
     claim_timeout_s: float = 0.0
@@ -209,7 +216,7 @@ class Admission:
         if not isinstance(message, Hello):
             return Goodbye("this server does not know the connection; it may have been restarted"), None
         sizes = Sizes(message.request_arena_bytes, message.reply_arena_bytes)
-        refusal = self._refusal(sizes, message.max_message_bytes)
+        refusal = self._refusal(sizes, message.max_message_bytes, message.channel)
         if refusal is not None:
             return Refused(refusal), None
         max_message_bytes = min(message.max_message_bytes, self._limits.max_message_bytes)
@@ -223,11 +230,14 @@ class Admission:
         if granted is not None:
             _of_servers.discard(granted.segment)
 
-    def _refusal(self, sizes: Sizes, max_message_bytes: int) -> str | None:
-        """Why these sizes are not granted, or None."""
+    def _refusal(self, sizes: Sizes, max_message_bytes: int, channel: ChannelKind) -> str | None:
+        """Why these sizes and this channel are not granted, or None."""
         if max_message_bytes < MIN_MESSAGE_BYTES:
             return f"max_message_bytes is {max_message_bytes}; it must be {MIN_MESSAGE_BYTES} or more"
         limits = self._limits
+        if channel not in limits.channels:
+            offered = " and ".join(limits.channels)
+            return f"the channel {channel} was asked for; its channels are {offered}: use {limits.channels[0]}"
         granted = [one.sizes for one in self._admitted.values()]
         granted += [newcomer.sizes for newcomer in self._newcomers.values()]
         asked = sum(sizes)

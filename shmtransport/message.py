@@ -23,6 +23,7 @@ from .descriptor import TensorDescriptor
 from .errors import LocalProtocolError, MessageTooLarge, PeerProtocolError
 from .layout import FORMAT_VERSION
 from .plain import of_a_library
+from .text import printable
 
 MAGIC_BYTE = 0xD5
 PREAMBLE = bytes((MAGIC_BYTE, FORMAT_VERSION))
@@ -183,9 +184,8 @@ def _decode_other_version(data: bytes) -> Refused:
 
 
 def _reason(error: Exception) -> str:
-    """A decoder's words on one short line: they may repeat the peer's, which could go on for ever or forge a log's."""
-    text = str(error)[:_REASON_CHARACTERS]
-    return "".join(one if one.isprintable() and one.isascii() else ascii(one)[1:-1] for one in text)
+    """A decoder's words, cut: they may repeat the peer's."""
+    return printable(str(error)[:_REASON_CHARACTERS])
 
 
 def shorten(text: str, limit: int = 4096) -> str:

@@ -27,6 +27,7 @@ from .errors import (
     TensorTooLarge,
     TransportError,
 )
+from .forks import BoundToProcess
 from .message import (
     MAX_NAME_CHARACTERS,
     MAX_TENSORS,
@@ -42,6 +43,7 @@ from .message import (
     unpack,
 )
 from .statistics import Counters
+from .text import printable
 
 HANDLER = "handler"
 _ARGUMENT_DEPTH = 2  # an argument lies in the list of arguments, which lies in the message
@@ -184,7 +186,7 @@ class Codec:
         counters.serialize_seconds += perf_counter() - started
 
 
-class PendingReply:
+class PendingReply(BoundToProcess):
     """The client's handle on a call in flight; made by ``Client.submit``."""
 
     call_id = -1
@@ -210,7 +212,7 @@ class PendingReply:
             self._wait(self, timeout_s)
         if self._error is not None:
             try:
-                raise self._error
+                raise self._error.with_traceback(None)  # it may have been raised before, for other calls too
             finally:
                 del self  # the error's traceback holds this frame: a cycle, and with it the caller's arguments
         return self._result
@@ -282,7 +284,7 @@ class ClientProtocol:
                 self._codec.discard(message.tensors)
             return pending
         if isinstance(message, Goodbye):
-            raise PeerDied(f"the server ended the connection: {message.reason}")
+            raise PeerDied(f"the server ended the connection: {printable(message.reason)}")
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where only replies are valid")
 
     def give_up(self, pending: PendingReply, error: TransportError) -> None:
@@ -320,8 +322,8 @@ class ClientProtocol:
 
 
 def _raised(message: Failure) -> TransportError:
-    kind = _RAISED_BY_KIND.get(message.kind)
-    return RemoteError(message.type_name, message.text) if kind is None else kind(f"on the server: {message.text}")
+    kind, text = _RAISED_BY_KIND.get(message.kind), printable(message.text)
+    return RemoteError(printable(message.type_name), text) if kind is None else kind(f"on the server: {text}")
 
 
 class Call(msgspec.Struct):
@@ -381,11 +383,13 @@ class ServerProtocol:
 
 def _text_of(error: BaseException) -> str:
     """An exception's own words; without the file names that Python adds to those of the system and of imports."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror or "operating-system error"
-    if isinstance(error, ImportError):
-        return f"can't import {error.name}"
     try:
-        return str(error).encode(errors="backslashreplace").decode()
+        if isinstance(error, OSError) and error.errno is not None:
+            text = str(error.strerror or "operating-system error")
+        elif isinstance(error, ImportError):
+            text = f"can't import {error.name}"
+        else:
+            text = str(error)
+        return text.encode(errors="backslashreplace").decode()
     except Exception:  # noqa: BLE001 - a handler's exception may fail at anything
         return "its text can't be shown"
