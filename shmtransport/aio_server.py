@@ -13,7 +13,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -42,8 +42,8 @@ class AsyncServer(Host):
     """
 
     def __init__(self, address: str, *, max_calls_in_progress: int = 256, **others: Any) -> None:
-        super().__init__(address, **others)
         self._max_calls_in_progress = options.whole("max_calls_in_progress", max_calls_in_progress)
+        super().__init__(address, **others)
         self._calls: set[asyncio.Task[None]] = set()
         self._cutting = False  # calls in progress are cancelled
         self._closed = False
@@ -152,38 +152,38 @@ class AsyncServer(Host):
         self._counters.in_flight_peak = max(self._counters.in_flight_peak, len(self._calls))
         task.add_done_callback(self._calls.discard)
 
-    async def _serve_call(self, client: HostedClient, call: list[Call]) -> None:
-        """Handle a call, taken out of its list so that nothing holds its arguments longer than the handler does."""
+    async def _serve_call(self, client: HostedClient, box: list[Call]) -> None:
+        """Handle a call, taken out of its box so that nothing holds its arguments longer than the handler does."""
         started = time.perf_counter()
         self._current.set(client.reference)  # in this task's own context
+        call = box.pop()
         try:
-            data = await self._answer(client, call.pop())
-        finally:
-            client.in_progress -= 1
-            self._counters.count_call(time.perf_counter() - started)
-        self._reply(client, data)
-        self._loop.call_soon(self._on_readable)  # sending may have taken away what would tell of a request
-
-    async def _answer(self, client: HostedClient, call: Call) -> bytes:
-        try:
-            handler = self._handler(call)
-            if inspect.iscoroutinefunction(handler):
-                result = await handler(*call.arguments, **call.keywords)
-            else:
-                box: list[Any] = [call]
-                await asyncio.to_thread(_handle, handler, box)
-                result = box.pop()
-                if inspect.isawaitable(result):
-                    result = await result
-            return client.protocol.reply(call.call_id, result)
+            data = client.protocol.reply(call.call_id, await self._result(call))
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
             if self._is_cut(error):
                 raise
-            return self._failure(client, call, error)
+            data = self._failure(client, call, error)
         finally:
-            del call, client  # whoever keeps the traceback of a handler's error keeps this frame
+            client.in_progress -= 1
+            self._counters.count_call(time.perf_counter() - started)
+            del call
+        self._reply(client, data)
+        del client  # whoever keeps the traceback of a handler's error keeps this frame
+        self._loop.call_soon(self._on_readable)  # sending may have taken away what would tell of a request
+
+    async def _result(self, call: Call) -> Any:
+        try:
+            handler = self._handler(call)
+            if inspect.iscoroutinefunction(handler):
+                return await _run(handler(*call.arguments, **call.keywords))
+            box: list[Any] = [call]
+            await asyncio.to_thread(_handle, handler, box)
+            result = box.pop()
+            return await result if inspect.isawaitable(result) else result
+        finally:
+            del call
 
     def _is_cut(self, error: BaseException) -> bool:
         """Whether it is this server or the end of its loop that ends a call, not the handler itself."""
@@ -221,6 +221,17 @@ class AsyncServer(Host):
         finally:
             for number in numbers:
                 self._loop.remove_signal_handler(number)
+
+
+async def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Await a handler's coroutine; one that has raised lets go of its arguments, whoever keeps the traceback."""
+    frame = getattr(coroutine, "cr_frame", None)
+    try:
+        return await coroutine
+    except BaseException:
+        if frame is not None:
+            frame.clear()
+        raise
 
 
 def _handle(handler: Callable[..., Any], box: list[Any]) -> None:

@@ -267,6 +267,7 @@ class Host(BoundToProcess):
             logger.error("handler %s raised\n%s", printable(call.method), traceback_text(error))
         data = client.protocol.failure(call.call_id, error)
         forget_frames(error)  # whoever else has logged it may keep it
+        error.__traceback__ = None  # one that is raised again and again would grow
         return data
 
     def _drop_ended(self, readable: Sequence[int]) -> None:

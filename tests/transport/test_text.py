@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from shmtransport.text import printable
+from shmtransport.text import printable, traceback_text
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,35 @@ def test_a_shown_text_shows_the_same_when_it_is_shown_again() -> None:
     """It may go through several hands that each make it printable."""
     once = printable("\x1b[0m\u202e\n\ud800")
     assert printable(once) == once
+
+
+def test_a_traceback_shows_where_and_each_text_on_one_line() -> None:
+    """The whole chain, oldest first; groups too; and texts that can't be had."""
+
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    def fail() -> None:
+        try:
+            raise MuteError
+        except MuteError as inner:
+            raise ValueError("a\nb\x1b") from inner
+
+    with pytest.raises(ValueError, match="a") as caught:
+        fail()
+    lines = traceback_text(caught.value).split("\n")
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "Traceback (most recent call last):",
+        f"{MuteError.__qualname__}: its text can't be shown",
+        "Traceback (most recent call last):",
+        r"ValueError: a b\x1b",
+    ]
+    assert sum("in fail" in line for line in lines) == 2
+
+
+def test_a_chain_that_goes_round_is_told_once() -> None:
+    """However exceptions refer to each other."""
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one
+    assert traceback_text(one) == "ValueError: other\nValueError: one"
