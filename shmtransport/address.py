@@ -23,6 +23,8 @@ def kind(address: str) -> str:
     Raises:
         AddressError: anything else.
     """
+    if not isinstance(address, str) or "\0" in address:
+        raise AddressError(f"{address!r} is no address: one is a str, as ipc:///tmp/worker.ipc")
     if address.startswith(IPC):
         path = address[len(IPC) :]
         if not path.startswith("/"):

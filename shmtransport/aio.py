@@ -115,7 +115,8 @@ class AsyncClient(ClientBase):
                 raise
             return await self._reply(link, pending, deadline)
         finally:
-            del pending  # an error's traceback holds this frame, and pending the error: a cycle that holds arguments
+            # An error's traceback holds this frame, and pending the error: a cycle.
+            del pending, arguments, keywords
 
     async def close(self) -> None:
         """End the connection; calls in flight fail with ``Closed``. Results stay valid. A second call does nothing."""

@@ -13,12 +13,13 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
+from . import options
 from .channel import deadline_in
-from .errors import LocalProtocolError
+from .errors import Closed, LocalProtocolError
 from .host import Arrival, Host, HostedClient
 from .protocol import Call
 from .threads import in_a_thread
@@ -40,38 +41,68 @@ class AsyncServer(Host):
     still go on after the ``on_disconnect`` callbacks.
     """
 
-    def __init__(self, address: str, *, max_calls_in_progress: int = 256, **options: Any) -> None:
-        super().__init__(address, **options)
-        self._max_calls_in_progress = max_calls_in_progress
+    def __init__(self, address: str, *, max_calls_in_progress: int = 256, **others: Any) -> None:
+        self._max_calls_in_progress = options.whole("max_calls_in_progress", max_calls_in_progress)
+        super().__init__(address, **others)
         self._calls: set[asyncio.Task[None]] = set()
         self._cutting = False  # calls in progress are cancelled
         self._closed = False
+        self._close_when_served = False
+        self._descriptor: int | None = None  # the channel's, while the loop reads from it
         self._asking: asyncio.TimerHandle | None = None
 
     async def serve(self) -> None:
-        """Answer calls until ``stop``; in the main thread SIGINT and SIGTERM stop it too."""
+        """Answer calls until ``stop``; in the main thread SIGINT and SIGTERM stop it too.
+
+        Raises:
+            Closed: the server was closed, or this process was forked from the one that made it.
+            SystemExit, KeyboardInterrupt: as asyncio does it, a handler's end the loop itself.
+        """
+        self._check_usable()
         self._loop = asyncio.get_running_loop()
         self._stopped = asyncio.Event()
-        descriptor = self._channel.fileno()
-        self._loop.add_reader(descriptor, self._on_readable)
+        self._descriptor = self._channel.fileno()
+        self._loop.add_reader(self._descriptor, self._on_readable)
         try:
             with self._stopped_by_signals():
                 self._on_readable()
                 await self._stopped.wait()
                 await self._drain()
         finally:
-            self._loop.remove_reader(descriptor)
+            self._stop_reading()
             if self._asking is not None:
                 self._asking.cancel()
+            if self._close_when_served:
+                await self._close()
 
     async def close(self) -> None:
-        """End all connections and remove the socket. A second call does nothing."""
+        """End all connections and remove the socket. A second call does nothing.
+
+        In a handler this only stops ``serve``, which closes the server when it has answered what has come.
+        """
+        if self._descriptor is not None and self._current.get(None) is not None:
+            self._close_when_served = True
+            self.stop()
+        else:
+            await self._close()
+
+    async def _close(self) -> None:
         self._cut(list(self._calls))
         await asyncio.gather(*self._calls, return_exceptions=True)
         self._closed = True
         self._at_drop.detach()
+        self._stopping.set()
+        if self._descriptor is not None:  # ``serve`` is still running
+            self._stop_reading()
+            self._stopped.set()
         self._drop_all()
         await asyncio.wrap_future(in_a_thread(self._channel.close))
+        self._ended = self._ended or Closed("this server was closed")
+
+    def _stop_reading(self) -> None:
+        if self._descriptor is not None:
+            self._loop.remove_reader(self._descriptor)
+            self._descriptor = None
 
     async def __aenter__(self) -> AsyncServer:
         return self
@@ -113,6 +144,7 @@ class AsyncServer(Host):
                 f"{client.in_progress} calls of this client are in progress; the server's max_calls_in_progress is "
                 f"{self._max_calls_in_progress}: wait for some of them"
             )
+            self._counters.count_call(0.0)
             self._reply(client, self._failure(client, call, error))
             return
         client.in_progress += 1
@@ -121,36 +153,46 @@ class AsyncServer(Host):
         self._counters.in_flight_peak = max(self._counters.in_flight_peak, len(self._calls))
         task.add_done_callback(self._calls.discard)
 
-    async def _serve_call(self, client: HostedClient, call: list[Call]) -> None:
-        """Handle a call, taken out of its list so that nothing holds its arguments longer than the handler does."""
+    async def _serve_call(self, client: HostedClient, box: list[Call]) -> None:
+        """Handle a call, taken out of its box so that nothing holds its arguments longer than the handler does."""
         started = time.perf_counter()
-        self._current.set(client)  # in this task's own context
+        self._current.set(client.reference)  # in this task's own context
+        call = box.pop()
         try:
-            data = await self._answer(client, call.pop())
+            data = client.protocol.reply(call.call_id, await self._result(call))
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            if self._is_cut(error):
+                raise
+            data = self._failure(client, call, error)
         finally:
             client.in_progress -= 1
             self._counters.count_call(time.perf_counter() - started)
+            del call
         self._reply(client, data)
+        del client  # whoever keeps the traceback of a handler's error keeps this frame
         self._loop.call_soon(self._on_readable)  # sending may have taken away what would tell of a request
 
-    async def _answer(self, client: HostedClient, call: Call) -> bytes:
+    async def _result(self, call: Call) -> Any:
         try:
             handler = self._handler(call)
             if inspect.iscoroutinefunction(handler):
-                result = await handler(*call.arguments, **call.keywords)
-            else:
-                box: list[Any] = [call]
-                await asyncio.to_thread(_handle, handler, box)
-                result = box.pop()
-                if inspect.isawaitable(result):
-                    result = await result
-            return client.protocol.reply(call.call_id, result)
-        except asyncio.CancelledError as error:  # of this call, or of something that the handler awaited
-            if self._cutting:
-                raise
-            return self._failure(client, call, error)
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its caller's to know
-            return self._failure(client, call, error)
+                return await _run(handler(*call.arguments, **call.keywords))
+            box: list[Any] = [call]
+            await asyncio.to_thread(_handle, handler, box)
+            result = box.pop()
+            return await result if inspect.isawaitable(result) else result
+        finally:
+            del call
+
+    def _is_cut(self, error: BaseException) -> bool:
+        """Whether it is this server or the end of its loop that ends a call, not the handler itself."""
+        if isinstance(error, GeneratorExit):  # the handler's own comes while its task runs
+            with contextlib.suppress(RuntimeError):
+                return asyncio.current_task() not in self._calls
+            return True
+        return self._cutting and isinstance(error, asyncio.CancelledError)
 
     async def _drain(self) -> None:
         """Let the calls in progress end; those that take too long are cancelled."""
@@ -180,6 +222,17 @@ class AsyncServer(Host):
         finally:
             for number in numbers:
                 self._loop.remove_signal_handler(number)
+
+
+async def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Await a handler's coroutine; one that has raised lets go of its arguments, whoever keeps the traceback."""
+    frame = getattr(coroutine, "cr_frame", None)
+    try:
+        return await coroutine
+    except BaseException:
+        if frame is not None:
+            frame.clear()
+        raise
 
 
 def _handle(handler: Callable[..., Any], box: list[Any]) -> None:

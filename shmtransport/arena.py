@@ -22,16 +22,18 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from operator import index
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
-from .descriptor import MAX_DIMENSIONS, TensorDescriptor, representable
-from .dtypes import BY_NAME, BY_TORCH, INTEGERS, DType
-from .errors import ArenaFull, LocalProtocolError, PeerProtocolError, TensorTooLarge
+from .descriptor import MAX_DIMENSIONS, TensorDescriptor
+from .dtypes import INTEGERS, DType
+from .errors import ArenaFull, PeerProtocolError, TensorTooLarge, TransportError
 from .fences import order
 from .layout import PAGE_BYTES, RELEASE_CELL_BYTES
+from .plain import address_of, check_content, refuse_copy, refuse_shape, row_of, row_of_array, without_bytes
 from .ring import Block, Ring
 from .segment import Segment
 from .units import size_text
@@ -39,7 +41,7 @@ from .units import size_text
 _FIRST_PAUSE_S = 50e-6
 _LONGEST_PAUSE_S = 5e-3
 _FEW_HELD = 8  # sent tensors: with fewer, nobody looks which of them are released until a claim needs room
-_STRIDED = torch.strided
+_BEYOND = 2**63  # no size in bytes gets that far
 _new_array, _from_numpy = np.ndarray, torch.from_numpy
 
 _Memory: TypeAlias = "np.ndarray[Any, Any]"
@@ -69,9 +71,9 @@ class _Copied:
 
     __slots__ = ("block", "holds")
     ended = True
+    block: Block
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
+    def __init__(self) -> None:
         self.holds = 0
 
 
@@ -91,19 +93,6 @@ def _view(data: memoryview, offset: int, row: DType, shape: tuple[int, ...]) -> 
     array: _Memory = _new_array(shape, row.carrier, data, offset)
     tensor = _from_numpy(array)
     return array, tensor if row.numpy is not None else tensor.view(row.torch)
-
-
-def _refuse_dtype(dtype: torch.dtype) -> NoReturn:
-    raise LocalProtocolError(f"tensors of {dtype} can't be sent; known dtypes: {', '.join(map(str, BY_TORCH))}")
-
-
-def _without_bytes(sizes: tuple[int, ...], row: DType) -> torch.Tensor:
-    """A tensor without elements; the error for a shape that none can have."""
-    if len(sizes) > MAX_DIMENSIONS:
-        raise LocalProtocolError(f"a tensor of {len(sizes)} dimensions can't be sent; the limit is {MAX_DIMENSIONS}")
-    if min(sizes, default=0) < 0 or not representable(sizes, row.itemsize):
-        raise LocalProtocolError(f"no tensor can have the shape {sizes}")
-    return torch.empty(sizes, dtype=row.torch)
 
 
 class SendArena:
@@ -137,6 +126,8 @@ class SendArena:
         self._free_slots = list(range(len(peer_released) - 1, -1, -1))
         self._sequence = 0
         self._ended: deque[Any] = deque()
+        self.copies: dict[int, int] = {}
+        """Sizes in bytes of the tensors that were copied in for messages that are not sent yet, by their sequence."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A loan: an uninitialised, contiguous CPU tensor of ``shape`` in this arena.
@@ -146,19 +137,27 @@ class SendArena:
             ArenaFull: no gap is large enough now.
             LocalProtocolError: the dtype or shape can't be sent.
         """
-        sizes = tuple(shape)
-        row = BY_TORCH.get(dtype) or _refuse_dtype(dtype)
+        try:
+            sizes = tuple(map(index, shape))
+        except TypeError as error:
+            refuse_shape(error)
+        row = row_of(dtype)
         nbytes = math.prod(sizes) * row.itemsize
-        if nbytes <= 0 or len(sizes) > MAX_DIMENSIONS or (sizes and min(sizes) < 0):
-            return _without_bytes(sizes, row)
-        with self._lock:
-            block = self._claim(nbytes)
-        memory, tensor = _view(self._data, block.offset, row, sizes)
-        loan = _Loan(memory, self._ended.append)
-        loan.block = block
-        loan.ended = False
-        loan.holds = 0
-        self._by_address[self._address + block.offset] = loan
+        if not 0 < nbytes < _BEYOND or len(sizes) > MAX_DIMENSIONS or (sizes and min(sizes) < 0):
+            return without_bytes(sizes, row)
+        block: Block | None = None
+        try:
+            with self._lock:
+                block = self._claim(nbytes)
+            memory, tensor = _view(self._data, block.offset, row, sizes)
+            loan = _Loan(memory, self._ended.append)
+            loan.block = block
+            loan.ended = False
+            loan.holds = 0
+            self._by_address[self._address + block.offset] = loan
+        except BaseException:
+            self._take_back(block)
+            raise
         return tensor
 
     def export(self, tensor: torch.Tensor) -> TensorDescriptor:
@@ -169,12 +168,10 @@ class SendArena:
         Raises:
             As ``empty``.
         """
-        if tensor.layout is not _STRIDED or tensor.is_nested:
-            raise LocalProtocolError("only dense tensors can be sent")
-        row = BY_TORCH.get(tensor.dtype) or _refuse_dtype(tensor.dtype)
-        shape = tuple(tensor.shape)
         # No tensor of another device or kind has a storage at one of these addresses.
-        loan = self._by_address.get(tensor.untyped_storage().data_ptr())
+        loan = self._by_address.get(address_of(tensor))
+        row = row_of(tensor.dtype)
+        shape = tuple(tensor.shape)
         if (
             loan is not None
             and tensor.is_contiguous()
@@ -183,22 +180,21 @@ class SendArena:
             and tensor.nbytes > 0
         ):
             return self._describe(loan, tensor.data_ptr() - self._address, shape, row)
-        if tensor.is_meta:
-            raise LocalProtocolError("a meta tensor has no content and can't be sent")
+        check_content(tensor, row)
         return self._export_copy(tensor.detach() if tensor.requires_grad else tensor, shape, row)
 
     def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor:
         """As ``export``, for a numpy array of any strides and byte order, read-only or not."""
-        row = BY_NAME.get(array.dtype.name)
-        if row is None or isinstance(array, np.ma.MaskedArray):
-            raise LocalProtocolError(f"a {type(array).__name__} of {array.dtype} can't be sent")
+        row = row_of_array(array)
+        if row.numpy is None:
+            array = array.view(row.carrier.newbyteorder(array.dtype.byteorder))
         if array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative:
             try:
                 tensor = torch.from_numpy(array)
             except ValueError:  # strides that numpy allows in such arrays and torch doesn't
                 pass
             else:
-                return self.export(tensor)
+                return self.export(tensor if row.numpy is not None else tensor.view(row.torch))
         return self._export_copy(array, array.shape, row)
 
     @property
@@ -212,6 +208,7 @@ class SendArena:
             for descriptor in descriptors:
                 if descriptor.sequence:
                     self._end_hold(descriptor.slot)
+                    self.copies.pop(descriptor.sequence, None)
 
     def _export_copy(
         self, source: torch.Tensor | np.ndarray[Any, Any], shape: tuple[int, ...], row: DType
@@ -219,22 +216,28 @@ class SendArena:
         """Copy a tensor into a block that is free again once the peer has released it."""
         nbytes = math.prod(shape) * row.itemsize
         if nbytes == 0 or len(shape) > MAX_DIMENSIONS:
-            _without_bytes(shape, row)
+            without_bytes(shape, row)
             return TensorDescriptor(0, shape, row.name, 0, 0)
-        with self._lock:
-            copied = _Copied(self._claim(nbytes))
+        copied = _Copied()
+        block: Block | None = None
         try:
-            self._write(copied.block.offset, source, shape, row)
-            descriptor = self._describe(copied, copied.block.offset, shape, row)
-        except BaseException:
-            if copied.holds == 0:  # pragma: no branch - else an interrupt has come just after it was held
-                with self._lock:
-                    self._ring.release(copied.block)
+            with self._lock:
+                copied.block = block = self._claim(nbytes)
+            self._write(block.offset, source, shape, row)
+            descriptor = self._describe(copied, block.offset, shape, row)
+        except BaseException as error:
+            self._take_back(block)
+            if isinstance(error, Exception) and not isinstance(error, TransportError):
+                refuse_copy(error)
             raise
-        with self._lock:
-            self._counters.bytes_copied += nbytes
-            self._counters.tensors_copied += 1
+        self.copies[descriptor.sequence] = nbytes
         return descriptor
+
+    def _take_back(self, block: Block | None) -> None:
+        """Undo a claim, if it was one and is not undone yet."""
+        if block is not None and block.held:
+            with self._lock:
+                self._ring.release(block)
 
     def _write(
         self, offset: int, source: torch.Tensor | np.ndarray[Any, Any], shape: tuple[int, ...], row: DType
@@ -249,17 +252,26 @@ class SendArena:
 
     def _describe(self, loan: _Loan | _Copied, offset: int, shape: tuple[int, ...], row: DType) -> TensorDescriptor:
         """Describe what lies in a loan, and hold its block until the peer releases it."""
-        with self._lock:
-            held = self._held_by_peer
-            if len(held) >= _FEW_HELD or not self._free_slots:
-                self._collect_oldest()
-                if not self._free_slots:
-                    self._wait_until(lambda: bool(self._free_slots), self._no_slot)
-            slot = self._free_slots.pop()
-            self._sequence = sequence = self._sequence + 1
-            loan.holds += 1
-            held[slot] = (sequence, loan, time.monotonic())
-        return TensorDescriptor(offset, shape, row.name, slot, sequence)
+        held = self._held_by_peer
+        descriptor: TensorDescriptor | None = None
+        try:
+            with self._lock:
+                if len(held) >= _FEW_HELD or not self._free_slots:
+                    self._collect_oldest()
+                    if not self._free_slots:
+                        self._wait_until(lambda: bool(self._free_slots), self._no_slot)
+                slot, sequence, now = self._free_slots[-1], self._sequence + 1, time.monotonic()
+                descriptor = TensorDescriptor(offset, shape, row.name, slot, sequence)
+                # From here on nothing is called, so that no interrupt comes between.
+                del self._free_slots[-1]
+                self._sequence = sequence
+                loan.holds += 1
+                held[slot] = (sequence, loan, now)
+            return descriptor
+        except BaseException:
+            if descriptor is not None and held.get(descriptor.slot, (0,))[0] == descriptor.sequence:
+                self.withdraw((descriptor,))
+            raise
 
     def _claim(self, nbytes: int) -> Block:
         if self._ended:

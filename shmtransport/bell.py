@@ -22,6 +22,7 @@ from types import TracebackType
 import posix_ipc
 
 from .errors import PeerProtocolError, SegmentError
+from .opening import opening_error, reason
 
 NAME_PREFIX = "/shmtransport-bell-"
 _NAME = re.compile(rf"{NAME_PREFIX}[0-9]{{1,10}}-[0-9a-f]{{32}}")
@@ -68,7 +69,7 @@ class Bell:
             except (OSError, posix_ipc.Error) as error:
                 with contextlib.suppress(posix_ipc.ExistentialError):
                     posix_ipc.unlink_semaphore(name)
-                raise SegmentError(f"can't create a semaphore for the doorbell: {error}") from error
+                raise SegmentError(f"can't create a semaphore for the doorbell: {reason(error)}") from error
             if lock_fd >= 0:
                 return cls(name, semaphore, lock_fd)
             semaphore.close()  # swept away between its making and its locking
@@ -80,13 +81,14 @@ class Bell:
 
         Raises:
             PeerProtocolError: the name is none of ours, or nothing is there.
+            SegmentError: this process may not open it, or has too many files open.
         """
         if not is_bell_name(name):
             raise PeerProtocolError("the peer gave a bell's name that this protocol never makes")
         try:
             return cls(name, posix_ipc.Semaphore(name), -1)
-        except (OSError, posix_ipc.Error) as error:
-            raise PeerProtocolError("the peer's bell can't be opened: does it run in another container?") from error
+        except (OSError, ValueError, posix_ipc.Error) as error:
+            raise opening_error("bell", error) from error
 
     def ring(self) -> None:
         """Wake the owner, or keep it from falling asleep."""

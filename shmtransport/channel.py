@@ -33,6 +33,7 @@ _HELD_BYTES = 2 << 20
 _FEWEST_HELD = 8
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
 _SERVER_DESCRIPTORS = 20  # what libzmq needs for its threads and a socket, and this side's own
+_LONGEST_WAIT_MS = 1 << 30  # poll takes no more than an int
 
 
 class Channel(ABC):
@@ -92,9 +93,12 @@ class BrokenPeer(Exception):
     """What a client has put in place of a message can't be one; ``peer`` says which client."""
 
     def __init__(self, peer: bytes, error: PeerProtocolError) -> None:
-        super().__init__(str(error))
+        super().__init__(peer, error)
         self.peer = peer
         self.error = error
+
+    def __str__(self) -> str:
+        return str(self.error)
 
 
 class ServerChannel(ABC):
@@ -243,7 +247,7 @@ class ZmqChannel(Channel):
     def wait(self, timeout_s: float) -> bool:
         poll = self._idle_polls.pop() if self._idle_polls else self._new_poll()
         try:
-            ready = poll.poll(max(timeout_s * 1000, 0))
+            ready = poll.poll(min(max(timeout_s * 1000, 0), _LONGEST_WAIT_MS))
         finally:
             self._idle_polls.append(poll)
         if len(ready) > 1 or (ready and ready[0][0] == self._wake_fd):

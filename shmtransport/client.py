@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import options
 from .backlog import QUEUE_LIMIT
 from .errors import CallTimeout, Closed, PeerDied, PeerProtocolError, TransportError
-from .forks import abandon_after_fork
+from .forks import BoundToProcess, abandon_after_fork, forked
 from .handshake import Sizes, Wishes
 from .link import Link, LinkOptions, check_options
 from .message import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
@@ -34,7 +35,7 @@ _WATCH_SLICE_S = 0.25  # how soon a dead server is noticed while waiting for a r
 _SEND_SLICE_S = 0.05  # how soon a full queue is tried again where nothing tells that it has room
 
 
-class ClientBase:
+class ClientBase(BoundToProcess):
     """What the blocking and the asyncio client share: options, arenas, statistics, and how a connection ends."""
 
     def __init__(
@@ -45,20 +46,35 @@ class ClientBase:
         spin_us: float = 0.0,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         reply_arena_bytes: int | None = None,
-        timeout_s: float = 60.0,
-        connect_timeout_s: float = 5.0,
+        timeout_s: float | None = 60.0,
+        connect_timeout_s: float | None = 5.0,
         snapshot: bool = False,
         prefault: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self.address = address
-        self._timeout_s = timeout_s
+        self._timeout_s = options.seconds_or_no_limit("timeout_s", timeout_s)
         self._counters = Counters()
         self._link: Link | None = None
         self._ended: TransportError | None = None
-        sizes = Sizes(arena_bytes, arena_bytes if reply_arena_bytes is None else reply_arena_bytes)
-        wishes = Wishes(sizes, max_message_bytes, channel, snapshot, self._claim_timeout_s())
-        self._options = LinkOptions(address, wishes, connect_timeout_s, spin_us, prefault)
+        request_bytes = options.whole("arena_bytes", arena_bytes)
+        reply_bytes = (
+            request_bytes if reply_arena_bytes is None else options.whole("reply_arena_bytes", reply_arena_bytes)
+        )
+        wishes = Wishes(
+            Sizes(request_bytes, reply_bytes),
+            options.message_bytes(max_message_bytes),
+            options.channel_kind(channel),
+            options.flag("snapshot", snapshot),
+            self._claim_timeout_s(),
+        )
+        self._options = LinkOptions(
+            address,
+            wishes,
+            options.seconds_or_no_limit("connect_timeout_s", connect_timeout_s),
+            options.seconds("spin_us", spin_us),
+            options.flag("prefault", prefault),
+        )
         self.transport = check_options(self._options)
         abandon_after_fork(self)
 
@@ -102,10 +118,7 @@ class ClientBase:
     def abandon(self) -> None:
         """In a forked child: end without touching what is the parent's."""
         if self._ended is None:
-            self._ended = Closed(
-                "this process was forked from the one that made the connection, and can't use it: connect after the "
-                "fork, or start processes with 'spawn'"
-            )
+            self._ended = forked("the connection")
             if self._link is not None:
                 self._link.protocol.fail_all(self._ended)
         if self._link is not None:
@@ -153,7 +166,8 @@ class Client(ClientBase):
     price of busy cores). ``arena_bytes`` is the size of the data area for what this side sends, ``reply_arena_bytes``
     (default: the same) of the one for what it receives; with ``prefault`` all of their pages are mapped now, not on
     first use. ``timeout_s`` is how long a call may take unless it says otherwise, and how long a claim waits for
-    room. ``max_message_bytes`` bounds the plain values of a call or result; the server's own bound counts as well.
+    room; None: no limit, for ``connect_timeout_s`` as well. ``max_message_bytes`` bounds the plain values of a call or
+    result; the server's own bound counts as well.
     With ``snapshot`` results are private copies rather than borrowed views: for a caller that checks a result before
     it uses it, since a hostile server could change a view in between.
 
@@ -174,8 +188,8 @@ class Client(ClientBase):
         spin_us: float = 0.0,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         reply_arena_bytes: int | None = None,
-        timeout_s: float = 60.0,
-        connect_timeout_s: float = 5.0,
+        timeout_s: float | None = 60.0,
+        connect_timeout_s: float | None = 5.0,
         snapshot: bool = False,
         prefault: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
@@ -197,7 +211,10 @@ class Client(ClientBase):
 
     def call(self, method: str, /, *arguments: Any, **keywords: Any) -> Any:
         """Call a method of the server and wait for its result; see ``submit`` and ``PendingReply.result``."""
-        return self.submit(method, *arguments, **keywords).result()
+        try:
+            return self.submit(method, *arguments, **keywords).result()
+        finally:
+            del arguments, keywords  # whoever keeps an error's traceback keeps this frame
 
     def submit(self, method: str, /, *arguments: Any, **keywords: Any) -> PendingReply:
         """Start a call without waiting for its result; several may be in flight.
@@ -303,7 +320,9 @@ class Client(ClientBase):
 
     def _wait(self, pending: PendingReply, timeout_s: float | None) -> None:
         """Wait until this call is done, its time is up, or the server is dead."""
-        timeout_s = left_s = self._timeout_s if timeout_s is None else timeout_s
+        if timeout_s is None:
+            timeout_s = self._timeout_s
+        timeout_s = left_s = options.seconds_or_no_limit("timeout_s", timeout_s)
         started = time.monotonic()
         with self._lock:
             try:
@@ -340,7 +359,7 @@ class Client(ClientBase):
     def _follow(self, key: object, timeout_s: float) -> None:
         turn = self._followers.setdefault(key, _Turn(threading.Condition(self._lock), threading.get_ident()))
         try:
-            turn.condition.wait(timeout_s)
+            turn.condition.wait(min(timeout_s, threading.TIMEOUT_MAX))
         finally:
             if self._followers.get(key) is turn:
                 del self._followers[key]

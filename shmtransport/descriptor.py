@@ -14,6 +14,7 @@ import msgspec
 
 from .dtypes import BY_NAME, DType
 from .errors import PeerProtocolError
+from .text import printable
 
 MAX_DIMENSIONS = 16
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -48,7 +49,7 @@ class TensorDescriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unkn
         """
         dtype = BY_NAME.get(self.dtype)
         if dtype is None:
-            raise PeerProtocolError(f"descriptor has the unknown dtype {self.dtype[:32]!r}")
+            raise PeerProtocolError(f"descriptor has the unknown dtype '{printable(self.dtype[:32])}'")
         nbytes = math.prod(self.shape) * dtype.itemsize
         if nbytes == 0:
             if not representable(self.shape, dtype.itemsize):

@@ -19,7 +19,7 @@
         ├── LocalProtocolError    you asked for something that the protocol has no room for
         └── PeerProtocolError     the peer sent something invalid
 
-Each message says count, limit and remedy.
+Each message says count, limit and remedy. All of them survive pickle and copy, so that a process pool can pass them on.
 """
 
 from __future__ import annotations
@@ -80,9 +80,12 @@ class RemoteError(TransportError):
     """
 
     def __init__(self, type_name: str, message: str) -> None:
-        super().__init__(f"the server's handler raised {type_name}: {message}")
+        super().__init__(type_name, message)  # what pickle and copy make it from again
         self.type_name = type_name
         self.message = message
+
+    def __str__(self) -> str:
+        return f"the server's handler raised {self.type_name}: {self.message}"
 
 
 class ProtocolError(TransportError):

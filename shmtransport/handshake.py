@@ -30,6 +30,7 @@ from .connection import Bells, Connection, segment_layout
 from .errors import ConnectRefused, OutOfResources, PeerProtocolError, SegmentError
 from .layout import Layout
 from .message import (
+    CHANNEL_KINDS,
     MIN_MESSAGE_BYTES,
     Attach,
     ChannelKind,
@@ -43,8 +44,10 @@ from .message import (
     encode,
     shorten,
 )
+from .opening import opening_error
 from .segment import Segment
 from .statistics import Counters
+from .text import printable
 from .units import size_text
 
 _ONE_CLIENT = 8
@@ -142,7 +145,7 @@ def _open_peers(name: str, own: Bell) -> Bell:
             raise PeerProtocolError("the peer's bell is an empty file")
         return Bell.open(name)
     except (OSError, ValueError) as error:  # nothing is there, or a directory
-        raise PeerProtocolError("the peer's bell can't be opened: does it run in another container?") from error
+        raise opening_error("bell", error) from error
 
 
 _UNKNOWN = "this server does not know the connection; it may have been restarted"
@@ -155,11 +158,11 @@ class ServerReplaced(Exception):
 def _expect(kind: type[Expected], data: bytes) -> Expected:
     message = decode(data)
     if isinstance(message, Refused):
-        raise ConnectRefused(f"the server refused: {message.reason}")
+        raise ConnectRefused(f"the server refused: {printable(message.reason)}")
     if isinstance(message, Goodbye):
         if message.reason == _UNKNOWN:
             raise ServerReplaced
-        raise ConnectRefused(f"the server ended the handshake: {message.reason}")
+        raise ConnectRefused(f"the server ended the handshake: {printable(message.reason)}")
     if not isinstance(message, kind):
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where {kind.__name__} is due")
     return message
@@ -167,12 +170,16 @@ def _expect(kind: type[Expected], data: bytes) -> Expected:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server grants. ``max_arena_bytes`` bounds both arenas of one client together."""
+    """What a server grants.
+
+    ``channels`` are those that clients may use, ``max_arena_bytes`` bounds both arenas of one client together.
+    """
 
     max_arena_bytes: int
     max_total_arena_bytes: int
     max_clients: int
     max_message_bytes: int
+    channels: tuple[ChannelKind, ...] = CHANNEL_KINDS
     total_source: str = "set by its owner"
     handshake_timeout_s: float = 10.0
     claim_timeout_s: float = 0.0
@@ -228,7 +235,7 @@ class Admission:
         if not isinstance(message, Hello):
             return Goodbye(_UNKNOWN), None
         sizes = Sizes(message.request_arena_bytes, message.reply_arena_bytes)
-        refusal = self._refusal(sizes, message.max_message_bytes)
+        refusal = self._refusal(sizes, message.max_message_bytes, message.channel)
         if refusal is not None:
             return Refused(refusal), None
         max_message_bytes = min(message.max_message_bytes, self._limits.max_message_bytes)
@@ -242,8 +249,8 @@ class Admission:
         if granted is not None:
             _of_servers.discard(granted.segment)
 
-    def _refusal(self, sizes: Sizes, max_message_bytes: int) -> str | None:
-        """Why these sizes are not granted, or None."""
+    def _refusal(self, sizes: Sizes, max_message_bytes: int, channel: ChannelKind) -> str | None:
+        """Why these sizes and this channel are not granted, or None."""
         if max_message_bytes < MIN_MESSAGE_BYTES:
             return f"max_message_bytes is {max_message_bytes}; it must be {MIN_MESSAGE_BYTES} or more"
         try:
@@ -251,6 +258,9 @@ class Admission:
         except OutOfResources as error:
             return str(error)
         limits = self._limits
+        if channel not in limits.channels:
+            offered = " and ".join(limits.channels)
+            return f"the channel {channel} was asked for; its channels are {offered}: use {limits.channels[0]}"
         granted = [one.sizes for one in self._admitted.values()]
         granted += [newcomer.sizes for newcomer in self._newcomers.values()]
         asked = sum(sizes)

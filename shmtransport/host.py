@@ -16,17 +16,27 @@ import msgspec
 import torch
 
 from . import address as addresses
-from . import leftovers
+from . import leftovers, options
 from .channel import BrokenPeer, ZmqServerChannel
 from .connection import Connection
 from .doorbell import DoorbellServerChannel
 from .errors import Closed, LocalProtocolError, PeerProtocolError, TransportError
-from .forks import abandon_after_fork
+from .forks import BoundToProcess, abandon_after_fork, forked
 from .handshake import Admission, Limits
-from .message import DEFAULT_MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Goodbye, Message, Refused, encode, shorten
+from .message import (
+    CHANNEL_KINDS,
+    DEFAULT_MAX_MESSAGE_BYTES,
+    ChannelKind,
+    Goodbye,
+    Message,
+    Refused,
+    encode,
+    shorten,
+)
 from .protocol import Call, ServerProtocol
 from .segment import shared_memory_bytes
 from .statistics import Counters, Statistics
+from .text import forget_frames, printable, traceback_text
 from .units import size_text
 
 logger = logging.getLogger("shmtransport")
@@ -47,6 +57,7 @@ class HostedClient:
         self.number = number
         self.connection = connection
         self.protocol = ServerProtocol(connection.codec, counters)
+        self.reference = weakref.ref(self)
         self.gone = False
         self.heard = False
         self.in_progress = 0
@@ -59,7 +70,7 @@ class Arrival(msgspec.Struct):
     call: Call
 
 
-class Host:
+class Host(BoundToProcess):
     """Base of the two servers; see ``Server`` for the options."""
 
     def __init__(
@@ -70,9 +81,10 @@ class Host:
         max_total_arena_bytes: int | None = None,
         max_clients: int = 64,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        channels: Sequence[ChannelKind] = CHANNEL_KINDS,
         spin_us: float = 0.0,
         claim_timeout_s: float = 0.0,
-        drain_timeout_s: float = 5.0,
+        drain_timeout_s: float | None = 5.0,
         prefault: bool = False,
     ) -> None:
         self.address = address
@@ -80,18 +92,18 @@ class Host:
         total_source = "set by its owner"
         if max_total_arena_bytes is None:
             max_total_arena_bytes, total_source = shared_memory_bytes() // 2, "half of /dev/shm"
-        if max_message_bytes < MIN_MESSAGE_BYTES:
-            raise LocalProtocolError(f"max_message_bytes must be {MIN_MESSAGE_BYTES} or more, not {max_message_bytes}")
         limits = Limits(
-            max_arena_bytes,
-            max_total_arena_bytes,
-            max_clients,
-            max_message_bytes,
+            options.whole("max_arena_bytes", max_arena_bytes),
+            options.whole("max_total_arena_bytes", max_total_arena_bytes),
+            options.whole("max_clients", max_clients),
+            options.message_bytes(max_message_bytes),
+            options.channel_kinds(channels),
             total_source,
-            claim_timeout_s=claim_timeout_s,
+            claim_timeout_s=options.seconds("claim_timeout_s", claim_timeout_s),
         )
-        self._drain_timeout_s = drain_timeout_s
-        self._prefault = prefault
+        spin_us = options.seconds("spin_us", spin_us)
+        self._drain_timeout_s = options.seconds_or_no_limit("drain_timeout_s", drain_timeout_s)
+        self._prefault = options.flag("prefault", prefault)
         self._handlers: dict[str, Callable[..., Any]] = {}
         self._on_disconnect: list[Callable[[int], None]] = []
         self._counters = Counters()
@@ -100,9 +112,12 @@ class Host:
         self._unwatched: set[HostedClient] = set()
         self._connected = 0
         self._last_refused = b""
-        self._current: ContextVar[HostedClient] = ContextVar("current client")
+        # A reference that keeps nothing: a task that a handler starts has a copy of it for as long as it runs.
+        self._current: ContextVar[weakref.ref[HostedClient]] = ContextVar("current client")
         self._stopping = threading.Event()
-        self._channel = DoorbellServerChannel(ZmqServerChannel(address, max_message_bytes), spin_us)
+        self._served = threading.Event()
+        self._ended: Closed | None = None
+        self._channel = DoorbellServerChannel(ZmqServerChannel(address, limits.max_message_bytes), spin_us)
         self._admission = Admission(limits, self._counters, self._channel.bell)
         self._at_drop = weakref.finalize(self, _drop, self._channel, self._clients, address)
         self._at_drop.atexit = False  # other threads may still serve; names are removed, and the kernel does the rest
@@ -137,6 +152,7 @@ class Host:
 
         Raises:
             LocalProtocolError: outside of a handler.
+            Closed: in a forked child.
         """
         return self._caller().number
 
@@ -146,6 +162,7 @@ class Host:
         Raises:
             ArenaFull, TensorTooLarge: no room now, or never. The client gets the same error.
             LocalProtocolError: outside of a handler.
+            Closed: in a forked child.
         """
         return self._caller().connection.send_arena.empty(shape, dtype)
 
@@ -170,6 +187,7 @@ class Host:
     def abandon(self) -> None:
         """In a forked child: this server is the parent's, and nothing that is done here may reach it."""
         self._at_drop.detach()
+        self._ended = forked("the server")
         self._channel.abandon()
         for client in self._clients.values():
             client.gone = True
@@ -185,11 +203,22 @@ class Host:
             self._send(client.identity, Goodbye("the server was shut down"))
             self._drop(client, "server shut down")
 
+    def _check_usable(self) -> None:
+        """Check that this server is this process's own, and not closed.
+
+        Raises:
+            Closed: it is not.
+        """
+        if self._ended is not None:
+            raise Closed(*self._ended.args)
+
     def _caller(self) -> HostedClient:
-        try:
-            return self._current.get()
-        except LookupError:
-            raise LocalProtocolError("this is known only inside a handler") from None
+        self._check_usable()
+        reference = self._current.get(None)
+        client = None if reference is None else reference()
+        if client is None:
+            raise LocalProtocolError("this is known only inside a handler")
+        return client
 
     def _receive(self) -> Arrival | bool:
         """Take the next message: a call that it asks for; else whether there was one at all."""
@@ -230,7 +259,8 @@ class Host:
         handler = self._handlers.get(call.method) or self._built_in(call.method)
         if handler is None:
             raise LocalProtocolError(
-                f"there is no method {call.method!r}; there are: {', '.join(sorted(self._handlers)) or 'none'}"
+                f"there is no method '{printable(call.method)}'; "
+                f"there are: {', '.join(sorted(self._handlers)) or 'none'}"
             )
         return handler
 
@@ -249,8 +279,11 @@ class Host:
         """The bytes that tell a caller of its call's exception."""
         self._counters.failures += 1
         if not isinstance(error, TransportError):
-            logger.error("handler %r raised", call.method, exc_info=error)
-        return client.protocol.failure(call.call_id, error)
+            logger.error("handler %s raised\n%s", printable(call.method), traceback_text(error))
+        data = client.protocol.failure(call.call_id, error)
+        forget_frames(error)  # whoever else has logged it may keep it
+        error.__traceback__ = None  # one that is raised again and again would grow
+        return data
 
     def _drop_ended(self, readable: Sequence[int]) -> None:
         """Drop the clients whose processes have ended, by the descriptors that told so."""
@@ -336,8 +369,10 @@ class Host:
         for callback in self._on_disconnect:
             try:
                 callback(client.number)
-            except Exception:  # noqa: PERF203 - one service's mistake must not end the others' clients
-                logger.exception("an on_disconnect callback raised")
+            except (SystemExit, KeyboardInterrupt):  # noqa: PERF203
+                raise
+            except BaseException as error:  # noqa: BLE001 - one service's mistake must not end the others' clients
+                logger.error("an on_disconnect callback raised\n%s", traceback_text(error))
 
     def _send(self, identity: bytes, message: Message) -> bool:
         """Send a message that is no reply; False if the client is gone."""

@@ -22,6 +22,8 @@ from msgspec.msgpack import Ext
 from .descriptor import TensorDescriptor
 from .errors import LocalProtocolError, MessageTooLarge, PeerProtocolError
 from .layout import FORMAT_VERSION
+from .plain import of_a_library
+from .text import printable
 
 MAGIC_BYTE = 0xD5
 PREAMBLE = bytes((MAGIC_BYTE, FORMAT_VERSION))
@@ -182,9 +184,8 @@ def _decode_other_version(data: bytes) -> Refused:
 
 
 def _reason(error: Exception) -> str:
-    """A decoder's words on one short line: they may repeat the peer's, which could go on for ever or forge a log's."""
-    text = str(error)[:_REASON_CHARACTERS]
-    return "".join(one if one.isprintable() and one.isascii() else ascii(one)[1:-1] for one in text)
+    """A decoder's words, cut: they may repeat the peer's."""
+    return printable(str(error)[:_REASON_CHARACTERS])
 
 
 def shorten(text: str, limit: int = 4096) -> str:
@@ -204,7 +205,9 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
     if isinstance(value, torch.Tensor):
         return _TENSOR_EXTS[export(value)]
     if isinstance(value, np.ndarray):
-        return Ext(_EXT_ARRAY, export(value).to_bytes(2, "little"))
+        index = export(value)
+        # What numpy itself doesn't have, a dtype of ml_dtypes say, arrives as a tensor.
+        return _TENSOR_EXTS[index] if of_a_library(value) else Ext(_EXT_ARRAY, index.to_bytes(2, "little"))
     if depth >= MAX_DEPTH:
         raise LocalProtocolError(f"arguments and results may be nested {MAX_DEPTH} deep at most")
     if isinstance(value, (list, tuple)):
@@ -221,7 +224,7 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
 def _pack_foreign(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int]) -> Any:
     """A value of another library's type: a numpy scalar, or an array that torch can look into."""
     kind = type(value)
-    if isinstance(value, np.generic) and type(value.item()) in _PLAIN_TYPES:
+    if isinstance(value, np.generic) and value.dtype.kind not in "mM" and type(value.item()) in _PLAIN_TYPES:
         return value.item()
     if hasattr(kind, "__dlpack__"):
         return _TENSOR_EXTS[export(_from_dlpack(value))]

@@ -18,6 +18,7 @@ import torch
 from .descriptor import TensorDescriptor
 from .errors import (
     ArenaFull,
+    Closed,
     LocalProtocolError,
     MessageTooLarge,
     PeerDied,
@@ -26,6 +27,7 @@ from .errors import (
     TensorTooLarge,
     TransportError,
 )
+from .forks import BoundToProcess
 from .message import (
     MAX_NAME_CHARACTERS,
     MAX_TENSORS,
@@ -41,6 +43,7 @@ from .message import (
     unpack,
 )
 from .statistics import Counters
+from .text import printable
 
 HANDLER = "handler"
 _ARGUMENT_DEPTH = 2  # an argument lies in the list of arguments, which lies in the message
@@ -51,6 +54,8 @@ _RAISED_BY_KIND: dict[str, type[TransportError]] = {
 
 class Exporter(Protocol):
     """The side of a send arena that the protocol uses."""
+
+    copies: dict[int, int]
 
     def export(self, tensor: torch.Tensor) -> TensorDescriptor: ...
 
@@ -118,10 +123,10 @@ class Codec:
             packed = [pack(argument, add, _ARGUMENT_DEPTH) for argument in arguments]
             named = {name: pack(argument, add, _ARGUMENT_DEPTH) for name, argument in keywords.items()}
             data = encode(Request(call_id, method, packed, named, tuple(parcel)), self._max_message_bytes)
+            self._count_sent(data, parcel, started)
         except BaseException:
             self._exporter.withdraw(parcel)
             raise
-        self._count_sent(data, parcel, started)
         return data, parcel
 
     def reply(self, call_id: int, result: Any) -> bytes:
@@ -130,10 +135,10 @@ class Codec:
         parcel = _Parcel(self._exporter)
         try:
             data = encode(Reply(call_id, pack(result, parcel.add), tuple(parcel)), self._max_message_bytes)
+            self._count_sent(data, parcel, started)
         except BaseException:
             self._exporter.withdraw(parcel)
             raise
-        self._count_sent(data, parcel, started)
         return data
 
     def failure(self, failure: Failure) -> bytes:
@@ -171,11 +176,17 @@ class Codec:
         if parcel:
             counters.tensors_sent += len(parcel)
             counters.tensor_bytes_sent += parcel.nbytes
+            copies = self._exporter.copies
+            if copies:
+                for descriptor in parcel:
+                    nbytes = copies.pop(descriptor.sequence, 0)
+                    counters.tensors_copied += nbytes > 0
+                    counters.bytes_copied += nbytes
         counters.control_bytes_sent += len(data)
         counters.serialize_seconds += perf_counter() - started
 
 
-class PendingReply:
+class PendingReply(BoundToProcess):
     """The client's handle on a call in flight; made by ``Client.submit``."""
 
     call_id = -1
@@ -201,7 +212,7 @@ class PendingReply:
             self._wait(self, timeout_s)
         if self._error is not None:
             try:
-                raise self._error
+                raise self._error.with_traceback(None)  # it may have been raised before, for other calls too
             finally:
                 del self  # the error's traceback holds this frame: a cycle, and with it the caller's arguments
         return self._result
@@ -235,6 +246,8 @@ class ClientProtocol:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: nothing is held for the call.
         """
         method = pending.method
+        if not isinstance(method, str):
+            raise LocalProtocolError(f"a method is named by a str, not by a {type(method).__name__}")
         if len(method) > MAX_NAME_CHARACTERS:
             raise LocalProtocolError(
                 f"a method's name has {len(method)} characters; the limit is {MAX_NAME_CHARACTERS}"
@@ -271,7 +284,7 @@ class ClientProtocol:
                 self._codec.discard(message.tensors)
             return pending
         if isinstance(message, Goodbye):
-            raise PeerDied(f"the server ended the connection: {message.reason}")
+            raise PeerDied(f"the server ended the connection: {printable(message.reason)}")
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where only replies are valid")
 
     def give_up(self, pending: PendingReply, error: TransportError) -> None:
@@ -294,6 +307,12 @@ class ClientProtocol:
             except PeerProtocolError as error:
                 pending.fail(error)
                 raise
+            except Exception as error:  # noqa: BLE001 - no memory for a snapshot, say: this call's failure, no other's
+                counters.failures += 1
+                pending.fail(error)
+            except BaseException:
+                pending.fail(Closed("an interrupt came while this call's reply was being read"))
+                raise
         else:
             counters.failures += 1
             pending.fail(_raised(message))
@@ -303,8 +322,8 @@ class ClientProtocol:
 
 
 def _raised(message: Failure) -> TransportError:
-    kind = _RAISED_BY_KIND.get(message.kind)
-    return RemoteError(message.type_name, message.text) if kind is None else kind(f"on the server: {message.text}")
+    kind, text = _RAISED_BY_KIND.get(message.kind), printable(message.text)
+    return RemoteError(printable(message.type_name), text) if kind is None else kind(f"on the server: {text}")
 
 
 class Call(msgspec.Struct):
@@ -364,11 +383,13 @@ class ServerProtocol:
 
 def _text_of(error: BaseException) -> str:
     """An exception's own words; without the file names that Python adds to those of the system and of imports."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror or "operating-system error"
-    if isinstance(error, ImportError):
-        return f"can't import {error.name}"
     try:
-        return str(error).encode(errors="backslashreplace").decode()
+        if isinstance(error, OSError) and error.errno is not None:
+            text = str(error.strerror or "operating-system error")
+        elif isinstance(error, ImportError):
+            text = f"can't import {error.name}"
+        else:
+            text = str(error)
+        return text.encode(errors="backslashreplace").decode()
     except Exception:  # noqa: BLE001 - a handler's exception may fail at anything
         return "its text can't be shown"

@@ -78,20 +78,24 @@ class Ring:
         position = self._position - self._position % self.capacity + gap.offset
         if position <= self._position:
             position += self.capacity
-        self._position = position
         block = Block(position, gap.offset, needed, held=True)
+        before, behind = gap.previous, gap.next
+        # From here on nothing is called, so that no interrupt comes between.
+        self._position = position
         self._held_count += 1
         self.held_bytes += needed
-        self._link(gap.previous, block)
         if gap.nbytes > needed:
             gap.offset += needed
             gap.nbytes -= needed
-            block.next = gap
-            gap.previous = block
-            self._cursor = gap
+            behind = gap
+        block.previous, block.next = before, behind
+        if before is None:
+            self._first = block
         else:
-            self._link(block, gap.next)
-            self._cursor = gap.next or self._first
+            before.next = block
+        if behind is not None:
+            behind.previous = block
+        self._cursor = behind or self._first
         return block
 
     def release(self, block: Block) -> None:
@@ -102,26 +106,32 @@ class Ring:
         """
         if not block.held:
             raise ValueError(f"block at position {block.position} is not held")
+        before, behind = block.previous, block.next
+        gap = Block(_NO_POSITION, block.offset, block.nbytes) if behind is None or behind.held else behind
+        joined = before is not None and not before.held
+        # From here on nothing is called, so that no interrupt comes between.
         block.held = False
         self._held_count -= 1
         self.held_bytes -= block.nbytes
-        gap = block.next
-        if gap is None or gap.held:
-            gap = Block(_NO_POSITION, block.offset, block.nbytes)
-            self._link(gap, block.next)
-        else:  # the usual case: the gap behind grows to the front
+        if gap is behind:  # the usual case: the gap behind grows to the front
             gap.offset = block.offset
             gap.nbytes += block.nbytes
-        if self._cursor is block:
-            self._cursor = gap
-        before = block.previous
-        if before is not None and not before.held:
+        else:
+            gap.next = behind
+            if behind is not None:
+                behind.previous = gap
+        if before is not None and joined:
             gap.offset = before.offset
             gap.nbytes += before.nbytes
-            if self._cursor is before:
-                self._cursor = gap
+        if self._cursor is block or (joined and self._cursor is before):
+            self._cursor = gap
+        if before is not None and joined:
             before = before.previous
-        self._link(before, gap)
+        gap.previous = before
+        if before is None:
+            self._first = gap
+        else:
+            before.next = gap
         if self._held_count == 0:
             self._cursor = self._first
 
@@ -134,12 +144,3 @@ class Ring:
                 largest = max(largest, block.nbytes)
             block = block.next
         return largest
-
-    def _link(self, left: Block | None, right: Block | None) -> None:
-        """Make two blocks neighbours; None is an end of the list."""
-        if left is not None:
-            left.next = right
-        if right is not None:
-            right.previous = left
-            if left is None:
-                self._first = right

@@ -28,6 +28,7 @@ import posix_ipc
 from . import liveness
 from .errors import PeerProtocolError, SegmentError
 from .layout import HEADER, PAGE_BYTES, Layout
+from .opening import opening_error, reason
 from .units import size_text
 
 NAME_PREFIX = "/shmtransport-"
@@ -84,7 +85,7 @@ class Segment:
             memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600, size=layout.total_bytes)
         except (OSError, ValueError, posix_ipc.Error) as error:
             _unlink(name)
-            raise SegmentError(f"can't create a shared-memory segment: {error}") from error
+            raise SegmentError(f"can't create a shared-memory segment: {reason(error)}") from error
         try:
             if liveness.claim_ownership(memory.fd):
                 os.posix_fallocate(memory.fd, 0, layout.total_bytes)
@@ -115,7 +116,7 @@ class Segment:
         try:
             memory = posix_ipc.SharedMemory(name)
         except (OSError, ValueError, posix_ipc.Error) as error:  # ValueError: it is a directory
-            raise PeerProtocolError("the peer's segment can't be opened: does it run in another container?") from error
+            raise opening_error("segment", error) from error
         try:
             found = Layout.from_header(os.pread(memory.fd, HEADER.size, 0), os.fstat(memory.fd).st_size)
             if found != layout:
@@ -124,7 +125,7 @@ class Segment:
         except BaseException as error:
             os.close(memory.fd)
             if isinstance(error, OSError):
-                raise SegmentError(f"the peer's segment can't be mapped: {os.strerror(error.errno or 0)}") from error
+                raise SegmentError(f"the peer's segment can't be mapped: {reason(error)}") from error
             if isinstance(error, ValueError):  # mmap has looked at the size once more
                 raise PeerProtocolError("the peer's segment changed its size while it was being mapped") from error
             raise
@@ -226,14 +227,16 @@ def shared_memory_bytes() -> int:
     try:
         shm = os.statvfs("/dev/shm")
     except OSError as error:
-        raise SegmentError("/dev/shm is missing: mount a tmpfs there") from error
+        if isinstance(error, FileNotFoundError):
+            raise SegmentError("/dev/shm is missing: mount a tmpfs there") from error
+        raise SegmentError(f"/dev/shm can't be looked at: {reason(error)}") from error
     return shm.f_blocks * shm.f_frsize
 
 
 def _no_room(layout: Layout, error: OSError) -> str:
     needed = size_text(layout.total_bytes)
     if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EINVAL):
-        return f"can't reserve {needed} of shared memory: {os.strerror(error.errno or 0)}"
+        return f"can't reserve {needed} of shared memory: {reason(error)}"
     room = os.statvfs("/dev/shm")
     return (
         f"/dev/shm has {size_text(room.f_bavail * room.f_frsize)} free of {size_text(room.f_blocks * room.f_frsize)}; "

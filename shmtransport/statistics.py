@@ -21,10 +21,11 @@ class Statistics:
     On a client ``call_seconds`` runs from submitting a call to having its reply; on a server it is the time in
     handlers. ``serialize_seconds`` and ``deserialize_seconds`` cover making and reading control messages, with the
     copies into the arena that they needed. ``bytes_copied`` counts tensor bytes copied into an arena; tensors that
-    already lay in it add nothing. ``waits`` is how often this side blocked in the kernel for a message, ``stalls`` how
-    often a claim or a message had to wait for room, ``stall_seconds`` for how long, ``in_flight_peak`` the most calls
-    that were under way at once. ``latency_histogram`` has, for each range of call times that occurred, its upper bound
-    in seconds and how many calls fell into it; a range is 9 % wide.
+    already lay in it add nothing, nor does a message that was refused, since it is too large say. ``waits`` is how
+    often this side blocked in the kernel for a message, ``stalls`` how often a claim or a message had to wait for room,
+    ``stall_seconds`` for how long, ``in_flight_peak`` the most calls that were under way at once.
+    ``latency_histogram`` has, for each range of call times that occurred, its upper bound in seconds and how many
+    calls fell into it; a range is 9 % wide.
     """
 
     calls: int = 0

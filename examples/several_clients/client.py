@@ -11,7 +11,7 @@ ADDRESS = sys.argv[1] if len(sys.argv) > 1 else "ipc:///tmp/several.ipc"
 
 
 def add_up(number: int) -> float:
-    with Client(ADDRESS, arena_bytes=1 << 20) as client:  # connect after the fork: a child can't use its parent's
+    with Client(ADDRESS, arena_bytes=1 << 20) as client:  # make one after the fork: a child can't use its parent's
         for _ in range(10):
             client.call("add", torch.full((4,), float(number)))
         return float(client.call("total")[0].item())

@@ -60,6 +60,13 @@ WorkerThreadsOption = Annotated[
         "Default: torch's, one a core.",
     ),
 ]
+ChannelsOption = Annotated[
+    str,
+    typer.Option(
+        help="Channels that trusted sides may use, separated by commas. With zmq alone, clients that don't trust each "
+        "other can't end or delay this worker for the others."
+    ),
+]
 SpinOption = Annotated[
     float,
     typer.Option(
@@ -82,6 +89,7 @@ class WorkerOptions:
     max_sessions: int | None
     max_kv_bytes: int | None
     idle_s: float | None
+    channels: str
     spin_us: float
     threads: int | None
     random_weights: bool
@@ -111,6 +119,7 @@ def worker(
     max_sessions: SessionsOption = None,
     max_kv_bytes: KvBytesOption = None,
     idle_s: IdleOption = None,
+    channels: ChannelsOption = "zmq,doorbell",
     spin_us: SpinOption = 0.0,
     threads: WorkerThreadsOption = None,
     random_weights: RandomOption = False,
@@ -144,12 +153,13 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
 
     from shmtransport import Server
 
-    from ..config import parse_device, parse_dtype
+    from ..config import parse_channel, parse_device, parse_dtype
     from ..worker.kernels import Weights
     from ..worker.service import Service
 
     dtype, device = parse_dtype(dtype_name), parse_device(device_name)
-    server = stack.enter_context(Server(parse_address(address), spin_us=options.spin_us))
+    channels = [parse_channel(one.strip()) for one in options.channels.split(",")]
+    server = stack.enter_context(Server(parse_address(address), channels=channels, spin_us=options.spin_us))
     checkpoint = open_model(name, options.seed if options.random_weights else None)
     with progress_bar("loading weights") as progress:
         weights = Weights(checkpoint, dtype, device, progress, embedding=options.embedding)

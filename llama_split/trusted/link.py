@@ -27,6 +27,7 @@ from shmtransport import (
     PendingReply,
     RemoteError,
 )
+from shmtransport.text import printable
 
 from ..checkpoint import Checkpoint
 from ..config import DTYPE_NAMES
@@ -42,6 +43,7 @@ RECONNECT_TRIES = 6
 
 _ATTEMPTS = 4
 _REFUSED_PAUSE_S = 1.0
+_SHOWN_CHARACTERS = 400
 
 
 class CheckedReply:
@@ -235,7 +237,7 @@ class WorkerLink:
             raise WorkerMismatch(f"the server at {address} does not describe itself as a worker of llama-split does")
         if found["geometry"] != repr(self.geometry):
             raise WorkerMismatch(
-                f"the worker at {address} serves another model, {found['geometry']}; "
+                f"the worker at {address} serves another model, {_shown(found['geometry'])}; "
                 f"this side has {self.geometry}: start it with the same --model"
             )
         if found["fingerprint"] != self._fingerprint:
@@ -245,9 +247,15 @@ class WorkerLink:
         wanted = DTYPE_NAMES[self._compute]
         if found["dtype"] != wanted:
             raise WorkerMismatch(
-                f"the worker at {address} computes in {found['dtype']}, this side in {wanted}: use one dtype on both"
+                f"the worker at {address} computes in {_shown(found['dtype'])}, this side in {wanted}: "
+                "use one dtype on both"
             )
         if self._mode is Mode.OP and found["embedding"] is not True:
             raise WorkerMismatch(
                 f"the worker at {address} holds no embedding, which mode op asks it for: start it with --embedding"
             )
+
+
+def _shown(said: object) -> str:
+    """What a worker says of itself, in one line that can do no harm."""
+    return printable(str(said)[:_SHOWN_CHARACTERS])

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from shmtransport import ChannelKind, Client, Statistics
+from shmtransport.forks import BoundToProcess
 
 from ..attention import Attention, EagerAttention, RemoteAttention, SdpaAttention
 from ..cache import GrowingCache
@@ -62,7 +63,7 @@ class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
         return [*first, *last, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
 
 
-class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[misc]
     """A Llama split between this process and a worker; make one with ``from_pretrained``."""
 
     def __init__(self, config: LlamaConfig, mode: Mode, link: WorkerLink, arena_bytes: int, pipeline: int = 1) -> None:

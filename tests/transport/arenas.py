@@ -40,6 +40,7 @@ class Pair:
             Segment.attach(self.reader.name, self.reader.layout),
         ]
         self.counters = Counters()
+        self.copied: list[int] = []  # sizes of those passed on that were copied in
         self.cells = release_cells(self.reader)
         released = release_cells(self._segments[3])
         self.send = SendArena(self.owner, released, self.counters, claim_timeout_s, check_peer)
@@ -48,7 +49,10 @@ class Pair:
     def pass_on(self, value: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Send a value to the other side."""
         export = self.send.export if isinstance(value, torch.Tensor) else self.send.export_array
-        return self.receive.borrow(export(value))
+        descriptor = export(value)
+        if (nbytes := self.send.copies.pop(descriptor.sequence, None)) is not None:
+            self.copied.append(nbytes)
+        return self.receive.borrow(descriptor)
 
     def is_free(self) -> bool:
         """Whether one tensor of the whole arena could be had now."""

@@ -26,6 +26,7 @@ class Direction:
     def __init__(self) -> None:
         self.sent: dict[int, torch.Tensor] = {}
         self.held: set[int] = set()
+        self.copies: dict[int, int] = {}
         self.room = 1_000_000
         self._sequence = 0
 

@@ -190,6 +190,14 @@ class _OwnInt(int):
     pass
 
 
+@pytest.mark.parametrize("unit", ["D", "s", "ns"])
+@pytest.mark.parametrize("kind", [np.datetime64, np.timedelta64])
+def test_times_are_the_callers_error(kind: Callable[[int, str], Any], unit: str) -> None:
+    """In nanoseconds numpy would turn one into an integer without a word."""
+    with pytest.raises(LocalProtocolError, match="can't be sent"):
+        pack(kind(1, unit), no_tensors)
+
+
 @pytest.mark.parametrize(
     "key",
     [True, _OwnInt(3), _Colour.RED, np.str_("x"), 1.5, None, b"x", (1, 2), np.int64(1)],
