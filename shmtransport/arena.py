@@ -11,11 +11,15 @@ Rules that they keep:
 * a loan or borrow ends when the last tensor over its storage dies: the weak reference hangs on what the *storage*
   owns, so slices, views, reshapes and numpy views of it keep it alive;
 * what runs when a storage dies may run inside any garbage collection on any thread: it takes no lock. A loan's end is
-  one ``deque.append``; a borrow's end is one fence, one plain store and one ``dict.pop``.
+  one ``deque.append``; a borrow's end is one fence, one plain store and one ``dict.pop``;
+* a signal handler or a finalizer may call in the middle of a call of the same thread. Such an *inner call* finds every
+  structure whole: several steps of a change are made without calling anything in between, since CPython runs neither
+  handlers nor finalizers there, and only after a look at whether an inner call was faster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -119,7 +123,7 @@ class SendArena:
         self._counters = counters
         self._claim_timeout_s = claim_timeout_s
         self._check_peer = check_peer
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler or a finalizer may claim in the middle of a claim
         self._by_address: dict[int, _Loan] = {}
         # Ordered by age, with a first item that is found at once however many were taken out before it.
         self._held_by_peer: OrderedDict[int, tuple[int, _Loan | _Copied, float]] = OrderedDict()
@@ -207,7 +211,7 @@ class SendArena:
         with self._lock:
             for descriptor in descriptors:
                 if descriptor.sequence:
-                    self._end_hold(descriptor.slot)
+                    self._end_hold(descriptor.slot, descriptor.sequence)
                     self.copies.pop(descriptor.sequence, None)
 
     def _export_copy(
@@ -256,12 +260,15 @@ class SendArena:
         descriptor: TensorDescriptor | None = None
         try:
             with self._lock:
-                if len(held) >= _FEW_HELD or not self._free_slots:
-                    self._collect_oldest()
-                    if not self._free_slots:
-                        self._wait_until(lambda: bool(self._free_slots), self._no_slot)
-                slot, sequence, now = self._free_slots[-1], self._sequence + 1, time.monotonic()
-                descriptor = TensorDescriptor(offset, shape, row.name, slot, sequence)
+                while True:
+                    if len(held) >= _FEW_HELD or not self._free_slots:
+                        self._collect_oldest()
+                        if not self._free_slots:
+                            self._wait_until(lambda: bool(self._free_slots), self._no_slot)
+                    sequence, now, slot = self._sequence + 1, time.monotonic(), self._free_slots[-1]
+                    descriptor = TensorDescriptor(offset, shape, row.name, slot, sequence)
+                    if self._sequence + 1 == sequence and self._free_slots[-1] == slot:
+                        break
                 # From here on nothing is called, so that no interrupt comes between.
                 del self._free_slots[-1]
                 self._sequence = sequence
@@ -340,42 +347,59 @@ class SendArena:
     def _peer_facts(self) -> str:
         if not self._held_by_peer:
             return "none of them by the peer"
-        oldest = min(since for _, _, since in self._held_by_peer.values())
+        oldest = min((since for _, (_, _, since) in self._held()), default=time.monotonic())
         return f"{len(self._held_by_peer)} borrows by the peer, oldest for {time.monotonic() - oldest:.1f} s"
 
     def _collect_oldest(self) -> None:
         """Free what has ended, looking at the oldest borrows only: O(1) in first-in-first-out use."""
         held, released = self._held_by_peer, self._peer_released
-        while held:
-            slot = next(iter(held))
-            if released[slot] != held[slot][0]:
-                break
-            self._end_hold(slot)
+        with contextlib.suppress(StopIteration, KeyError, RuntimeError):  # none left, or an inner call was faster
+            while True:
+                slot = next(iter(held))
+                sequence = held[slot][0]
+                if released[slot] != sequence:
+                    return
+                self._end_hold(slot, sequence)
 
     def _collect(self) -> None:
         """Free all that has ended."""
         self._collect_ended_loans()
-        for slot, (sequence, _, _) in list(self._held_by_peer.items()):
+        for slot, (sequence, _, _) in self._held():
             if self._peer_released[slot] == sequence:
-                self._end_hold(slot)
+                self._end_hold(slot, sequence)
+
+    def _held(self) -> list[tuple[int, tuple[int, _Loan | _Copied, float]]]:
+        """The slots that the peer holds, and what each stands for."""
+        while True:
+            with contextlib.suppress(RuntimeError):  # an inner call has changed them
+                return list(self._held_by_peer.items())
 
     def _collect_ended_loans(self) -> None:
-        while self._ended:
-            loan: _Loan = self._ended.popleft()
-            loan.ended = True
-            if loan.holds == 0:
-                self._free(loan)
+        with contextlib.suppress(IndexError):  # there is none left
+            while True:
+                loan: _Loan = self._ended.popleft()
+                loan.ended = True
+                if loan.holds == 0:
+                    self._free(loan)
 
-    def _end_hold(self, slot: int) -> None:
-        _, loan, _ = self._held_by_peer.pop(slot)
-        self._free_slots.append(slot)
+    def _end_hold(self, slot: int, sequence: int) -> None:
+        """End a hold, unless an inner call has done so."""
+        ended = self._held_by_peer.get(slot)
+        if ended is None or ended[0] != sequence:
+            return
+        del self._held_by_peer[slot]
+        loan = ended[1]
         loan.holds -= 1
+        self._free_slots.append(slot)
         if loan.ended and loan.holds == 0:
             self._free(loan)
 
     def _free(self, loan: _Loan | _Copied) -> None:
-        self._by_address.pop(self._address + loan.block.offset, None)
-        self._ring.release(loan.block)
+        block = loan.block
+        if block.held:
+            self._by_address.pop(self._address + block.offset, None)
+            with contextlib.suppress(ValueError):  # an inner call was faster
+                self._ring.release(block)
 
 
 class ReceiveArena:

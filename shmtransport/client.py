@@ -1,21 +1,14 @@
 """The blocking client: a thin shell that moves bytes between the protocol and a channel.
 
-Several threads may call at once. At any time one of those that wait is the *receiver*: it waits for the channel,
-without the lock, and hands every reply to its owner. When its own has come, the thread that has waited longest takes
-over.
-
-A call may also be made within a call of the same thread: by a signal handler, or by a finalizer that a garbage
-collection runs. Such an inner call never waits for an outer one, which can't go on before it has returned. It receives
-in the place of an outer one that is the receiver, and is the one of its thread that is woken to take over.
+Several threads may call at once: ``turns`` says which of them receives for all.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,6 +21,7 @@ from .link import Link, LinkOptions, check_options
 from .message import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
 from .protocol import PendingReply
 from .statistics import Counters, Statistics
+from .turns import Turns
 from .units import MIB
 
 DEFAULT_ARENA_BYTES = 64 * MIB
@@ -151,13 +145,6 @@ class ClientBase(BoundToProcess):
         )
 
 
-class _Turn(NamedTuple):
-    """What a thread waits for that is not the receiver."""
-
-    condition: threading.Condition
-    thread: int
-
-
 class Client(ClientBase):
     """A connection to a ``Server`` on this machine.
 
@@ -258,8 +245,8 @@ class Client(ClientBase):
         """
         with self._lock:
             self._close("the client reconnects")
-            while self._received_elsewhere():
-                self._receiver_left.wait()
+            while self._turns.taken():
+                self._turns.wait_for_receiver()
                 self._close("the client reconnects")  # what another thread has connected meanwhile
             self._link = Link(self._options, self._counters)
             self._ended = None
@@ -280,11 +267,8 @@ class Client(ClientBase):
         super().abandon()
 
     def _reset_threads(self) -> None:
-        self._lock = threading.RLock()
-        self._receivers: list[object] = []  # the calls that the receiver waits for, an inner one after its outer one
-        self._receiving_thread = 0
-        self._receiver_left = threading.Condition(self._lock)
-        self._followers: dict[object, _Turn] = {}
+        self._turns = Turns()
+        self._lock = self._turns.lock
 
     # From here on, all with the lock held.
 
@@ -295,7 +279,7 @@ class Client(ClientBase):
         link.protocol.start(pending)
         if not self._send(link, data):
             self._send_when_possible(link, pending, data)
-        if self._receivers:  # sending may have taken away what would have told the receiver of a reply
+        if self._turns.receiving:  # sending may have taken away what would have told the receiver of a reply
             self._receive_all(link)
 
     def _send_when_possible(self, link: Link, pending: PendingReply, data: bytes) -> None:
@@ -309,7 +293,7 @@ class Client(ClientBase):
                 self._live()
         finally:
             self._counters.stall_seconds += time.monotonic() - started
-            self._hand_over()
+            self._turns.hand_over()
 
     def _send(self, link: Link, data: bytes) -> bool:
         try:
@@ -336,52 +320,25 @@ class Client(ClientBase):
                         self._step(link, pending, left_s)
                         left_s = timeout_s - (time.monotonic() - started)
             finally:
-                self._hand_over()
-
-    def _hand_over(self) -> None:
-        """This thread will not receive any more: let the one that has waited longest do it, by its innermost call."""
-        if self._followers and not self._receivers:
-            longest = next(iter(self._followers.values())).thread
-            innermost = [turn for turn in self._followers.values() if turn.thread == longest][-1]
-            innermost.condition.notify_all()
-
-    def _received_elsewhere(self) -> bool:
-        """Whether another thread is the receiver."""
-        return bool(self._receivers) and self._receiving_thread != threading.get_ident()
+                self._turns.hand_over()
 
     def _step(self, link: Link, key: object, timeout_s: float) -> None:
         """Receive for all, or wait while another thread does."""
-        if self._received_elsewhere():
-            self._follow(key, timeout_s)
+        if self._turns.taken():
+            self._turns.follow(key, timeout_s)
         elif link.channel.looks_first or not self._receive(link):
             self._wait_as_receiver(link, key, min(timeout_s, _WATCH_SLICE_S))
 
-    def _follow(self, key: object, timeout_s: float) -> None:
-        turn = self._followers.setdefault(key, _Turn(threading.Condition(self._lock), threading.get_ident()))
-        try:
-            turn.condition.wait(min(timeout_s, threading.TIMEOUT_MAX))
-        finally:
-            if self._followers.get(key) is turn:
-                del self._followers[key]
-                turn.condition.notify_all()  # several threads may wait for one call
-
     def _wait_as_receiver(self, link: Link, key: object, timeout_s: float) -> None:
-        self._receivers.append(key)
-        self._receiving_thread = threading.get_ident()
-        self._lock.release()
         try:
-            self._counters.waits += link.channel.wait(timeout_s)
+            self._counters.waits += self._turns.receive(key, lambda: link.channel.wait(timeout_s))
         finally:
-            self._lock.acquire()
-            self._receivers.pop()
-            if self._receivers:  # the call that this one interrupted looks at once whether its reply has come
+            current = link is self._link and self._ended is None
+            if self._turns.receiving:  # the call that this one interrupted looks at once whether its reply has come
                 link.channel.wake()
-            elif self._ended is not None or link is not self._link:  # who ended it has left the closing to this thread
+            elif not current:  # what ended it has left the closing to this thread
                 link.close(flush=self._flush())
-                self._receiver_left.notify_all()
-        if link is not self._link or self._ended is not None:
-            return
-        if not self._receive(link) and (error := link.died()) is not None:
+        if current and not self._receive(link) and (error := link.died()) is not None:
             self._receive_all(link)  # the replies that it sent before
             self._end(link, error)
 
@@ -400,10 +357,8 @@ class Client(ClientBase):
         else:
             if completed is None:
                 pass
-            elif completed in self._receivers:  # taken by another thread, or an inner call: nothing else may wake it
+            elif self._turns.call(completed):  # received by another thread or an inner call: nothing else may wake it
                 link.channel.wake()
-            elif completed in self._followers:
-                self._followers[completed].condition.notify_all()
         return True
 
     def _receive_all(self, link: Link) -> None:
@@ -423,9 +378,8 @@ class Client(ClientBase):
             return
         self._ended = error
         link.protocol.fail_all(error)
-        for turn in list(self._followers.values()):
-            turn.condition.notify_all()
-        if self._receivers:
+        self._turns.call_all()
+        if self._turns.receiving:
             link.channel.wake()
         else:
             link.close(flush=self._flush())

@@ -6,7 +6,9 @@ Rules that it keeps:
 * next-fit: a claim continues at the cursor, wraps at the end, and steps over blocks that are still held, so that
   one long-held block can't stall the rest; first-in-first-out use costs O(1) a claim;
 * when nothing is held, the cursor returns to the start, so that light use stays on few, warm pages;
-* positions only grow, so that a block's position names it for ever and a stale release is noticed.
+* a signal handler or a finalizer may claim and release in the middle of a ``claim`` or ``release`` of the same thread.
+  So each prepares everything first, then checks that nothing has changed, and then changes the list without calling
+  anything: CPython runs neither handlers nor finalizers there.
 """
 
 from __future__ import annotations
@@ -17,14 +19,13 @@ from .layout import BLOCK_ALIGNMENT, round_up
 class Block:
     """A byte range: one that is held, or the gap between two that are. Blocks form a list ordered by offset.
 
-    ``offset`` and ``nbytes`` (a multiple of the alignment) are in bytes. A held block's ``position`` is never given
-    to another; a gap has none.
+    ``offset`` and ``nbytes`` (a multiple of the alignment) are in bytes; they are a holder's only until it releases
+    the block, which then grows into the gap around it.
     """
 
-    __slots__ = ("held", "nbytes", "next", "offset", "position", "previous")
+    __slots__ = ("held", "nbytes", "next", "offset", "previous")
 
-    def __init__(self, position: int, offset: int, nbytes: int, *, held: bool = False) -> None:
-        self.position = position
+    def __init__(self, offset: int, nbytes: int, *, held: bool = False) -> None:
         self.offset = offset
         self.nbytes = nbytes
         self.held = held
@@ -32,28 +33,23 @@ class Block:
         self.next: Block | None = None
 
     def __repr__(self) -> str:
-        return f"Block(position={self.position}, offset={self.offset}, nbytes={self.nbytes})"
-
-
-_NO_POSITION = -1
+        return f"Block(offset={self.offset}, nbytes={self.nbytes})"
 
 
 class Ring:
     """A next-fit allocator over ``capacity`` bytes.
 
     Raises:
-        ValueError: the capacity is no positive multiple of the alignment.
+        ValueError: the capacity is no positive multiple of ``BLOCK_ALIGNMENT``.
     """
 
-    def __init__(self, capacity: int, alignment: int = BLOCK_ALIGNMENT) -> None:
-        if capacity <= 0 or capacity % alignment:
-            raise ValueError(f"capacity {capacity} is not a positive multiple of {alignment}")
+    def __init__(self, capacity: int) -> None:
+        if capacity <= 0 or capacity % BLOCK_ALIGNMENT:
+            raise ValueError(f"capacity {capacity} is not a positive multiple of {BLOCK_ALIGNMENT}")
         self.capacity = capacity
-        self.alignment = alignment
-        self.held_bytes = 0
         self._held_count = 0
-        self._position = _NO_POSITION
-        self._first = Block(_NO_POSITION, 0, capacity)
+        self._changes = 0
+        self._first = Block(0, capacity)
         self._cursor = self._first
 
     def __len__(self) -> int:
@@ -68,34 +64,33 @@ class Ring:
         """
         if nbytes <= 0:
             raise ValueError(f"a block needs at least one byte, not {nbytes}")
-        needed = round_up(nbytes, self.alignment)
-        gap = self._cursor
-        while gap.held or gap.nbytes < needed:
-            gap = gap.next or self._first
-            if gap is self._cursor:
+        needed = round_up(nbytes, BLOCK_ALIGNMENT)
+        while True:
+            changes = self._changes
+            gap = self._find(needed)
+            if gap is None:
                 return None
-        # The first position beyond the last one given that falls on the gap's offset.
-        position = self._position - self._position % self.capacity + gap.offset
-        if position <= self._position:
-            position += self.capacity
-        block = Block(position, gap.offset, needed, held=True)
-        before, behind = gap.previous, gap.next
-        # From here on nothing is called, so that no interrupt comes between.
-        self._position = position
+            block = Block(gap.offset, needed, held=True)
+            if self._changes == changes:
+                break
+        # From here on nothing is called.
+        self._changes = changes + 1
         self._held_count += 1
-        self.held_bytes += needed
+        before, after = gap.previous, gap.next
         if gap.nbytes > needed:
             gap.offset += needed
             gap.nbytes -= needed
-            behind = gap
-        block.previous, block.next = before, behind
+            after = gap
+        block.previous, block.next = before, after
         if before is None:
             self._first = block
         else:
             before.next = block
-        if behind is not None:
-            behind.previous = block
-        self._cursor = behind or self._first
+        if after is None:
+            self._cursor = self._first
+        else:
+            after.previous = block
+            self._cursor = after
         return block
 
     def release(self, block: Block) -> None:
@@ -105,38 +100,35 @@ class Ring:
             ValueError: the block is not held (released before, or never claimed here).
         """
         if not block.held:
-            raise ValueError(f"block at position {block.position} is not held")
-        before, behind = block.previous, block.next
-        gap = Block(_NO_POSITION, block.offset, block.nbytes) if behind is None or behind.held else behind
-        joined = before is not None and not before.held
-        # From here on nothing is called, so that no interrupt comes between.
-        block.held = False
+            raise ValueError(f"the block at offset {block.offset} is not held")
+        # From here on nothing is called.
+        self._changes += 1
         self._held_count -= 1
-        self.held_bytes -= block.nbytes
-        if gap is behind:  # the usual case: the gap behind grows to the front
-            gap.offset = block.offset
-            gap.nbytes += block.nbytes
-        else:
-            gap.next = behind
-            if behind is not None:
-                behind.previous = gap
-        if before is not None and joined:
-            gap.offset = before.offset
-            gap.nbytes += before.nbytes
-        if self._cursor is block or (joined and self._cursor is before):
-            self._cursor = gap
-        if before is not None and joined:
+        block.held = False
+        before, after, cursor = block.previous, block.next, self._cursor
+        if after is not None and not after.held:
+            block.nbytes += after.nbytes
+            if cursor is after:
+                self._cursor = block
+            after = after.next
+        if before is not None and not before.held:
+            block.offset = before.offset
+            block.nbytes += before.nbytes
+            if cursor is before:
+                self._cursor = block
             before = before.previous
-        gap.previous = before
+        block.previous, block.next = before, after
+        if after is not None:
+            after.previous = block
         if before is None:
-            self._first = gap
+            self._first = block
         else:
-            before.next = gap
+            before.next = block
         if self._held_count == 0:
             self._cursor = self._first
 
     def largest_gap(self) -> int:
-        """Bytes in the largest gap; walks the list, for reports only."""
+        """Bytes in the largest gap; walks the whole list."""
         largest = 0
         block: Block | None = self._first
         while block is not None:
@@ -144,3 +136,15 @@ class Ring:
                 largest = max(largest, block.nbytes)
             block = block.next
         return largest
+
+    def _find(self, needed: int) -> Block | None:
+        """The next gap from the cursor on that is large enough."""
+        while True:
+            changes = self._changes
+            gap = self._cursor
+            while (gap.held or gap.nbytes < needed) and self._changes == changes:
+                gap = gap.next or self._first
+                if gap is self._cursor:
+                    return None
+            if self._changes == changes:
+                return gap

@@ -26,6 +26,7 @@ LEVELS: dict[str, int] = {
     "fences": 1,
     "forks": 1,
     "threads": 1,
+    "turns": 1,
     "liveness": 1,
     "opening": 1,
     "bell": 2,

@@ -39,21 +39,19 @@ class RingMachine(RuleBasedStateMachine):
         assert gap >= block.nbytes == round_up(nbytes, BLOCK_ALIGNMENT)
         assert block.offset % BLOCK_ALIGNMENT == 0
         assert 0 <= block.offset <= block.offset + block.nbytes <= CAPACITY
-        assert block.position > self.last_position
-        assert block.position % CAPACITY == block.offset
-        self.last_position = block.position
         units = range(block.offset // BLOCK_ALIGNMENT, (block.offset + block.nbytes) // BLOCK_ALIGNMENT)
         assert all(self.owners[unit] is None for unit in units), "a claim overlaps a held block"
         for unit in units:
-            self.owners[unit] = block.position
-        self.held[block.position] = block
+            self.owners[unit] = block.offset
+        self.held[block.offset] = block
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        block = self.held.pop(data.draw(st.sampled_from(sorted(self.held))))
+        offset = data.draw(st.sampled_from(sorted(self.held)))
+        block = self.held.pop(offset)
         self.ring.release(block)
-        self.owners = [None if owner == block.position else owner for owner in self.owners]
+        self.owners = [None if owner == offset else owner for owner in self.owners]
         with pytest.raises(ValueError, match="is not held"):
             self.ring.release(block)
 
@@ -67,7 +65,6 @@ class RingMachine(RuleBasedStateMachine):
 
     @invariant()
     def figures_agree_with_the_model(self) -> None:
-        assert self.ring.held_bytes == sum(block.nbytes for block in self.held.values())
         assert len(self.ring) == len(self.held)
         assert self.ring.largest_gap() == self.model_gap()
 
@@ -86,26 +83,14 @@ def test_claims_are_rounded_up_to_the_alignment() -> None:
     """A block's size is the request rounded up to 64 bytes, so that the next block is aligned too."""
     ring = Ring(1024)
     blocks = [_claim(ring, nbytes) for nbytes in (1, 64, 65)]
-    assert [(block.position, block.offset, block.nbytes) for block in blocks] == [
-        (0, 0, 64),
-        (64, 64, 64),
-        (128, 128, 128),
-    ]
-    assert ring.held_bytes == 256
+    assert [(block.offset, block.nbytes) for block in blocks] == [(0, 64), (64, 64), (128, 128)]
 
 
 def test_a_block_tells_where_it_lies() -> None:
     """In errors and debuggers: its figures, not its neighbours'."""
     ring = Ring(1024)
     _claim(ring, 64)
-    assert repr(_claim(ring, 65)) == "Block(position=64, offset=64, nbytes=128)"
-
-
-def test_another_alignment_is_kept() -> None:
-    """The alignment is a parameter: offsets and sizes are multiples of it."""
-    ring = Ring(4096, alignment=1024)
-    assert [_claim(ring, 10).offset for _ in range(4)] == [0, 1024, 2048, 3072]
-    assert ring.claim(1) is None
+    assert repr(_claim(ring, 65)) == "Block(offset=64, nbytes=128)"
 
 
 def test_next_fit_continues_at_the_cursor() -> None:
@@ -170,17 +155,6 @@ def test_the_cursor_returns_to_the_start_when_nothing_is_held() -> None:
             ring.release(block)
 
 
-def test_positions_grow_although_offsets_repeat() -> None:
-    """A block's position is never used again: the same offset has another position on the next claim."""
-    ring = Ring(64)
-    positions = []
-    for _ in range(5):
-        block = _claim(ring, 64)
-        positions.append(block.position)
-        ring.release(block)
-    assert positions == [0, 64, 128, 192, 256]
-
-
 def test_gaps_join_in_every_order_of_release() -> None:
     """Whichever neighbour goes first, three released blocks are one gap of the full capacity."""
     for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
@@ -190,7 +164,7 @@ def test_gaps_join_in_every_order_of_release() -> None:
         for index in order:
             ring.release(blocks[index])
         assert ring.largest_gap() == 192
-        assert ring.held_bytes == len(ring) == 0
+        assert len(ring) == 0
 
 
 def test_an_exact_fit_is_claimed() -> None:
@@ -205,7 +179,7 @@ def test_a_claim_beyond_the_capacity_fails_and_changes_nothing() -> None:
     """A failed claim takes nothing."""
     ring = Ring(128)
     assert ring.claim(129) is None
-    assert ring.held_bytes == 0
+    assert len(ring) == 0
     assert _claim(ring, 128).offset == 0
 
 
@@ -228,18 +202,18 @@ def test_a_double_release_is_refused() -> None:
     ring = Ring(64)
     stale = _claim(ring, 64)
     ring.release(stale)
-    with pytest.raises(ValueError, match="position 0 is not held"):
+    with pytest.raises(ValueError, match="offset 0 is not held"):
         ring.release(stale)
-    fresh = _claim(ring, 64)
-    with pytest.raises(ValueError, match="position 0 is not held"):
+    _claim(ring, 64)
+    with pytest.raises(ValueError, match="offset 0 is not held"):
         ring.release(stale)
-    assert ring.held_bytes == fresh.nbytes == 64
+    assert len(ring) == 1
 
 
 def test_a_foreign_release_is_refused() -> None:
     """A block that this ring never gave out is not accepted."""
     ring = Ring(128)
     _claim(ring, 64)
-    with pytest.raises(ValueError, match="position 64 is not held"):
-        ring.release(Block(64, 64, 64))
-    assert ring.held_bytes == 64
+    with pytest.raises(ValueError, match="offset 64 is not held"):
+        ring.release(Block(64, 64))
+    assert len(ring) == 1
