@@ -45,7 +45,7 @@ from .units import size_text
 _FIRST_PAUSE_S = 50e-6
 _LONGEST_PAUSE_S = 5e-3
 _FEW_HELD = 8  # sent tensors: with fewer, nobody looks which of them are released until a claim needs room
-_BEYOND = 2**63  # no size in bytes gets that far
+_BEYOND = 2**70  # bytes: no arena, and no number that is shown, gets that far
 _new_array, _from_numpy = np.ndarray, torch.from_numpy
 
 _Memory: TypeAlias = "np.ndarray[Any, Any]"

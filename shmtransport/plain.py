@@ -101,16 +101,22 @@ def check_content(tensor: torch.Tensor, row: DType) -> None:
     Raises:
         LocalProtocolError: it is a meta tensor, or its storage was given away, as ``resize_(0)`` does.
     """
+    there = tensor.untyped_storage().nbytes()
+    if (
+        tensor.is_contiguous()
+        and tensor.storage_offset() * row.itemsize + tensor.nbytes <= there
+        and not tensor.is_meta
+    ):
+        return
     if tensor.is_meta:
         raise LocalProtocolError("a meta tensor has no content and can't be sent")
-    count = tensor.numel()
-    if count and not tensor.is_contiguous():
-        count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed, there = (tensor.storage_offset() + count) * row.itemsize, tensor.untyped_storage().nbytes()
-    if needed > there and count:
-        raise LocalProtocolError(
-            f"a tensor whose storage has {there} of the {needed} bytes that it needs can't be sent: was it freed?"
-        )
+    if tensor.numel():
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + last + 1) * row.itemsize
+        if needed > there:
+            raise LocalProtocolError(
+                f"a tensor whose storage has {there} of the {needed} bytes that it needs can't be sent: was it freed?"
+            )
 
 
 def row_of_array(array: np.ndarray[Any, Any]) -> DType:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM
-from shmtransport import RemoteError
+from shmtransport import ConnectRefused, RemoteError
 
 from .commands import LLAMA, Command, environment, is_one_line_error, workers_of
 
@@ -38,8 +38,9 @@ def limited(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Li
     """One session, of one row; one thread; with the embedding. In the end it prints its statistics."""
     address = f"ipc://{tmp_path_factory.mktemp('limited')}/worker.ipc"
     limits = ("--max-sessions", "1", "--max-kv-bytes", str(SESSION_BYTES), "--idle-s", "500")
+    others = ("--threads", "1", "--embedding", "--json", "--channels", "zmq")
     process = subprocess.Popen(
-        [*LLAMA, "worker", "--bind", address, "--model", str(tiny), *limits, "--threads", "1", "--embedding", "--json"],
+        [*LLAMA, "worker", "--bind", address, "--model", str(tiny), *limits, *others],
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
@@ -50,6 +51,20 @@ def limited(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Li
     assert process.wait(20) == 0
     assert json.loads(process.stdout.read())["statistics"]["calls"] > 0
     process.stdout.close()
+
+
+def test_a_worker_offers_the_channels_that_it_was_told_to(limited: Limited, tiny: Path) -> None:
+    """A trusted side that asks for another is refused by its name."""
+    with pytest.raises(ConnectRefused, match="channel doorbell was asked for; its channels are zmq: use zmq"):
+        SplitLlamaForCausalLM.from_pretrained(tiny, worker=limited.address, channel="doorbell")
+
+
+@pytest.mark.parametrize("channels", ["pigeon", "", "zmq,pigeon", "zmq,"])
+def test_channels_that_there_are_not_are_refused(command: Command, tiny: Path, channels: str) -> None:
+    """One line, with those that there are."""
+    finished = command("worker", "--bind", "ipc:///tmp/never.ipc", "--model", str(tiny), "--channels", channels)
+    assert is_one_line_error(finished)
+    assert "choose one of zmq, doorbell" in finished.err
 
 
 def test_a_worker_says_in_json_what_it_is(limited: Limited, tiny: Path) -> None:

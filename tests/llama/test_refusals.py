@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -141,3 +143,12 @@ def test_a_mask_that_is_not_padding_is_refused_where_the_worker_attends(layer_sp
     """A four-dimensional mask can't cross."""
     with pytest.raises(UnsupportedBySplit, match="mask"):
         layer_split(prompt(4), attention_mask=torch.zeros(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_model_belongs_to_the_process_that_made_it(
+    layer_split: SplitLlamaForCausalLM, make: Callable[..., Any]
+) -> None:
+    """A copy or a pickle would share one connection: a TypeError says to connect in the other process."""
+    with pytest.raises(TypeError, match=r"a SplitLlamaForCausalLM can't be copied.*connect in that process"):
+        make(layer_split)

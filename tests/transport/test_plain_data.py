@@ -19,7 +19,22 @@ from .arenas import Pair
 
 @pytest.mark.parametrize(
     "shape",
-    [(3.0,), (2, 3.5), ("3",), (None,), 3, 2.0, None, ([1],), (1 + 0j,), (10**5000, 0), (2**63,), (2**62, 2), (-1,)],
+    [
+        (3.0,),
+        (2, 3.5),
+        ("3",),
+        (None,),
+        3,
+        2.0,
+        None,
+        ([1],),
+        (1 + 0j,),
+        (10**5000, 0),
+        (10**400,),
+        (2**80,),
+        (2**62, 2**30),
+        (-1,),
+    ],
     ids=lambda shape: str(shape)[:16] if shape != (10**5000, 0) else "5000 digits",
 )
 def test_a_shape_that_none_can_have_is_refused_and_breaks_nothing(pair: Pair, shape: Any) -> None:
