@@ -139,7 +139,7 @@ def _open_peers(name: str, own: Bell) -> Bell:
 
 def _expect(kind: type[Expected], data: bytes) -> Expected:
     message = decode(data)
-    if isinstance(message, Refused):
+    if isinstance(message, (Refused, Goodbye)):  # a server that is stopping says goodbye
         raise ConnectRefused(f"the server refused: {message.reason}")
     if not isinstance(message, kind):
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where {kind.__name__} is due")
