@@ -5,6 +5,7 @@ A worker that this package starts is run by its path: ``python -m`` would take t
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -18,6 +19,7 @@ if not __package__:  # run by its path: Python has put this folder first, whose 
         sys.modules["llama_split"] = module_from_spec(_SPEC)
         _SPEC.loader.exec_module(sys.modules["llama_split"])
 
+from llama_split.errors import missing_package
 from llama_split.import_path import leave_current_directory
 
 # Two processes compute in turn: a thread that spins while it has nothing to do would take the other's core. The
@@ -34,6 +36,8 @@ _EXIT_INTERRUPTED = 130
 def main() -> None:
     """Run the command line, or say in one line what it needs to be installed."""
     leave_current_directory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where its encoding has not all that is printed
     try:
         from llama_split.commands import run
 
@@ -41,10 +45,10 @@ def main() -> None:
     except KeyboardInterrupt:  # before a command has begun
         sys.exit(_EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        if missing not in ("typer", "rich"):
+        missing = missing_package(error)
+        if missing is None:
             raise
-        print(f"error: the command line needs {missing}: pip install 'shmtransport[llama]'", file=sys.stderr)
+        print(f"error: {missing}", file=sys.stderr)
         sys.exit(_EXIT_ERROR)
 
 
