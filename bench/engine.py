@@ -103,8 +103,8 @@ def engine_grids(run: EngineRun) -> Iterator[Grid]:
         prompts = list(rows[0].prefill_ms)
         header = ["split", "calls", *(f"prefill {length} ms" for length in prompts), *("/ unsplit" for _ in prompts)]
         header += [
-            "MiB prefill",
-            "decode p50 ms",
+            f"MiB prefill {prompts[-1]}",
+            f"decode after {prompts[0]}, p50 ms",
             "p99 ms",
             "tokens/s",
             "/ unsplit",

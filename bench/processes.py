@@ -16,7 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
+from llama_split.launcher import temporary_directory
+
 START_METHOD = "spawn"  # a fresh interpreter, as a user's server is
+_NAMES_BYTES = 64  # of the directory, and of a socket that a peer puts into it
 _START_S = 60.0
 _END_S = 2.0
 _END_SLICE_S = 0.2
@@ -45,7 +48,8 @@ def settle() -> None:
 @contextlib.contextmanager
 def scratch() -> Iterator[str]:
     """A directory with a short path, removed afterwards; its name is used for what can't lie in a directory."""
-    with tempfile.TemporaryDirectory(prefix="shmtb-", ignore_cleanup_errors=True) as directory:
+    parent = temporary_directory(_NAMES_BYTES)
+    with tempfile.TemporaryDirectory(prefix="shmtb-", dir=parent, ignore_cleanup_errors=True) as directory:
         yield directory
 
 

@@ -7,14 +7,24 @@ set thread policies before.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .errors import missing_package
+
 if TYPE_CHECKING:
-    from .errors import CheckpointError, LlamaSplitError, UnsupportedBySplit, WorkerFailed, WorkerMismatch
+    from .errors import (
+        CheckpointError,
+        LlamaSplitError,
+        MissingPackage,
+        UnsupportedBySplit,
+        WorkerFailed,
+        WorkerMismatch,
+    )
     from .operations import Mode
     from .trusted.model import SplitLlamaForCausalLM
 
 _HOMES = {
     "CheckpointError": "errors",
     "LlamaSplitError": "errors",
+    "MissingPackage": "errors",
     "Mode": "operations",
     "SplitLlamaForCausalLM": "trusted.model",
     "UnsupportedBySplit": "errors",
@@ -25,6 +35,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "LlamaSplitError",
+    "MissingPackage",
     "Mode",
     "SplitLlamaForCausalLM",
     "UnsupportedBySplit",
@@ -35,5 +46,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        try:
+            return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            raise missing_package(error) or error from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

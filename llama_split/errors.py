@@ -7,6 +7,17 @@ class LlamaSplitError(Exception):
     """Base of this package's errors."""
 
 
+class MissingPackage(LlamaSplitError, ImportError):
+    """A package that llama_split needs, and that shmtransport alone does not, is not installed."""
+
+
+def missing_package(error: ModuleNotFoundError) -> MissingPackage | None:
+    """The same error in words with a remedy, if it is one of this project's extra that is missing."""
+    if error.name not in ("gguf", "rich", "safetensors", "transformers", "typer"):
+        return None
+    return MissingPackage(f"llama_split needs the package {error.name}: pip install 'shmtransport[llama]'")
+
+
 class CheckpointError(LlamaSplitError):
     """The model's files are missing, incomplete, or of a kind that can't be split."""
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO
 
 from .errors import WorkerFailed
+from .import_path import ROOT, without_current_directory
 
 READY = "ready"
 """The first word that a worker prints once it answers calls."""
@@ -22,6 +23,9 @@ READY = "ready"
 _STOP_TIMEOUT_S = 10.0
 _DYING_S = 0.5
 _PR_SET_PDEATHSIG = 1
+_PROGRAM = os.path.join(ROOT, "llama_split", "__main__.py")
+_SOCKET_PATH_BYTES = 107  # the system's limit
+_PATH_BYTES = len("/llama-split-12345678/worker.ipc")
 
 
 def end_with_parent(parent: int) -> None:
@@ -44,6 +48,40 @@ def remove_directory_of(address: str) -> None:
         os.rmdir(os.path.dirname(path))
 
 
+def temporary_directory(room: int) -> str:
+    """Where temporary files go; /tmp where that path has no ``room`` bytes left for those of a socket's.
+
+    Raises:
+        WorkerFailed: /tmp is needed and can't be used.
+    """
+    directory = tempfile.gettempdir()
+    try:
+        fits = len(directory.encode()) + room <= _SOCKET_PATH_BYTES
+    except UnicodeEncodeError:  # ZeroMQ takes no such path
+        fits = False
+    if fits:
+        return directory
+    if not os.access("/tmp", os.W_OK | os.X_OK):
+        raise WorkerFailed(
+            f"no socket can be made in {directory!r}: its path must be UTF-8 of at most {_SOCKET_PATH_BYTES - room} "
+            "bytes, and /tmp can't be written: set TMPDIR to another directory"
+        )
+    return "/tmp"
+
+
+def _interpreter_options() -> list[str]:
+    """Those of this interpreter that decide where modules come from."""
+    flags = {"-I": sys.flags.isolated, "-E": sys.flags.ignore_environment, "-s": sys.flags.no_user_site}
+    return [option for option, is_set in flags.items() if is_set]
+
+
+def _environment() -> dict[str, str]:
+    """This process's, where PYTHONPATH does not mean the current directory."""
+    found = dict(os.environ)
+    path = without_current_directory(found.pop("PYTHONPATH", ""))
+    return {**found, "PYTHONPATH": path} if path else found
+
+
 class WorkerProcess:
     """A worker of our own, at an address in a private directory; ends when the block does.
 
@@ -52,11 +90,11 @@ class WorkerProcess:
     """
 
     def __init__(self, options: Sequence[str], *, verbose: bool = False) -> None:
-        self._directory = tempfile.mkdtemp(prefix="llama-split-")
+        self._directory = tempfile.mkdtemp(prefix="llama-split-", dir=temporary_directory(_PATH_BYTES))
         self.address = f"ipc://{self._directory}/worker.ipc"
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the worker runs
         self._errors = None if verbose else self._log
-        command = [sys.executable, "-m", "llama_split", "worker", "--bind", self.address]
+        command = [sys.executable, *_interpreter_options(), _PROGRAM, "worker", "--bind", self.address]
         self._command = [*command, "--parent", str(os.getpid()), *options]
         self._start()
 
@@ -64,7 +102,12 @@ class WorkerProcess:
         reading, writing = os.pipe()
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker in order.
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, stdout=writing, stderr=self._errors, start_new_session=True
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=writing,
+            stderr=self._errors,
+            env=_environment(),
+            start_new_session=True,
         )
         os.close(writing)
         self._stdout = os.fdopen(reading, "rb")

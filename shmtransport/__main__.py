@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 _EXIT_ERROR = 2
@@ -17,6 +18,8 @@ def main() -> None:
             raise
         print(f"error: the command line needs {missing}: pip install 'shmtransport[cli]'", file=sys.stderr)
         sys.exit(_EXIT_ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where its encoding has not all that is printed
     app()
 
 

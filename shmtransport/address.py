@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import os
 import socket
 import stat
+from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import AddressError
@@ -15,6 +17,7 @@ logger = logging.getLogger("shmtransport")
 
 MAX_IPC_PATH_BYTES = 107  # sun_path of struct sockaddr_un, less its terminating zero
 IPC = "ipc://"
+_LOOPBACK_S = 0.2
 
 
 def kind(address: str) -> str:
@@ -29,9 +32,15 @@ def kind(address: str) -> str:
         path = address[len(IPC) :]
         if not path.startswith("/"):
             raise AddressError(f"{address!r}: an ipc address needs an absolute path, as in ipc:///tmp/worker.ipc")
-        if len(os.fsencode(path)) > MAX_IPC_PATH_BYTES:
+        try:
+            nbytes = len(path.encode())
+        except UnicodeEncodeError as error:
+            raise AddressError(f"{address!r}: ZeroMQ takes paths in UTF-8 only: choose another directory") from error
+        if "\0" in path:
+            raise AddressError(f"{address!r}: a path has no zero byte")
+        if nbytes > MAX_IPC_PATH_BYTES:
             raise AddressError(
-                f"the socket path has {len(os.fsencode(path))} bytes; the system's limit is {MAX_IPC_PATH_BYTES}: "
+                f"the socket path has {nbytes} bytes; the system's limit is {MAX_IPC_PATH_BYTES}: "
                 "choose a shorter directory"
             )
         return "ipc"
@@ -91,18 +100,46 @@ def check_bind(address: str) -> str:
 
 def is_served(path: str) -> bool:
     """Whether a process listens on the socket file."""
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    probe.setblocking(False)  # a stopped server with a full backlog is a server, and must not stop this one
-    try:
-        probe.connect(path)
-    except (ConnectionRefusedError, FileNotFoundError):
-        return False
-    except OSError:
-        return True
-    else:
-        return True
-    finally:
-        probe.close()
+    return _probe(socket.AF_UNIX, path) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+def describe(address: str) -> str:
+    """Say what is at an address at this moment, for a client that waits there: a clause for a log or an error.
+
+    Raises:
+        AddressError: the address is malformed.
+    """
+    if kind(address) == "tcp":
+        found = urlsplit(address)
+        family = socket.AF_INET6 if ":" in (found.hostname or "") else socket.AF_INET
+        failed = _probe(family, (found.hostname, found.port))
+        return "no process listens at this port" if failed == errno.ECONNREFUSED else _listens(failed)
+    path = address[len(IPC) :]
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        return f"there is no directory {directory}"
+    if not os.path.lexists(path):
+        return f"there is no file {path}"
+    failed = _probe(socket.AF_UNIX, path)
+    if failed != errno.ECONNREFUSED:
+        return _listens(failed)
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return f"{path} is no socket"
+    return f"no process listens at the socket {path}: its server has ended"
+
+
+def _probe(family: int, place: Any) -> int:
+    """Connect to a socket and leave again; 0, or the number of the error."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # A stopped server with a full backlog is a server, and must not stop this one. Loopback answers at once.
+        probe.settimeout(0.0 if family == socket.AF_UNIX else _LOOPBACK_S)
+        return probe.connect_ex(place)
+
+
+def _listens(failed: int) -> str:
+    if failed in (0, errno.EAGAIN):
+        return "a process listens there and has not answered yet"
+    return f"it can't be connected to: {os.strerror(failed)}"
 
 
 def _require_loopback(address: str) -> None:

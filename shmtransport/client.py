@@ -25,6 +25,7 @@ from .turns import Turns
 from .units import MIB
 
 DEFAULT_ARENA_BYTES = 64 * MIB
+CONNECT_TIMEOUT_S = 30.0  # a server that was started together with its client imports torch first
 _WATCH_SLICE_S = 0.25  # how soon a dead server is noticed while waiting for a reply
 _SEND_SLICE_S = 0.05  # how soon a full queue is tried again where nothing tells that it has room
 
@@ -41,7 +42,7 @@ class ClientBase(BoundToProcess):
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         reply_arena_bytes: int | None = None,
         timeout_s: float | None = 60.0,
-        connect_timeout_s: float | None = 5.0,
+        connect_timeout_s: float | None = CONNECT_TIMEOUT_S,
         snapshot: bool = False,
         prefault: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
@@ -153,8 +154,8 @@ class Client(ClientBase):
     price of busy cores). ``arena_bytes`` is the size of the data area for what this side sends, ``reply_arena_bytes``
     (default: the same) of the one for what it receives; with ``prefault`` all of their pages are mapped now, not on
     first use. ``timeout_s`` is how long a call may take unless it says otherwise, and how long a claim waits for
-    room; None: no limit, for ``connect_timeout_s`` as well. ``max_message_bytes`` bounds the plain values of a call or
-    result; the server's own bound counts as well.
+    room; ``connect_timeout_s`` is how long to wait for a server, which may be started after its client. None: no limit.
+    ``max_message_bytes`` bounds the plain values of a call or result; the server's own bound counts as well.
     With ``snapshot`` results are private copies rather than borrowed views: for a caller that checks a result before
     it uses it, since a hostile server could change a view in between.
 
@@ -176,7 +177,7 @@ class Client(ClientBase):
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         reply_arena_bytes: int | None = None,
         timeout_s: float | None = 60.0,
-        connect_timeout_s: float | None = 5.0,
+        connect_timeout_s: float | None = CONNECT_TIMEOUT_S,
         snapshot: bool = False,
         prefault: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,

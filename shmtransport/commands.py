@@ -24,6 +24,7 @@ from .errors import TransportError
 from .facts import ConnectedSegments, Limit, MachineFacts, connected_segments
 from .leftovers import SharedObject
 from .measure import ServerFacts
+from .text import printable
 from .units import size_text
 
 EXIT_ERROR = 2
@@ -66,7 +67,9 @@ def doctor(
             console.print("all is well", style="green")
         for verdict in found:
             console.print(
-                f"{verdict.level}: {verdict}", style="red" if verdict.level == "problem" else "yellow", markup=False
+                printable(f"{verdict.level}: {verdict}"),
+                style="red" if verdict.level == "problem" else "yellow",
+                markup=False,
             )
 
 
@@ -164,7 +167,7 @@ def _facts_table(title: str, rows: dict[str, str]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # as it is: brackets in it are no markup
+        table.add_row(name, Text(printable(value, keep="\n")))  # brackets in it are no markup
     return table
 
 
@@ -195,7 +198,7 @@ def _plain(one: SharedObject) -> dict[str, Any]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json.dumps(value, indent=1))
 
 
 @contextlib.contextmanager
@@ -207,5 +210,5 @@ def _one_line_errors() -> Iterator[None]:
         notices.print("interrupted", markup=False)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (TransportError, OSError) as error:
-        notices.print(f"error: {' '.join(str(error).split())}", style="red", markup=False)
+        notices.print(f"error: {printable(' '.join(str(error).split()))}", style="red", markup=False)
         raise typer.Exit(EXIT_ERROR) from None

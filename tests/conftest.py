@@ -19,6 +19,7 @@ from typing import IO
 import pytest
 import zmq
 
+from llama_split.launcher import temporary_directory
 from shmtransport import Server
 from shmtransport.bell import is_owned, remove_if_dead
 from shmtransport.liveness import holder
@@ -31,7 +32,7 @@ _started: set[int] = {os.getpid()}
 """The processes of this run, dead or alive."""
 
 # All temporary files of this run, its children's too, go here: other runs on the machine are none of its business.
-_TEMPORARY = tempfile.mkdtemp(prefix="shmt-")
+_TEMPORARY = tempfile.mkdtemp(prefix="shmt-", dir=temporary_directory(room=80))
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import LlamaSplitError
-from .console import notice, notices, one_line_errors, print_error, print_json
+from .console import notice, notices, one_line_errors, print_foreign_error, print_json
 from .conversation import Conversation
 from .opening import Opening
 from .options import (
     ArenaOption,
     ChannelOption,
+    ConnectOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -62,6 +63,7 @@ def chat(
     channel: ChannelOption = "zmq",
     pipeline: PipelineOption = 1,
     arena_bytes: ArenaOption = None,
+    connect_timeout_s: ConnectOption = 30.0,
     reconnect: ReconnectOption = True,
     threads: ThreadsOption = None,
     random_weights: RandomOption = False,
@@ -102,7 +104,7 @@ def _talk(conversation: Conversation, llama: SplitLlamaForCausalLM, *, as_json: 
         try:
             prompt = conversation.prompt(line)
         except LlamaSplitError as error:  # another message, or /reset, may do
-            print_error(str(error))
+            print_foreign_error(error)
             if as_json:
                 print_json({"turn": number, "error": str(error)})
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..errors import LlamaSplitError
+from ..errors import LlamaSplitError, missing_package
 
 if TYPE_CHECKING:
     from shmtransport import Statistics
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_READERS = ("transformers", "tokenizers", "safetensors", "gguf", "jinja2", "huggingface_hub")
+_OURS = ("llama_split", "shmtransport")
 
 notices = Console(stderr=True, highlight=False, soft_wrap=True)
 results = Console(highlight=False)
@@ -37,16 +41,37 @@ def print_error(text: str) -> None:
     notices.print(f"error: {' '.join(text.split())}", style="red", markup=False)
 
 
+def print_foreign_error(error: BaseException) -> None:
+    """The same of an error whose text may have come from a peer or a file."""
+    from shmtransport.text import printable  # imports torch: not before there is an error
+
+    print_error(printable(str(error)) or type(error).__name__)
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object as one line, at once even into a pipe."""
     print(json.dumps(value), flush=True)
 
 
+class _Lines(logging.Formatter):
+    """Lines of the log, with what peers and files say made printable."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        from shmtransport.text import printable
+
+        return printable(super().formatMessage(record), keep="\n")
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        from shmtransport.text import printable
+
+        return printable(super().formatException(ei), keep="\n")
+
+
 def log(verbose: bool) -> None:
     """Send the log to standard error: all that happens, or only what a user should know, as that a worker was lost."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(process)d %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines("%(asctime)s %(process)d %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 def statistics_table(statistics: Statistics) -> Table:
@@ -82,10 +107,38 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         notices.print("interrupted", markup=False)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except Exception as error:
-        from shmtransport import TransportError  # imports torch: not before there is an error
-
-        if not isinstance(error, (LlamaSplitError, TransportError, OSError, MemoryError)):
+    except (SystemExit, typer.Exit):
+        raise
+    except BaseException as error:  # a panic of the tokenizer's is no Exception
+        told = _in_words(error)
+        if told is None:
             raise
-        print_error(str(error) or type(error).__name__)
+        print_foreign_error(told)
         raise typer.Exit(EXIT_ERROR) from None
+
+
+def _in_words(error: BaseException) -> BaseException | None:
+    """An error with words for the user; None if it is a mistake of ours."""
+    from shmtransport import TransportError  # imports torch: not before there is an error
+
+    if isinstance(error, ModuleNotFoundError) and (missing := missing_package(error)) is not None:
+        return missing
+    if isinstance(error, (LlamaSplitError, TransportError, OSError, MemoryError)):
+        return error
+    if is_of_the_model(error):
+        logging.getLogger("llama_split").info("where it was raised", exc_info=error)
+        return LlamaSplitError(
+            f"transformers can't do this with this model and these options: {type(error).__name__}: {error}"
+        )
+    return None
+
+
+def is_of_the_model(error: BaseException) -> bool:
+    """Whether an error was raised while a library worked with a model's files, and not where it had called us back.
+
+    The innermost frame of a package decides that is this project's or one of those that read such files. They raise
+    whatever a wrong file leads them to; what is raised in our own code is a mistake of ours and keeps its traceback.
+    """
+    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    packages = [package for name in frames if (package := name.partition(".")[0]) in (*_READERS, *_OURS)]
+    return bool(packages) and packages[-1] in _READERS

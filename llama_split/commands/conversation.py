@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .options import Sampling
-from .prompts import Message, answer, encode_chat
+from .prompts import Message, answer, decode, encode_chat
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class Conversation:
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         ids = encode_chat(self.tokenizer, messages)
-        self._opening.check_length(ids)
+        self._opening.check_prompt(ids)
         return Prompt(messages, ids)
 
     def ask(self, llama: SplitLlamaForCausalLM, prompt: Prompt, streamer: Any) -> Turn:
@@ -110,13 +110,13 @@ class Conversation:
         limit = min(self._limit, self._opening.positions - len(asked))
         with Interruption() as interruption:
             tokens = answer(
-                *(llama, prompt.ids, limit, self._sampling),
+                *(llama, self.tokenizer, prompt.ids, limit, self._sampling),
                 streamer=streamer,
                 past_key_values=cache,
                 stopping_criteria=[interruption.stops],
             )
         self._cache, self._cached = cache, [*asked, *tokens][: cache.get_seq_length()]
-        said = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        said = decode(self.tokenizer, tokens)
         self._messages = [*prompt.messages, {"role": "assistant", "content": said}]
         return Turn(said, tokens, len(asked), kept, interruption.noted)
 

@@ -13,6 +13,7 @@ from .opening import Opening
 from .options import (
     ArenaOption,
     ChannelOption,
+    ConnectOption,
     DeviceOption,
     DtypeOption,
     ModelOption,
@@ -34,7 +35,7 @@ from .options import (
     WorkerOption,
     group,
 )
-from .prompts import about, answer, encode_chat, encode_text, printer
+from .prompts import about, answer, decode, encode_chat, encode_text, printer
 
 
 def generate(
@@ -55,6 +56,7 @@ def generate(
     channel: ChannelOption = "zmq",
     pipeline: PipelineOption = 1,
     arena_bytes: ArenaOption = None,
+    connect_timeout_s: ConnectOption = 30.0,
     reconnect: ReconnectOption = True,
     threads: ThreadsOption = None,
     random_weights: RandomOption = False,
@@ -72,13 +74,13 @@ def generate(
             chat = False
         messages = [{"role": "user", "content": prompt}]
         ids = encode_chat(tokenizer, messages) if chat else encode_text(tokenizer, prompt)
-        opening.check_length(ids)
+        opening.check_prompt(ids)
         llama = opening.connect()
         sampling.seed_generator()
         limit = min(max_new_tokens, opening.positions - ids.shape[1])
-        tokens = answer(llama, ids, limit, sampling, streamer=None if as_json else printer(tokenizer))
+        tokens = answer(llama, tokenizer, ids, limit, sampling, streamer=None if as_json else printer(tokenizer))
         if as_json:
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            text = decode(tokenizer, tokens)
             statistics = {"statistics": asdict(llama.statistics())}
             print_json({"text": text, "token_ids": tokens, "prompt_tokens": ids.shape[1], **about(llama), **statistics})
         else:

@@ -81,6 +81,8 @@ def _plain_traffic(traffic: Traffic) -> dict[str, int]:
 
 
 def _print(found: list[Footprint], facts: dict[str, str], prefill: int) -> None:
+    from shmtransport.text import printable
+
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for one in found:
@@ -92,7 +94,7 @@ def _print(found: list[Footprint], facts: dict[str, str], prefill: int) -> None:
     sees = Table.grid(padding=(0, 2))
     for one in found:
         sees.add_row(f"  {one.mode.value}", one.worker_sees)
-    title = f"{facts['model']}, computing in {facts['dtype']}, {facts['wire_dtype']} on the wire"
+    title = f"{printable(facts['model'])}, computing in {facts['dtype']}, {facts['wire_dtype']} on the wire"
     results.print(title, markup=False, soft_wrap=True)
     results.print(table)
     results.print("  The worker sees")

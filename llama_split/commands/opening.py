@@ -12,6 +12,7 @@ from ..errors import LlamaSplitError
 from ..launcher import WorkerProcess
 from ..settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Settings, parse_address
 from .console import log, notice, notices, progress_bar
+from .decoding import overruled, taken_over
 from .options import SplitOptions, limit_threads, model_name, open_model
 
 if TYPE_CHECKING:
@@ -61,15 +62,21 @@ class Opening:
         positions: int = self.checkpoint.config.max_position_embeddings
         return positions
 
-    def check_length(self, ids: torch.Tensor) -> None:
-        """Refuse a prompt after which there is no position left for an answer.
+    def check_prompt(self, ids: torch.Tensor) -> None:
+        """Refuse a prompt that the model can't take, or after which there is no position left for an answer.
 
         Raises:
-            LlamaSplitError: it is as long.
+            LlamaSplitError: it is empty, has tokens that are none of the model's, or is too long.
         """
         tokens = ids.shape[1]
         if tokens == 0:
             raise LlamaSplitError("the prompt is empty: pass some text")
+        least, most, vocabulary = int(ids.min()), int(ids.max()), self.checkpoint.geometry.vocab
+        if least < 0 or most >= vocabulary:
+            raise LlamaSplitError(
+                f"the tokenizer gives token {least if least < 0 else most}, and the model has {vocabulary}: its files "
+                "are those of two models"
+            )
         if tokens >= self.positions:
             raise LlamaSplitError(
                 f"the prompt has {tokens} tokens; the model has {self.positions} positions, one of them for an answer: "
@@ -89,7 +96,7 @@ class Opening:
             with notices.status("the worker is loading its weights"):
                 self._own.wait_until_ready()
         with progress_bar("loading the trusted part") as progress:
-            return self._stack.enter_context(
+            llama = self._stack.enter_context(
                 SplitLlamaForCausalLM.from_pretrained(
                     self.checkpoint,
                     worker=self._address,
@@ -97,6 +104,7 @@ class Opening:
                     dtype=self._dtype,
                     wire_dtype=self._wire,
                     arena_bytes=self._options.arena_bytes,
+                    connect_timeout_s=self._options.connect_timeout_s,
                     channel=self._channel,
                     pipeline=self._options.pipeline,
                     reconnect=self._options.reconnect,
@@ -104,6 +112,11 @@ class Opening:
                     progress=progress,
                 )
             )
+        settings = llama.generation_config
+        if names := overruled(settings):
+            notice(f"the model's generation settings {', '.join(names)} have no effect on the command line")
+        llama.generation_config = taken_over(settings)
+        return llama
 
 
 def _nothing() -> None:

@@ -52,6 +52,10 @@ DeviceOption = Annotated[
 ]
 ChannelOption = Annotated[str, typer.Option(help="zmq, or doorbell: shared memory and a semaphore, which is faster.")]
 ArenaOption = Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")]
+ConnectOption = Annotated[
+    float,
+    typer.Option(min=0.0, help="Seconds to wait for the worker at --worker, which may still be loading its weights."),
+]
 ReconnectOption = Annotated[
     bool,
     typer.Option(
@@ -111,6 +115,7 @@ class SplitOptions:
     channel: str
     pipeline: int
     arena_bytes: int | None
+    connect_timeout_s: float
     reconnect: bool
     threads: int | None
     verbose: bool
@@ -149,12 +154,12 @@ class Sampling:
             torch.manual_seed(self.seed_sampling)
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of transformers' ``generate``."""
+        """The same as settings of transformers' generation."""
         if not self.temperature:
-            return {"do_sample": False, "num_beams": 1}
+            return {"do_sample": False}
         limits = {"top_p": self.top_p, "top_k": self.top_k}
         chosen = {name: value for name, value in limits.items() if value is not None}
-        return {"do_sample": True, "num_beams": 1, "temperature": self.temperature, **chosen}
+        return {"do_sample": True, "temperature": self.temperature, **chosen}
 
 
 def model_name(settings: Settings, model: str | None) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlamaSplitError
+from .decoding import decoding
 from .options import Sampling
 
 if TYPE_CHECKING:
@@ -16,23 +19,30 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 """A chat's message: its ``role`` and its ``content``."""
 
+_KEPT = "\n\t\u200c\u200d\ufe0e\ufe0f"  # lines, and what joins letters and emoji
+
 
 def check_text(text: str) -> str:
-    """A text as it is, if it is one.
+    """A text as it is, if it is one; its bytes as UTF-8, whatever this process's own encoding is.
 
     Raises:
         LlamaSplitError: bytes that are no UTF-8 were given on the command line.
     """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
         raise LlamaSplitError("the text is not valid UTF-8") from error
-    return text
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """Token ids [1, T] of plain text."""
-    ids: torch.Tensor = tokenizer(check_text(text), return_tensors="pt")["input_ids"]
+    """Token ids [1, T] of plain text.
+
+    Raises:
+        LlamaSplitError: the model's tokenizer fails.
+    """
+    text = check_text(text)
+    with _failing("the model's tokenizer can't encode the text"):
+        ids: torch.Tensor = tokenizer(text, return_tensors="pt")["input_ids"]
     return ids
 
 
@@ -40,33 +50,54 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
     """Token ids [1, T] of a chat up to where its next answer begins.
 
     Raises:
-        LlamaSplitError: the model's chat template fails.
+        LlamaSplitError: the model's chat template or its tokenizer fails.
     """
-    for message in messages:
-        check_text(message["content"])
-    try:
-        encoded = tokenizer.apply_chat_template(
+    messages = [{**message, "content": check_text(message["content"])} for message in messages]
+    with _failing("the model's chat template can't be used", "; try `llama-split generate --no-chat`"):
+        ids: torch.Tensor = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except Exception as error:  # a template is the model's own program and may raise anything
-        raise LlamaSplitError(
-            f"the model's chat template can't be used: {error}; try `llama-split generate --no-chat`"
-        ) from error
-    ids: torch.Tensor = encoded["input_ids"]
+        )["input_ids"]
     return ids
 
 
-def answer(llama: SplitLlamaForCausalLM, ids: torch.Tensor, limit: int, sampling: Sampling, **more: Any) -> list[int]:
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """The text of an answer's tokens.
+
+    Raises:
+        LlamaSplitError: the model's tokenizer fails.
+    """
+    with _failing("the model's tokenizer can't decode the answer"):
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text
+
+
+@contextlib.contextmanager
+def _failing(what: str, remedy: str = "") -> Iterator[None]:
+    """Name what failed: a model's tokenizer and its template are programs of its own, which may raise anything."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizer's is no Exception
+        raise LlamaSplitError(f"{what}: {error or type(error).__name__}{remedy}") from error
+
+
+def answer(
+    llama: SplitLlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    limit: int,
+    sampling: Sampling,
+    **more: Any,
+) -> list[int]:
     """The ids of at most ``limit`` new tokens after ``ids`` [1, T]; ``more`` goes to transformers' ``generate``."""
     import torch
 
-    padding = llama.config.pad_token_id
     output = llama.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=limit,
-        pad_token_id=0 if padding is None else padding,
-        **sampling.arguments(),
+        generation_config=decoding(llama.generation_config, limit, sampling.arguments()),
+        tokenizer=tokenizer,  # finds the model's stop strings
         **more,
     )
     new: list[int] = output[0, ids.shape[1] :].tolist()
@@ -74,10 +105,16 @@ def answer(llama: SplitLlamaForCausalLM, ids: torch.Tensor, limit: int, sampling
 
 
 def printer(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A streamer that prints tokens as they come."""
+    """A streamer that prints tokens as they come, without what would drive a terminal."""
     from transformers import TextStreamer
 
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    from shmtransport.text import printable
+
+    class Printer(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text, keep=_KEPT), stream_end)
+
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def about(llama: SplitLlamaForCausalLM) -> dict[str, Any]:

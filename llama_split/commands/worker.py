@@ -152,6 +152,7 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
     import torch
 
     from shmtransport import Server
+    from shmtransport.text import printable
 
     from ..config import parse_channel, parse_device, parse_dtype
     from ..worker.kernels import Weights
@@ -168,7 +169,7 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
         facts = {"model": str(checkpoint.path), "dtype": dtype_name, "device": str(device), "address": server.address}
         print_json({READY: True, **facts, "threads": torch.get_num_threads(), "process": os.getpid()})
     else:
-        print(f"{READY}: {checkpoint.path} in {dtype_name} on {device} at {server.address}", flush=True)
+        print(f"{READY}: {printable(str(checkpoint.path))} in {dtype_name} on {device} at {server.address}", flush=True)
     server.serve()
     if options.as_json:
         print_json({"statistics": asdict(server.statistics())})

@@ -88,7 +88,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         gguf_file: str | None = None,
         arena_bytes: int | None = None,
         timeout_s: float = 600.0,
-        connect_timeout_s: float = 10.0,
+        connect_timeout_s: float = 30.0,
         reconnect: bool = True,
         revive: Callable[[], None] = lambda: None,
         snapshot: bool = False,

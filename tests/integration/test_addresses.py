@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from shmtransport import AddressError, Client, ConnectTimeout, Server
+from llama_split import SplitLlamaForCausalLM
+from shmtransport import AddressError, AsyncClient, Client, ConnectTimeout, Server
 
 from .helpers import Serve, echo
 
@@ -21,6 +24,12 @@ def test_nobody_at_the_address_is_a_timeout_that_names_it_and_a_remedy(address: 
         Client(address, connect_timeout_s=0.2)
     assert address in str(caught.value)
     assert isinstance(caught.value, TimeoutError)
+
+
+@pytest.mark.parametrize("made", [Client, AsyncClient, SplitLlamaForCausalLM.from_pretrained])
+def test_by_default_a_client_waits_for_a_server_that_still_imports_torch(made: Callable[..., object]) -> None:
+    """A script may start both at once: importing torch and transformers takes up to 15 s on a small machine."""
+    assert inspect.signature(made).parameters["connect_timeout_s"].default >= 30.0
 
 
 def test_a_second_server_at_the_address_is_refused_and_the_first_undisturbed(serve: Serve, address: str) -> None:

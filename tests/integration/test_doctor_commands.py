@@ -252,6 +252,22 @@ def test_the_program_measures_within_its_time(spawn: Spawn, address: str) -> Non
     assert len(told["server"]["channels"]) == 3
 
 
+def test_an_ascii_terminal_gets_replacements_and_no_escape_sequences() -> None:
+    """What the environment, a process's name or a peer says is shown as text."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shmtransport", "doctor"],
+        env={**Process.environment(), "PYTHONIOENCODING": "ascii", "OMP_ODD": "\x1b[31m\u00fc", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\x1b[31m?" in done.stdout
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_extra_one_line_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

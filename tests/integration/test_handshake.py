@@ -136,7 +136,6 @@ def test_a_refusal_by_a_server_of_another_version_is_readable(fake_server: zmq.S
         [encode(Offer(65536)), encode(Welcome("/shmtransport-" + "0" * 32))],
         [encode(Offer(65536)), encode(Welcome("/etc/passwd"))],
         [encode(Offer(65536)), encode(Welcome("../../etc/passwd"))],
-        [encode(Offer(65536)), encode(Goodbye("no"))],
     ],
 )
 def test_a_server_that_breaks_the_handshake_is_a_peer_protocol_error(
@@ -144,6 +143,19 @@ def test_a_server_that_breaks_the_handshake_is_a_peer_protocol_error(
 ) -> None:
     """Whatever it answers, the client raises an error of this package and keeps nothing."""
     with answering(fake_server, *answers), pytest.raises((PeerProtocolError, PeerDied)):
+        Client(address, connect_timeout_s=2.0)
+
+
+@pytest.mark.parametrize("said_before", [[], [encode(Offer(65536))]], ids=["after Hello", "after Attach"])
+def test_a_server_that_is_stopping_refuses_the_client(
+    fake_server: zmq.Socket[bytes], address: str, said_before: list[bytes]
+) -> None:
+    """Its goodbye in the middle of the handshake is ConnectRefused, with its reason: another server may take over."""
+    goodbye = encode(Goodbye("the server was shut down"))
+    with (
+        answering(fake_server, *said_before, goodbye),
+        pytest.raises(ConnectRefused, match="refused: the server was shut down"),
+    ):
         Client(address, connect_timeout_s=2.0)
 
 

@@ -36,7 +36,9 @@ def run(arguments: list[str], environment: dict[str, str], said: str) -> dict[st
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             os.environ.update(environment)
-            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - what was read ahead is ours
+            encoding = environment.get("PYTHONIOENCODING", "utf-8")
+            sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115 - what was read ahead is ours
+            sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
             sys.argv = ["llama-split", *arguments]
             main()
             sys.exit(0)

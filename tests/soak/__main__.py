@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from llama_split.launcher import temporary_directory
 from shmtransport.leftovers import list_all, remove_dead
 
 ROOT = Path(__file__).parent.parent.parent
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)
-    with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=temporary_directory(room=64)) as directory:
         soak = Soak(directory, arguments.seed)
         try:
             soak.run(arguments.minutes * 60)

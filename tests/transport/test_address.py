@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shmtransport.address import MAX_IPC_PATH_BYTES, check_bind, check_connect, is_served, kind
+from shmtransport.address import MAX_IPC_PATH_BYTES, check_bind, check_connect, describe, is_served, kind
 from shmtransport.errors import AddressError
 
 
@@ -50,6 +50,8 @@ def test_loopback_is_tcp(address: str) -> None:
         "worker.ipc",
         "/tmp/worker.ipc",
         "ipc://worker.ipc",
+        "ipc:///tmp/a\0b",
+        "ipc:///tmp/\udcff/worker.ipc",
         "ipc://",
         "ipc://@abstract",
         "ipc://*",
@@ -259,3 +261,41 @@ def test_a_directory_that_others_can_write_is_warned_of(
     with caplog.at_level(logging.WARNING, logger="shmtransport"):
         check_bind(_ipc(shared / "a.ipc"))
     assert ("writable by others" in caplog.text) == warned
+
+
+# What is at an address, in words
+
+
+def test_what_is_at_a_path_is_told_apart(directory: Path) -> None:
+    """No directory, no file, no socket, a dead server's socket, and one that a process listens at."""
+    (directory / "file").touch()
+    path = directory / "socket"
+    assert describe(f"ipc://{directory}/none/socket") == f"there is no directory {directory}/none"
+    assert describe(_ipc(path)) == f"there is no file {path}"
+    assert describe(f"ipc://{directory}/file") == f"{directory}/file is no socket"
+    assert describe(_ipc(directory)) == f"{directory} is no socket"
+    with _listen(path) as listener, contextlib.ExitStack() as clients:
+        assert describe(_ipc(path)) == "a process listens there and has not answered yet"
+        for _ in range(3):  # its backlog is full now
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            client.connect_ex(str(path))
+        assert describe(_ipc(path)) == "a process listens there and has not answered yet"
+        listener.close()
+        assert describe(_ipc(path)) == f"no process listens at the socket {path}: its server has ended"
+
+
+def test_what_is_at_a_port_is_told_apart() -> None:
+    """One that a process listens at, and one that none does."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        assert describe(address) == "no process listens at this port"
+        listener.listen()
+        assert describe(address) == "a process listens there and has not answered yet"
+
+
+def test_a_symbolic_link_to_nothing_is_described(directory: Path) -> None:
+    """Its name is there and can't be connected to: the system's words tell why."""
+    (directory / "link").symlink_to(directory / "none")
+    assert describe(f"ipc://{directory}/link") == "it can't be connected to: No such file or directory"
