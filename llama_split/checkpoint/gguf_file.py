@@ -63,7 +63,7 @@ class GgufFile:
         self.tensors: dict[str, StoredTensor] = {}
         try:
             _Parser(self._data).parse(self.fields, self.tensors)
-        except struct.error as error:
+        except (struct.error, OverflowError) as error:  # a position behind the end, or beyond what positions can be
             raise ValueError("it ends within its header") from error
         self._bytes = np.frombuffer(self._data, np.uint8)
 
