@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from .files import one_line, read_object
 
 _LIMIT = 1 << 31
+_ABOVE_ZERO = math.ulp(0.0)
 
 _Test = Callable[[Any], bool]
 
@@ -25,8 +26,8 @@ def _whole(value: Any, low: int = -_LIMIT, high: int = _LIMIT - 1) -> bool:
     return type(value) is int and low <= value <= high
 
 
-def _number(low: float, high: float = math.inf) -> _Test:
-    return lambda value: type(value) in (int, float) and low <= value <= high and math.isfinite(value)
+def _number(low: float, high: float = _LIMIT) -> _Test:
+    return lambda value: type(value) in (int, float) and low <= value <= high
 
 
 def _list_of(test: _Test) -> _Test:
@@ -50,10 +51,21 @@ def _count(low: int) -> _Test:
 
 
 def _decay(value: Any) -> bool:
-    return _list_of(_number(-math.inf))(value) and len(value) == 2
+    return _list_of(_number(-_LIMIT))(value) and len(value) == 2
 
 
-_IDS = _any_of(_whole, lambda value: _list_of(_whole)(value) and len(value) > 0)
+def _penalty(value: Any) -> bool:
+    return value == 1 or (isinstance(value, float) and _number(_ABOVE_ZERO)(value))
+
+
+def _ids(low: int, high: int) -> _Test:
+    """One token's number or several."""
+
+    def one(value: Any) -> bool:
+        return _whole(value, low, high)
+
+    return lambda value: one(value) or (_list_of(one)(value) and len(value) > 0)
+
 
 _RULES: dict[str, tuple[Iterable[str], _Test]] = {
     "true or false": (
@@ -81,20 +93,20 @@ _RULES: dict[str, tuple[Iterable[str], _Test]] = {
     ),
     "a number from 0 to 1": (
         (
-            *("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+            *("top_p", "min_p", "epsilon_cutoff", "eta_cutoff"),
             "assistant_confidence_threshold",
         ),
         _number(0.0, 1.0),
     ),
+    "a number above 0, at most 1": (("top_h", "typical_p"), _number(_ABOVE_ZERO, 1.0)),
     "a number of 0 or more": (("temperature", "max_time", "penalty_alpha"), _number(0.0)),
-    "a number above 0": (("repetition_penalty", "encoder_repetition_penalty"), _number(math.ulp(0.0))),
-    "a number": (("length_penalty", "diversity_penalty", "guidance_scale"), _number(-math.inf)),
+    "a number above 0 with a decimal point": (("repetition_penalty", "encoder_repetition_penalty"), _penalty),
+    "a number": (("length_penalty", "diversity_penalty", "guidance_scale"), _number(-_LIMIT)),
     "a token's number or a list of them": (
         ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens"),
-        _IDS,
+        _ids(-_LIMIT, _LIMIT - 1),
     ),
     "a list of tokens' numbers": (("begin_suppress_tokens",), _list_of(_whole)),
-    "a list of lists of tokens' numbers": (("bad_words_ids",), _list_of(_list_of(_whole))),
     "a text or a list of them": (("stop_strings",), _any_of(_text, _list_of(_text))),
     "a text": (("cache_implementation", "num_assistant_tokens_schedule"), _text),
     "an object": (("cache_config",), lambda value: isinstance(value, dict)),
@@ -121,10 +133,23 @@ def check_generation_config(path: Path, config: GenerationConfig, vocabulary: in
     Raises:
         CheckpointError: one is of a kind, or in a range, that it can't use.
     """
-    forced = _any_of(
-        lambda value: _whole(value, 0, vocabulary - 1), _list_of(lambda id_: _whole(id_, 0, vocabulary - 1))
+    inside = _ids(0, vocabulary - 1)
+    words = _list_of(lambda word: isinstance(word, list) and inside(word))
+    biased = _list_of(
+        lambda pair: isinstance(pair, list) and len(pair) == 2 and words(pair[:1]) and type(pair[1]) is float
     )
-    rules = {**_RULES, f"a token's number below {vocabulary}": (("forced_bos_token_id", "forced_eos_token_id"), forced)}
+    rules = {
+        **_RULES,
+        f"a token's number from 0 to {vocabulary - 1}, or a list of them": (
+            ("forced_bos_token_id", "forced_eos_token_id"),
+            inside,
+        ),
+        "a list of lists of tokens' numbers": (("bad_words_ids",), lambda value: bool(value) and words(value)),
+        "a list of pairs, of tokens' numbers and a bias": (
+            ("sequence_bias",),
+            lambda value: bool(value) and biased(value),
+        ),
+    }
     for wanted, (names, test) in rules.items():
         for name in names:
             value = getattr(config, name, None)

@@ -66,11 +66,13 @@ class SafetensorsCheckpoint(Checkpoint):
             self._stored[EMBEDDING] = self._stored[LM_HEAD]
         super().__init__(path, config)
 
-    def _choose_files(self, named: str | None) -> tuple[list[Path], set[str]]:
+    def _choose_files(self, named: Any) -> tuple[list[Path], set[str]]:
         """The files that hold the weights, in transformers' order, and the tensors that an index promises."""
         chosen = named or (_SINGLE if (self.path / _SINGLE).exists() else _INDEX)
         if named is None and not (self.path / chosen).exists():
             raise CheckpointError(f"{self.path} holds neither {_SINGLE} nor {_INDEX}: save it with save_pretrained")
+        if not isinstance(chosen, str):
+            raise CheckpointError(f"{self.path} names no file as its transformers_weights")
         if not chosen.endswith(".index.json"):
             return [self._inside(chosen)], set()
         weights = read_object(self._inside(chosen)).get("weight_map")

@@ -21,16 +21,18 @@ from ..errors import CheckpointError
 from .files import one_line
 
 _LIMIT = 1 << 31
-_SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-)
+_SIZES = {
+    "num_hidden_layers": _LIMIT,
+    "hidden_size": _LIMIT,
+    "intermediate_size": _LIMIT,
+    "num_attention_heads": _LIMIT,
+    "num_key_value_heads": _LIMIT,
+    "head_dim": _LIMIT,
+    "vocab_size": _LIMIT,
+    "max_position_embeddings": _LIMIT,
+    "num_labels": 1 << 16,  # of a classifier: transformers makes a list of as many for every model
+}
+"""What each size must be below."""
 _QUANTISATIONS = ("quantization_config", "compression_config")
 
 
@@ -38,15 +40,15 @@ def check_values(path: Path, values: Mapping[str, Any]) -> None:
     """Check those values that are given, as a file has them; None stands for transformers' default.
 
     Raises:
-        CheckpointError: a size is not a whole number from 1 to 2^31 - 1, or the weights are quantised.
+        CheckpointError: a size is not a whole number within its limits, or the weights are quantised.
     """
     for name in _QUANTISATIONS:
         _refuse_quantisation(path, name, values.get(name))
-    for name in _SIZES:
+    for name, limit in _SIZES.items():
         value = values.get(name)
-        if value is not None and not (type(value) is int and 1 <= value < _LIMIT):
+        if value is not None and not (type(value) is int and 1 <= value < limit):
             raise CheckpointError(
-                f"{path} gives its {name} as {reprlib.repr(value)}; it must be a whole number from 1 to {_LIMIT - 1}"
+                f"{path} gives its {name} as {reprlib.repr(value)}; it must be a whole number from 1 to {limit - 1}"
             )
 
 
@@ -93,20 +95,16 @@ def check_rotary(path: Path, config: LlamaConfig) -> None:
     Raises:
         CheckpointError: transformers can't, finds no finite numbers, or rotates other than whole heads.
     """
+    said = reprlib.repr(config.rope_parameters)
     try:
+        if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(f"{path} rotates a part of each head, which is not supported: {said}")
         rotary = LlamaRotaryEmbedding(config)
         for last in (0, config.max_position_embeddings - 1):
             cos, sin = rotary(torch.zeros(1), torch.tensor([[0, last]]))
-            finite = bool(torch.isfinite(cos).all() and torch.isfinite(sin).all())
+            if cos.shape[-1] != config.head_dim or not (torch.isfinite(cos).all() and torch.isfinite(sin).all()):
+                raise ValueError(f"they are no {config.head_dim} finite numbers at position {last}")
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises whatever wrong parameters lead it to
-        raise CheckpointError(
-            f"the rotary positions of {path} can't be computed ({reprlib.repr(config.rope_parameters)}): "
-            f"{one_line(error)}"
-        ) from error
-    if not finite:
-        raise CheckpointError(f"the rotary positions of {path} are not finite: {reprlib.repr(config.rope_parameters)}")
-    if cos.shape[-1] != config.head_dim:
-        raise CheckpointError(
-            f"{path} rotates {cos.shape[-1]} of the {config.head_dim} numbers of each head; only whole heads are "
-            "supported"
-        )
+        raise CheckpointError(f"the rotary positions of {path} can't be computed: {one_line(error)}; {said}") from error
