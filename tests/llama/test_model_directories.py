@@ -169,7 +169,7 @@ def test_any_value_of_any_field_of_a_tokenizer_is_used_or_refused(directory: Pat
     checkpoint = open_checkpoint(str(directory))
     variants = ((change, as_json(other)) for change, other in every_change(json.loads(file.read_text())))
     used, refused = try_all(file, variants, lambda _directory: checkpoint.tokenizer())
-    assert used > 50
+    assert used > 20
     assert refused > 10
 
 
