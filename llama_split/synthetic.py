@@ -108,11 +108,19 @@ class RandomCheckpoint(Checkpoint):
     def stored_shape(self, name: str) -> tuple[int, ...]:
         return self.shape(name)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape = (stop - start, *self.shape(name)[1:])
-        if len(shape) == 1:  # a norm
-            return torch.ones(shape)
-        return self._numbers(name, start * shape[1], stop * shape[1]).view(shape)
+    def rows(self, name: str, start: int, stop: int, step: int = 1) -> torch.Tensor:
+        _, *width = self.shape(name)
+        if not width:  # a norm
+            return torch.ones(len(range(start, stop, step)))
+        if step == 1:
+            return self._numbers(name, start * width[0], stop * width[0]).view(-1, width[0])
+        return torch.cat([self.rows(name, row, row + 1) for row in range(start, stop, step)])
+
+    def _unreadable(self, name: str) -> None:
+        return None
+
+    def _stored_dtype(self) -> torch.dtype:
+        return torch.float32
 
     def _numbers(self, name: str, start: int, stop: int) -> torch.Tensor:
         """A tensor's numbers from ``start`` to ``stop``: the pool's, over and over, from a place of its own on."""

@@ -14,11 +14,17 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError
 from ..operations import Geometry
+from .files import one_line
+from .generation import check_generation_config
+from .soundness import check_config, check_rotary
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 LAYER_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
+
+_ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+_MLP = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
 
 BLOCK_NUMBERS = 1 << 20
 """How many numbers are read and converted at a time: 4 MiB in float32, however large the tensor is.
@@ -26,17 +32,21 @@ BLOCK_NUMBERS = 1 << 20
 torch joins its threads after each block, which is slow where they spin on busy cores: hence none much smaller.
 """
 
-_LAYER_PREFIX = re.compile(r"^model\.layers\.\d+\.")
+SAMPLED_ROWS = 16
+SAMPLED_NUMBERS = 1 << 15
+"""What a fingerprint reads of each matrix: so many rows, or as many as have so many numbers, if these are more."""
+
+_LAYER_PREFIX = re.compile(r"^model\.layers\.(0|[1-9][0-9]{0,9})\.")
+# What a linear layer or the embedding has beside its weight and bias: scales of a quantisation, parts of an adapter.
+_FOREIGN_PART = re.compile(
+    r"^(model\.embed_tokens|lm_head|model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj)"
+    r"\.(?!weight$|bias$)"
+)
 
 Key = TypeVar("Key")
 
 Progress = Callable[[int, int], None]
 """Called with how many tensors are loaded, of how many."""
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without line breaks; its type if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def layer_name(index: int, rest: str) -> str:
@@ -45,12 +55,25 @@ def layer_name(index: int, rest: str) -> str:
 
 
 class Checkpoint(ABC):
-    """A model's files."""
+    """A model's files, found to hold all that their configuration asks for.
+
+    A subclass must be able to describe its tensors before it calls this ``__init__``.
+
+    Raises:
+        CheckpointError: the configuration describes no Llama that can be computed; or a tensor is missing, of another
+            shape than the configuration says, or stored in a way that can't be read.
+    """
 
     def __init__(self, path: Path, config: LlamaConfig) -> None:
         self.path = path
         self.config = config
+        check_config(path, config)
         self.geometry = Geometry.of(config)
+        self._check_layers()
+        self._check_parts()
+        self._check(self.parameters())
+        check_rotary(path, config)
+        self.dtype = self._stored_dtype() if config.dtype is None else config.dtype
 
     @property
     @abstractmethod
@@ -62,11 +85,19 @@ class Checkpoint(ABC):
         """The shape that a parameter has in the files; nothing of it is read."""
 
     @abstractmethod
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int, step: int = 1) -> torch.Tensor:
         """Rows (of a vector: elements) of one parameter as they are stored (float32 if that was quantised).
 
         The result may be a view of the file: whoever keeps it copies it.
         """
+
+    @abstractmethod
+    def _unreadable(self, name: str) -> str | None:
+        """Why a stored parameter can't be read as the numbers that the model was made with; None if it can."""
+
+    @abstractmethod
+    def _stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights in the files, where the configuration names none."""
 
     @abstractmethod
     def _load_tokenizer(self) -> PreTrainedTokenizerBase: ...
@@ -83,7 +114,11 @@ class Checkpoint(ABC):
         """
         try:
             return self._load_tokenizer()
-        except Exception as error:  # transformers raises whatever a wrong file leads it to
+        except CheckpointError:
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever a wrong file leads transformers to; a panic of Rust is no Exception
             raise CheckpointError(f"the tokenizer of {self.path} can't be used: {one_line(error)}") from error
 
     def load(
@@ -128,6 +163,22 @@ class Checkpoint(ABC):
                     progress(count, total)
         return loaded
 
+    def _check_layers(self) -> None:
+        """Compare numbers of layers before a list of as many names is made."""
+        found = {match[1] for match in map(_LAYER_PREFIX.match, self.names) if match}
+        if len(found) < self.geometry.layers:
+            raise CheckpointError(
+                f"{self.path} holds {len(found)} layers; by its configuration there are {self.geometry.layers}"
+            )
+
+    def _check_parts(self) -> None:
+        foreign = min(filter(_FOREIGN_PART.match, self.names), default=None)
+        if foreign is not None:
+            raise CheckpointError(
+                f"{self.path} holds {foreign}, a part of a quantised weight or of an adapter, and these are not "
+                "supported: use the unquantised model (or a GGUF file), with adapters merged"
+            )
+
     def _check(self, names: Iterable[str]) -> None:
         wanted = list(names)
         present = self.names
@@ -140,6 +191,9 @@ class Checkpoint(ABC):
                     f"{self.path} has {name} of shape {list(self.stored_shape(name))}; by its configuration it is "
                     f"{list(self.shape(name))}"
                 )
+            reason = self._unreadable(name)
+            if reason is not None:
+                raise CheckpointError(f"{self.path} has {name} as {reason}")
 
     def _stacked_shape(self, key: object, group: Sequence[str]) -> tuple[int, ...]:
         shapes = [self.shape(name) for name in group]
@@ -156,16 +210,42 @@ class Checkpoint(ABC):
             destination[start:stop].copy_(self.rows(name, start, stop))
 
     def lm_head_name(self) -> str:
-        """The output matrix's name: the embedding's if the two are tied."""
-        return EMBEDDING if self.config.tie_word_embeddings else LM_HEAD
+        """The output matrix's name: the embedding's if the two are tied and the files hold no matrix of its own."""
+        return EMBEDDING if self.config.tie_word_embeddings and LM_HEAD not in self.names else LM_HEAD
+
+    def matrices(self) -> list[str]:
+        """Every matrix that the model computes with, and every bias; a tied output matrix is the embedding again."""
+        biased = [*(_ATTENTION if self.config.attention_bias else ()), *(_MLP if self.config.mlp_bias else ())]
+        parts = [*(f"{part}.weight" for part in (*_ATTENTION, *_MLP)), *(f"{part}.bias" for part in biased)]
+        return [
+            EMBEDDING,
+            self.lm_head_name(),
+            *(layer_name(index, part) for index in range(self.geometry.layers) for part in parts),
+        ]
+
+    def norms(self) -> list[str]:
+        """The weights of every norm."""
+        return [FINAL_NORM, *(layer_name(index, norm) for index in range(self.geometry.layers) for norm in LAYER_NORMS)]
+
+    def parameters(self) -> list[str]:
+        """Every parameter of the model."""
+        return [*self.matrices(), *self.norms()]
 
     def generation_config(self) -> GenerationConfig:
         """How the model's makers want it to generate: its end tokens, above all.
 
         Raises:
-            CheckpointError: the file that says so can't be used.
+            CheckpointError: what says so can't be used.
         """
-        return GenerationConfig.from_model_config(self.config)
+        return check_generation_config(self.path, self._load_generation_config(), self.geometry.vocab)
+
+    def _load_generation_config(self) -> GenerationConfig:
+        try:
+            return GenerationConfig.from_model_config(self.config)
+        except Exception as error:  # transformers raises whatever wrong values lead it to
+            raise CheckpointError(
+                f"the configuration of {self.path} can't be used for generation: {one_line(error)}"
+            ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape that a parameter must have by the configuration."""
@@ -190,20 +270,26 @@ class Checkpoint(ABC):
         return shapes[within_layer]
 
     def fingerprint(self) -> str:
-        """Names the model whatever its file format: a digest of its sizes, its norms and a row of each layer.
+        """Names the model whatever its file format: a digest of its sizes, its norms and rows of every matrix.
 
-        Two checkpoints of one model at different quantisations differ, and so do two that describe the same scaling
-        of rotary positions in different terms.
+        Norms, biases and small matrices count whole, of a larger matrix rows at equal distances, the last one among
+        them. So what changes a whole matrix is seen, as fine-tuning and merging an adapter do. A change to rows between
+        these is not seen. Two checkpoints of one model at different quantisations differ, and so do two that describe
+        the same scaling of rotary positions in different terms.
         """
         digest = hashlib.sha256(repr((self.geometry, self._arithmetic())).encode())
-        layers = range(self.geometry.layers)
-        norms = [layer_name(index, norm) for index in layers for norm in LAYER_NORMS]
-        rows = [layer_name(index, "mlp.down_proj.weight") for index in layers]
-        for name in [FINAL_NORM, *norms]:
+        for name in self.norms():
             digest.update(self.read(name).to(torch.float32).numpy().tobytes())
-        for name in [EMBEDDING, *rows]:
-            digest.update(self.rows(name, 0, 1).to(torch.float32).numpy().tobytes())
+        for name in self.matrices():
+            digest.update(self._sample(name).to(torch.float32).numpy().tobytes())
         return digest.hexdigest()[:32]
+
+    def _sample(self, name: str) -> torch.Tensor:
+        """Rows of a matrix at equal distances, up to the last one; all of a vector."""
+        rows, *width = self.shape(name)
+        wanted = max(SAMPLED_ROWS, SAMPLED_NUMBERS // width[0]) if width else rows
+        step = -(-rows // wanted)
+        return self.rows(name, (rows - 1) % step, rows, step)
 
     def _arithmetic(self) -> list[tuple[str, str]]:
         """What the configuration says beside sizes, with numbers as exact as every file format keeps them."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError
-from .base import EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint, layer_name, one_line
+from .base import EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint, layer_name
+from .files import check_file, check_tokenizer_files, one_line
 from .gguf_file import GgufFile, SkippedArray, StoredTensor
 from .gguf_rope import FREQUENCY_FACTORS, rope_parameters
+from .soundness import check_values
 
 _GLOBAL_NAMES = {
     "token_embd.weight": EMBEDDING,
@@ -31,6 +35,9 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,9})\.([a-z_]+)\.(weight|bias)")
+_ENDS = ("eos", "eot", "eom")
+"""Of a text, of a turn, of a message: each ends a generation."""
 # Dequantising makes several temporary arrays of this many numbers; at this size they stay in a core's cache.
 _NUMBERS_AT_ONCE = 1 << 16
 
@@ -39,15 +46,18 @@ class GgufCheckpoint(Checkpoint):
     """One GGUF file of a Llama, of any quantisation that the gguf package can undo.
 
     Raises:
-        CheckpointError: it is not readable, no Llama, or scales rotary positions in a way that is not known.
+        CheckpointError: it is not readable, one part of several, no Llama, or scales rotary positions in a way that is
+            not known; or as ``Checkpoint``.
     """
 
     def __init__(self, path: Path) -> None:
+        check_file(path)
         try:
             self._file = GgufFile(path)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is no readable GGUF file: {one_line(error)}") from error
         self.path = path
+        self._refuse_part()
         self._tensors = {self._translate(name): tensor for name, tensor in self._file.tensors.items()}
         super().__init__(path, self._read_config())
 
@@ -56,10 +66,19 @@ class GgufCheckpoint(Checkpoint):
         """The name that transformers gives a GGUF tensor; one that it does not have stays as it is."""
         if name in _GLOBAL_NAMES:
             return _GLOBAL_NAMES[name]
-        parts = name.split(".")
-        if len(parts) == 4 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in _LAYER_NAMES:
-            return layer_name(int(parts[1]), f"{_LAYER_NAMES[parts[2]]}.{parts[3]}")
+        found = _LAYER_TENSOR.fullmatch(name)
+        if found is not None and found[2] in _LAYER_NAMES:
+            return layer_name(int(found[1]), f"{_LAYER_NAMES[found[2]]}.{found[3]}")
         return name
+
+    def _refuse_part(self) -> None:
+        parts, before = self._file.fields.get("split.count", 1), self._file.fields.get("split.no", 0)
+        if parts != 1:
+            number = before + 1 if isinstance(before, int) else before
+            raise CheckpointError(
+                f"{self.path} is part {number} of {parts} of a split GGUF file: join them with "
+                "`llama-gguf-split --merge`"
+            )
 
     def _field(self, name: str, default: Any = None) -> Any:
         value = self._file.fields.get(name, default)
@@ -80,26 +99,30 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path} holds a mixture of experts; only dense Llama models are supported")
         try:
             heads = field("llama.attention.head_count")
-            hidden = field("llama.embedding_length")
             context = field("llama.context_length")
-            head_dim = self._head_dim(hidden // heads)
+            sizes = {
+                "num_hidden_layers": field("llama.block_count"),
+                "max_position_embeddings": context,
+                "hidden_size": field("llama.embedding_length"),
+                "intermediate_size": field("llama.feed_forward_length"),
+                "num_attention_heads": heads,
+                "num_key_value_heads": field("llama.attention.head_count_kv", heads),
+                "vocab_size": self._tensors[EMBEDDING].shape[0],
+            }
+            check_values(self.path, sizes)
+            head_dim = self._head_dim(sizes["hidden_size"] // heads)
+            check_values(self.path, {"head_dim": head_dim})
             return LlamaConfig(
-                num_hidden_layers=field("llama.block_count"),
-                max_position_embeddings=context,
-                hidden_size=hidden,
-                intermediate_size=field("llama.feed_forward_length"),
-                num_attention_heads=heads,
-                num_key_value_heads=field("llama.attention.head_count_kv", heads),
+                **sizes,
                 head_dim=head_dim,
                 rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
                 rope_parameters=rope_parameters(self.path, field, self._frequency_factors(), head_dim, context),
-                vocab_size=self._tensors[EMBEDDING].shape[0],
                 bos_token_id=field("tokenizer.ggml.bos_token_id"),
                 eos_token_id=field("tokenizer.ggml.eos_token_id"),
                 pad_token_id=field("tokenizer.ggml.padding_token_id"),
                 unk_token_id=field("tokenizer.ggml.unknown_token_id"),
-                attention_bias=layer_name(0, "self_attn.q_proj.bias") in self._tensors,
-                mlp_bias=layer_name(0, "mlp.gate_proj.bias") in self._tensors,
+                attention_bias=self._has_bias("self_attn"),
+                mlp_bias=self._has_bias("mlp"),
                 tie_word_embeddings=LM_HEAD not in self._tensors,
             )
         except CheckpointError:
@@ -108,6 +131,10 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self.path} describes its Llama incompletely or wrongly: {one_line(error)}"
             ) from error
+
+    def _has_bias(self, part: str) -> bool:
+        """Whether any linear layer of this part of a layer has one: transformers knows all of them or none."""
+        return any(f".{part}." in name and name.endswith("_proj.bias") for name in self._tensors)
 
     def _head_dim(self, default: int) -> int:
         """The width of a head, all of which is rotated."""
@@ -131,10 +158,10 @@ class GgufCheckpoint(Checkpoint):
     def stored_shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int, step: int = 1) -> torch.Tensor:
         stored = self._tensors[name]
         data = self._file.rows(stored)
-        order = self._rows_in_file(name, start, stop)
+        order = self._rows_in_file(name, start, stop, step)
         if len(stored.shape) == 1:  # a vector is short, and one row of the file
             values = self._dequantised(name, data).reshape(-1)[order]
         else:
@@ -142,11 +169,11 @@ class GgufCheckpoint(Checkpoint):
         self._file.let_go(stored)
         return torch.from_numpy(values)
 
-    def _rows_in_file(self, name: str, start: int, stop: int) -> Any:
+    def _rows_in_file(self, name: str, start: int, stop: int, step: int) -> Any:
         """Where the file has these rows: it keeps each rotary pair adjacent, transformers half a head apart."""
         if ".q_proj." not in name and ".k_proj." not in name:
-            return slice(start, stop)
-        rows, half = np.arange(start, stop), self.geometry.head_dim // 2
+            return slice(start, stop, step)
+        rows, half = np.arange(start, stop, step), self.geometry.head_dim // 2
         head, within = np.divmod(rows, 2 * half)
         return head * 2 * half + within % half * 2 + within // half
 
@@ -160,19 +187,33 @@ class GgufCheckpoint(Checkpoint):
         for start in range(0, len(data), step):
             # As one long row: of more rows the gguf package takes sixteen at a time, which is slow if they are short.
             block = data[start : start + step].reshape(1, -1)
-            try:
-                values[start : start + step] = gguf.dequantize(block, stored.kind).reshape(-1, stored.shape[-1])
-            except NotImplementedError as error:
-                raise CheckpointError(
-                    f"{self.path} has {name} as {stored.kind.name}, which the gguf package can't read; "
-                    f"it reads {', '.join(_readable())}"
-                ) from error
+            values[start : start + step] = gguf.dequantize(block, stored.kind).reshape(-1, stored.shape[-1])
         return values
 
+    def _unreadable(self, name: str) -> str | None:
+        kind, readable = self._tensors[name].kind.name, _readable()
+        if kind in readable:
+            return None
+        return f"{kind}, which the gguf package can't read; it reads {', '.join(readable)}"
+
+    def _stored_dtype(self) -> torch.dtype:
+        """What dequantising gives."""
+        return torch.float32
+
+    def _load_generation_config(self) -> GenerationConfig:
+        found = super()._load_generation_config()
+        named = (self._field(f"tokenizer.ggml.{end}_token_id") for end in _ENDS)
+        ends = list(dict.fromkeys(end for end in named if end is not None))
+        if len(ends) > 1:
+            found.eos_token_id = ends
+        return found
+
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        check_tokenizer_files(self.path.parent)
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
 
 
+@cache
 def _readable() -> list[str]:
     """The kinds of quantisation that the installed gguf package can undo, by trying each on a block of zeros."""
     names = []

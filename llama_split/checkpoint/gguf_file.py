@@ -63,7 +63,7 @@ class GgufFile:
         self.tensors: dict[str, StoredTensor] = {}
         try:
             _Parser(self._data).parse(self.fields, self.tensors)
-        except struct.error as error:
+        except (struct.error, OverflowError) as error:  # a position behind the end, or beyond what positions can be
             raise ValueError("it ends within its header") from error
         self._bytes = np.frombuffer(self._data, np.uint8)
 
@@ -136,13 +136,14 @@ class _Parser:
     def _step_over_array(self, kind: gguf.GGUFValueType, count: int) -> None:
         if kind is gguf.GGUFValueType.ARRAY:
             raise ValueError("it has arrays of arrays")
-        if kind is not gguf.GGUFValueType.STRING:
-            self._position += count * struct.calcsize(f"<{_KINDS[kind]}")
-            return
         position, data, length_at = self._position, self._data, _LENGTH.unpack_from
-        for _ in range(count):  # a vocabulary has hundreds of thousands: nothing but the step is made here
-            position += 8 + length_at(data, position)[0]
+        if kind is not gguf.GGUFValueType.STRING:
+            position += count * struct.calcsize(f"<{_KINDS[kind]}")
+        else:
+            for _ in range(count):  # a vocabulary has hundreds of thousands: nothing but the step is made here
+                position += 8 + length_at(data, position)[0]
         self._position = position
+        self._take(0)
 
     def _tensor(self, name: str) -> StoredTensor:
         dimensions = self._number("I")

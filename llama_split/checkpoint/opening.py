@@ -6,12 +6,15 @@ import contextlib
 from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig
-from transformers.activations import ACT2FN
 
 from ..errors import CheckpointError
-from .base import Checkpoint, one_line
+from .base import Checkpoint
+from .files import one_line, read_object
 from .gguf import GgufCheckpoint
 from .safetensors import SafetensorsCheckpoint
+from .soundness import check_values
+
+_CONFIG = "config.json"
 
 
 def open_checkpoint(path_or_hub_id: str, gguf_file: str | None = None) -> Checkpoint:
@@ -21,47 +24,49 @@ def open_checkpoint(path_or_hub_id: str, gguf_file: str | None = None) -> Checkp
         CheckpointError: it is not there, not readable, or no Llama.
     """
     try:
-        checkpoint = _open(path_or_hub_id, gguf_file)
-    except (OSError, RuntimeError) as error:
+        return _open(path_or_hub_id, gguf_file)
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"the model at {path_or_hub_id!r} can't be read: {one_line(error)}") from error
-    if checkpoint.config.hidden_act not in ACT2FN:
-        raise CheckpointError(f"{checkpoint.path} has the unknown activation {checkpoint.config.hidden_act!r}")
-    return checkpoint
 
 
 def _open(path_or_hub_id: str, gguf_file: str | None) -> Checkpoint:
     path = Path(path_or_hub_id).expanduser()
     if not path.exists():
         path = _fetch(path_or_hub_id, gguf_file)
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is neither a directory nor a .gguf file")
         return GgufCheckpoint(path)
     if gguf_file is None and not any(path.glob("*.safetensors")):
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one ({files[0].name}, …)")
-        gguf_file = files[0].name if files else None
+        gguf_file = _only_gguf_file(path)
     if gguf_file is not None:
-        if not (path / gguf_file).is_file():
+        if not (path / gguf_file).exists():
             raise CheckpointError(f"{path} holds no file {gguf_file}")
         return GgufCheckpoint(path / gguf_file)
     return SafetensorsCheckpoint(path, _read_config(path))
 
 
+def _only_gguf_file(path: Path) -> str | None:
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one ({files[0].name}, …)")
+    return files[0].name if files else None
+
+
 def _read_config(path: Path) -> LlamaConfig:
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} holds neither config.json nor a .gguf file: is it a model's directory?")
+    if not (path / _CONFIG).exists():
+        raise CheckpointError(f"{path} holds neither {_CONFIG} nor a .gguf file: is it a model's directory?")
+    values = read_object(path / _CONFIG)
+    if values.get("model_type") == LlamaConfig.model_type:
+        check_values(path, values)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a wrong file leads it to
-        raise CheckpointError(f"the config.json in {path} can't be used: {one_line(error)}") from error
+        raise CheckpointError(f"the {_CONFIG} in {path} can't be used: {one_line(error)}") from error
     if type(config) is not LlamaConfig:
         raise CheckpointError(
             f"{path} holds a model of type {config.model_type!r}; only Llama models (model_type llama) are supported"
         )
-    if not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} holds no safetensors files: save the model with save_pretrained first")
     return config
 
 

@@ -84,6 +84,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         worker: str,
         mode: str | Mode = Mode.FUSED,
         dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
         wire_dtype: str | torch.dtype | None = None,
         gguf_file: str | None = None,
         arena_bytes: int | None = None,
@@ -100,9 +101,10 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         """Load this side's weights and connect to the worker, which must serve the same model.
 
         The model is a directory, a GGUF file, a hub id, or a ``Checkpoint`` that is open already.
-        ``worker`` is its address, ``dtype`` that of weights and arithmetic (default: the checkpoint's, float32 for
-        GGUF), ``wire_dtype`` that of the activations that cross (default: the same), ``arena_bytes`` the size of each
-        direction's arena (default: by the model's shape), ``timeout_s`` the longest that one call may take;
+        ``worker`` is its address, ``dtype`` that of weights and arithmetic (default, and "auto": the checkpoint's,
+        float32 for GGUF; ``torch_dtype`` is its former name), ``wire_dtype`` that of the activations that cross
+        (default: the same), ``arena_bytes`` the size of each direction's arena (default: by the model's shape),
+        ``timeout_s`` the longest that one call may take;
         ``channel``, ``spin_us`` and ``snapshot`` are those of ``shmtransport.Client``. With ``reconnect`` a worker
         that dies is connected to again, a bounded number of times, and a generation goes on with the same tokens;
         before each try ``revive`` is called, which may start the worker anew. In ``op`` and ``fused`` a prompt may go
@@ -121,7 +123,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         config = checkpoint.config
         mode = parse_mode(mode)
         check_pipeline(pipeline, mode)
-        compute = parse_dtype(dtype if dtype is not None else getattr(config, "dtype", None) or torch.float32)
+        dtype = torch_dtype if dtype is None else dtype
+        compute = parse_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
         config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama_split.checkpoint.base
-from llama_split import CheckpointError
+from llama_split import CheckpointError, SplitLlamaForCausalLM, WorkerMismatch
 from llama_split.checkpoint import (
     EMBEDDING,
     FINAL_NORM,
@@ -21,11 +22,12 @@ from llama_split.checkpoint import (
     SafetensorsCheckpoint,
     open_checkpoint,
 )
+from llama_split.checkpoint.base import SAMPLED_NUMBERS, SAMPLED_ROWS
 from llama_split.operations import Mode
 from llama_split.trusted.model import TrustedPart
 from llama_split.worker.kernels import Weights
 
-from .conftest import Small
+from .conftest import Small, worker_in_thread
 
 CPU = torch.device("cpu")
 
@@ -76,9 +78,9 @@ class Recording(SafetensorsCheckpoint):
         super().__init__(path, config)
         self.read_rows: dict[str, list[int]] = {}
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        self.read_rows.setdefault(name, []).extend(range(start, stop))
-        return super().rows(name, start, stop)
+    def rows(self, name: str, start: int, stop: int, step: int = 1) -> torch.Tensor:
+        self.read_rows.setdefault(name, []).extend(range(start, stop, step))
+        return super().rows(name, start, stop, step)
 
     def assert_each_row_was_read_once(self) -> None:
         for name, rows in self.read_rows.items():
@@ -115,13 +117,62 @@ def test_the_worker_reads_each_of_its_tensors_once_and_the_embedding_only_if_tie
     checkpoint.assert_each_row_was_read_once()
 
 
-def test_a_fingerprint_reads_norms_and_single_rows_only(plain: Small) -> None:
-    """Telling models apart costs no second reading of the weights."""
+def test_a_fingerprint_reads_some_rows_of_every_matrix(plain: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Telling models apart costs no second reading of the weights, and leaves no matrix out."""
+    monkeypatch.setattr(llama_split.checkpoint.base, "SAMPLED_NUMBERS", 1)
     checkpoint = Recording(plain.path, open_checkpoint(str(plain.path)).config)
     checkpoint.fingerprint()
-    matrices = {name: rows for name, rows in checkpoint.read_rows.items() if "norm" not in name}
-    assert len(matrices) == 1 + checkpoint.geometry.layers
-    assert all(rows == [0] for rows in matrices.values())
+    assert set(checkpoint.read_rows) == needed(checkpoint)
+    for name, rows in checkpoint.read_rows.items():
+        count = checkpoint.shape(name)[0]
+        if "norm" in name:
+            assert rows == list(range(count))
+        else:
+            assert 8 < len(rows) <= SAMPLED_ROWS
+            assert rows[-1] == count - 1
+            assert len({after - before for before, after in itertools.pairwise(rows)}) == 1
+
+
+def changed(small: Small, directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a model with other weights in its file."""
+    shutil.copytree(small.path, directory, dirs_exist_ok=True)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("sampled_numbers", [1, SAMPLED_NUMBERS])
+def test_a_change_to_any_one_matrix_changes_the_fingerprint(
+    save_small: Callable[..., Small], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled_numbers: int
+) -> None:
+    """Every matrix and bias counts: a merged adapter of rank one is seen, whichever matrix it was merged into."""
+    monkeypatch.setattr(llama_split.checkpoint.base, "SAMPLED_NUMBERS", sampled_numbers)
+    small = save_small(seed=8, attention_bias=True, mlp_bias=True, num_hidden_layers=2)
+    expected = open_checkpoint(str(small.path)).fingerprint()
+    generator = torch.Generator().manual_seed(1)
+    for name in sorted(needed(open_checkpoint(str(small.path)))):
+
+        def merge(tensors: dict[str, torch.Tensor], name: str = name) -> None:
+            rows, *width = tensors[name].shape
+            change = torch.randn(rows, 1, generator=generator) @ torch.randn(1, *(width or [1]), generator=generator)
+            tensors[name] += 1e-3 * change.view(tensors[name].shape)
+
+        other = open_checkpoint(str(changed(small, tmp_path, merge)))
+        assert other.fingerprint() != expected, name
+
+
+def test_a_worker_with_an_adapter_merged_is_refused(plain: Small, tmp_path: Path) -> None:
+    """A worker whose query matrices alone are others serves another model."""
+
+    def merge(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.q_proj.weight"] *= 1.001
+
+    with (
+        worker_in_thread(changed(plain, tmp_path, merge)) as worker,
+        pytest.raises(WorkerMismatch, match="other weights"),
+    ):
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -250,12 +251,8 @@ def test_a_quantisation_that_can_not_be_undone_is_refused_with_those_that_can(tm
         data = np.zeros((96, 64 // block * block_bytes), np.uint8)
         writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=UNREADABLE)
 
-    checkpoint = open_checkpoint(
-        str(as_gguf(random_llama(), tmp_path / "model.gguf", more=add, leave_out="blk.0.ffn_up"))
-    )
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj.*Q8_1.*Q4_K") as caught:
-        checkpoint.load(["model.layers.0.mlp.up_proj.weight"], torch.float32, CPU)
-    assert "\n" not in str(caught.value)
+    text = refusal(as_gguf(random_llama(), tmp_path / "model.gguf", more=add, leave_out="blk.0.ffn_up"))
+    assert re.search(r"layers\.0\.mlp\.up_proj.*Q8_1.*Q4_K", text)
 
 
 def test_a_vocabulary_is_stepped_over(tmp_path: Path) -> None:

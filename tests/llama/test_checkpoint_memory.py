@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_split.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
 from llama_split.synthetic import RandomCheckpoint
+
+from .test_checkpoint_gguf import as_gguf
 
 MIB = 1 << 20
 ROWS, WIDTH = 32768, 1024
@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "head_dim": 128,
+    "tie_word_embeddings": True,
 }
 
 # Prints this process's peak of resident memory, of every kind, before and after loading, in KiB.
@@ -64,40 +65,22 @@ def growth_of_peak(action: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
-def safetensors(directory: Path) -> Checkpoint:
-    """A model in float32, of which no more than the embedding is there."""
-    from safetensors.torch import save_file
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """A model that is little more than its embedding."""
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
-    config = LlamaConfig(**SIZES)
-    config.save_pretrained(directory)
-    save_file({EMBEDDING: torch.ones(ROWS, WIDTH)}, directory / "model.safetensors", {"format": "pt"})
+
+def safetensors(model: LlamaForCausalLM, directory: Path) -> Checkpoint:
+    model.save_pretrained(directory)
     return open_checkpoint(str(directory))
 
 
-def as_kind(kind: Kind) -> Callable[[Path], Checkpoint]:
-    """A model's GGUF file, of which no more than the embedding is there."""
-
-    def make(directory: Path) -> Checkpoint:
-        path = directory / "model.gguf"
-        writer = gguf.GGUFWriter(str(path), "llama")
-        writer.add_block_count(1)
-        writer.add_context_length(64)
-        writer.add_embedding_length(WIDTH)
-        writer.add_feed_forward_length(64)
-        writer.add_head_count(8)
-        writer.add_layer_norm_rms_eps(1e-5)
-        data = np.ones((ROWS, gguf.quant_shape_to_byte_shape((ROWS, WIDTH), kind)[1]), np.uint8)
-        writer.add_tensor("token_embd.weight", data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return open_checkpoint(str(path))
-
-    return make
+def as_kind(kind: Kind) -> Callable[[LlamaForCausalLM, Path], Checkpoint]:
+    return lambda model, directory: open_checkpoint(str(as_gguf(model, directory / "model.gguf", kind=kind)))
 
 
-def random_weights(_directory: Path) -> Checkpoint:
+def random_weights(_model: LlamaForCausalLM, _directory: Path) -> Checkpoint:
     return RandomCheckpoint("llama-3.2-1b", **SIZES)
 
 
@@ -110,9 +93,11 @@ def random_weights(_directory: Path) -> Checkpoint:
         pytest.param(random_weights, id="random weights"),
     ],
 )
-def test_loading_holds_little_beside_the_result(make: Callable[[Path], Checkpoint], tmp_path: Path) -> None:
+def test_loading_holds_little_beside_the_result(
+    make: Callable[[LlamaForCausalLM, Path], Checkpoint], model: LlamaForCausalLM, tmp_path: Path
+) -> None:
     """Neither a float32 copy nor the file's own pages stay in memory beside a large matrix in bfloat16."""
-    checkpoint = make(tmp_path)
+    checkpoint = make(model, tmp_path)
     grown = growth_of_peak(lambda: checkpoint.load([EMBEDDING], torch.bfloat16, torch.device("cpu")))
     assert RESULT_BYTES // 2 < grown < RESULT_BYTES + BESIDE_BYTES
 
