@@ -18,7 +18,6 @@ from torch import nn
 from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
@@ -32,6 +31,7 @@ from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder
 from ..errors import UnsupportedBySplit
 from ..operations import Mode
 from ..steps import Memory, Steps, run
+from ..transformers_versions import CACHE_NAME, CACHE_NAMES, keep_logits, only_cache
 from .cache import RemoteCache
 from .forwards import KeptForwards, Tokens
 from .link import WorkerLink
@@ -156,6 +156,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             UnsupportedBySplit: a ``cache_implementation`` where the worker keeps the KV, or an output that this split
                 does not have.
         """
+        cache = only_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         try:
             return super().generate(*arguments, **kwargs)
         finally:
@@ -182,8 +185,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV"
             )
         uses_cache = generation_config.use_cache is not False
-        if named is None and uses_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
+        if named is None and uses_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = self.new_cache(max_cache_length)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -201,9 +204,12 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As ``LlamaForCausalLM.forward``: logits [B, T or ``logits_to_keep``, V].
+
+        The KV cache is taken by each of transformers' names for it.
 
         Raises:
             UnsupportedBySplit: gradients are asked for, or hidden states or attentions that this split does not have.
@@ -214,7 +220,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self._refuse_gradients(source)
         shown = self._outputs(output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = past_key_values
+        cache = only_cache(past_key_values=past_key_values, cache=cache)
         if cache is None and (use_cache or self.mode.worker_keeps_kv):
             cache = self.new_cache()
         if position_ids is None:
@@ -232,9 +238,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache else None,
             hidden_states=shown.hidden_states(),
             attentions=None if shown.attentions is None else tuple(shown.attentions),
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
     def statistics(self) -> Statistics:
@@ -284,9 +290,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             config=config,
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
             allow_is_causal_skip=len(parts) == 1,
+            **{CACHE_NAME: cache},
         )
         past = 0 if cache is None else cache.get_seq_length()
         context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
@@ -332,14 +338,13 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         last = logits_to_keep if isinstance(logits_to_keep, int) else 0
         wanted = min(last or source.shape[1], source.shape[1])
         logits = self._kept.stack(tokens, cache, wanted)
-        kept: torch.Tensor = slice_logits_to_keep(logits, logits_to_keep)
-        return kept
+        return keep_logits(logits, logits_to_keep)
 
     def _logits(self, hidden_BTD: torch.Tensor, logits_to_keep: int | torch.Tensor, shown: Shown) -> torch.Tensor:
         norm = cast("RMSNorm", self.model.norm)
         if shown.wants_hidden:
             shown.replace_last(norm(hidden_BTD, Memory(hidden_BTD.device, self.dtype)))
-        return self._remote.lm_head(norm(slice_logits_to_keep(hidden_BTD, logits_to_keep), self._remote))
+        return self._remote.lm_head(norm(keep_logits(hidden_BTD, logits_to_keep), self._remote))
 
     def _attention(self, weights: list[torch.Tensor] | None) -> Attention:
         if self.mode is Mode.OP:

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
+from llama_split.transformers_versions import CACHE_NAME
 
 from .conftest import Small, Worker, worker_in_thread
 from .prompts import SHARED, padded_prompts, prompt, single_prompt
@@ -61,17 +62,17 @@ def test_a_cache_of_a_direct_call_may_be_continued_and_edited(plain: Small, plai
     """Reordered, repeated, cropped and selected, a cache gives the logits that a dynamic one gives."""
 
     def run(model: LlamaForCausalLM, cache: Any) -> Iterator[torch.Tensor]:
-        cache = model(prompt(9, batch=3), past_key_values=cache, use_cache=True).past_key_values
+        cache = model(prompt(9, batch=3), **{CACHE_NAME: cache}, use_cache=True).past_key_values
         cache.reorder_cache(torch.tensor([2, 0, 0]))
-        yield model(prompt(4, batch=3, seed=2), past_key_values=cache).logits
+        yield model(prompt(4, batch=3, seed=2), **{CACHE_NAME: cache}).logits
         cache.crop(-3)
-        yield model(prompt(1, batch=3, seed=3), past_key_values=cache).logits
+        yield model(prompt(1, batch=3, seed=3), **{CACHE_NAME: cache}).logits
         cache.batch_repeat_interleave(2)
         cache.crop(-1)
-        yield model(prompt(2, batch=6, seed=4), past_key_values=cache).logits
+        yield model(prompt(2, batch=6, seed=4), **{CACHE_NAME: cache}).logits
         cache.batch_select_indices(torch.tensor([5, 1]))
         cache.reorder_cache(torch.tensor([1, 0]))
-        yield model(prompt(2, batch=2, seed=5), past_key_values=cache).logits
+        yield model(prompt(2, batch=2, seed=5), **{CACHE_NAME: cache}).logits
 
     with torch.inference_mode():
         for found, expected in zip(run(plain_split, None), run(plain.unsplit, DynamicCache()), strict=True):
