@@ -24,6 +24,7 @@ from .link import Link, LinkOptions, check_options
 from .message import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
 from .protocol import PendingReply
 from .statistics import Counters, Statistics
+from .uncompiled import uncompiled
 from .units import MIB
 
 logger = logging.getLogger("shmtransport")
@@ -33,6 +34,7 @@ _WATCH_SLICE_S = 0.25  # how soon a dead server is noticed while waiting for a r
 _SEND_SLICE_S = 0.05  # how soon a full queue is tried again where nothing tells that it has room
 
 
+@uncompiled
 class ClientBase:
     """What the blocking and the asyncio client share: options, arenas, statistics, and how a connection ends."""
 
@@ -137,6 +139,7 @@ class ClientBase:
         )
 
 
+@uncompiled
 class Client(ClientBase):
     """A connection to a ``Server`` on this machine.
 

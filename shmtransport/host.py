@@ -23,6 +23,7 @@ from .message import DEFAULT_MAX_MESSAGE_BYTES, MIN_MESSAGE_BYTES, Goodbye, Mess
 from .protocol import Call, ServerProtocol
 from .segment import shared_memory_bytes
 from .statistics import Counters, Statistics
+from .uncompiled import uncompiled
 from .units import size_text
 
 logger = logging.getLogger("shmtransport")
@@ -54,6 +55,7 @@ class Arrival(msgspec.Struct):
     call: Call
 
 
+@uncompiled
 class Host:
     """Base of the two servers; see ``Server`` for the options."""
 

@@ -41,6 +41,7 @@ from .message import (
     unpack,
 )
 from .statistics import Counters
+from .uncompiled import uncompiled
 
 HANDLER = "handler"
 _ARGUMENT_DEPTH = 2  # an argument lies in the list of arguments, which lies in the message
@@ -175,6 +176,7 @@ class Codec:
         counters.serialize_seconds += perf_counter() - started
 
 
+@uncompiled
 class PendingReply:
     """The client's handle on a call in flight; made by ``Client.submit``."""
 

@@ -15,6 +15,7 @@ LEVELS: dict[str, int] = {
     "errors": 0,
     "version": 0,
     "units": 0,
+    "uncompiled": 0,
     "statistics": 1,
     "layout": 1,
     "dtypes": 1,

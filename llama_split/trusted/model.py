@@ -8,14 +8,16 @@ Shape suffixes: B batch, T tokens, N tokens whose logits are asked for, D hidden
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel
+from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -25,7 +27,7 @@ from shmtransport import ChannelKind, Client, Statistics
 
 from ..attention import Attention, EagerAttention, RemoteAttention, SdpaAttention
 from ..cache import GrowingCache
-from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name, open_checkpoint
+from ..checkpoint import Checkpoint, Progress, open_checkpoint
 from ..config import check_pipeline, default_arena_bytes, parse_dtype, parse_mode
 from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder
 from ..errors import UnsupportedBySplit
@@ -34,46 +36,35 @@ from ..steps import Memory, Steps, run
 from ..transformers_versions import CACHE_NAME, CACHE_NAMES, keep_logits, only_cache
 from .cache import RemoteCache
 from .forwards import KeptForwards, Tokens
+from .keywords import check_keywords
 from .link import WorkerLink
 from .outputs import Shown
+from .part import RemoteHead, TrustedPart
 from .pipeline import cut, run_in_turn
-from .remote import Remote
+from .remote import Remote, not_compiled
+from .unsupported import SameWeights, check_attention, refusing
 
 
-class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
-    """What the trusted process holds: the embedding, the norms, and rotary attention's cosines."""
+@refusing
+class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM):  # type: ignore[misc]
+    """A Llama split between this process and a worker; make one with ``from_pretrained``.
 
-    def __init__(self, config: LlamaConfig, mode: Mode) -> None:
-        super().__init__(config)
-        self.embed_tokens = (
-            None if mode is Mode.OP else nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        )
-        own_layers = 0 if mode.worker_keeps_kv else config.num_hidden_layers
-        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(own_layers)])
-        self.norm = None if mode is Mode.STACK else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+    One that is dropped without ``close()`` ends its connection all the same, with a ``ResourceWarning``.
+    """
 
-    @staticmethod
-    def weight_names(config: LlamaConfig, mode: Mode) -> list[str]:
-        """The checkpoint's parameters that this part is made of."""
-        layers = range(0 if mode.worker_keeps_kv else config.num_hidden_layers)
-        first = [] if mode is Mode.OP else [EMBEDDING]
-        last = [] if mode is Mode.STACK else [FINAL_NORM]
-        return [*first, *last, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
-
-
-class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
-    """A Llama split between this process and a worker; make one with ``from_pretrained``."""
+    _supports_flash_attn = False
+    _supports_flex_attn = False
 
     def __init__(self, config: LlamaConfig, mode: Mode, link: WorkerLink, arena_bytes: int, pipeline: int = 1) -> None:
         super(LlamaForCausalLM, self).__init__(config)
-        self.model = TrustedPart(config, mode)
+        self._remote = Remote(link, arena_bytes, pipeline)
+        self.model = TrustedPart(config, mode, self._remote)
+        self.lm_head = RemoteHead(self._remote, config.dtype)
         self.vocab_size = config.vocab_size
         self.mode = mode
         self.link = link
-        self._remote = Remote(link, arena_bytes, pipeline)
         self._pipeline = pipeline
-        self._kept = KeptForwards(link, self._remote, self._embed)
+        self._kept = KeptForwards(link, self._remote, self.model.embed)
 
     @classmethod
     def from_pretrained(
@@ -117,7 +108,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             if isinstance(path_or_hub_id, Checkpoint)
             else open_checkpoint(os.fspath(path_or_hub_id), gguf_file)
         )
-        config = checkpoint.config
+        config = copy.deepcopy(checkpoint.config)
         mode = parse_mode(mode)
         check_pipeline(pipeline, mode)
         compute = parse_dtype(dtype if dtype is not None else getattr(config, "dtype", None) or torch.float32)
@@ -125,26 +116,28 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
         config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
         config.dtype = compute
-        client = Client(
-            worker,
-            arena_bytes=arena_bytes,
-            timeout_s=timeout_s,
-            connect_timeout_s=connect_timeout_s,
-            snapshot=snapshot,
-            channel=channel,
-            spin_us=spin_us,
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            client = undo.enter_context(
+                Client(
+                    worker,
+                    arena_bytes=arena_bytes,
+                    timeout_s=timeout_s,
+                    connect_timeout_s=connect_timeout_s,
+                    snapshot=snapshot,
+                    channel=channel,
+                    spin_us=spin_us,
+                )
+            )
             link = WorkerLink(client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive)
+            undo.callback(link.close)
             with torch.device("meta"):
                 model = cls(config, mode, link, arena_bytes, pipeline)
-            weights = checkpoint.load(TrustedPart.weight_names(config, mode), compute, torch.device("cpu"), progress)
-            model.load_state_dict(weights, assign=True)
-            model.model.rotary_emb = LlamaRotaryEmbedding(config)
+            names = TrustedPart.weight_names(config, mode)
+            weights = checkpoint.load(names, compute, torch.device("cpu"), progress)
+            nn.Module.load_state_dict(model, weights, assign=True)
+            model.model.rotary_emb = LlamaRotaryEmbedding(model.model.frozen_config)
             model.generation_config = checkpoint.generation_config()
-        except BaseException:
-            client.close()
-            raise
+            undo.pop_all()
         model.requires_grad_(requires_grad=False)
         model.eval()
         return model
@@ -168,7 +161,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """An empty KV cache of the kind that this split uses, for about ``reserved`` tokens a row."""
         if self.mode.worker_keeps_kv:
             return self._kept.new_cache(reserved)
-        return GrowingCache(self.config.num_hidden_layers, reserved)
+        return GrowingCache(self.link.geometry.layers, reserved)
 
     def _prepare_cache_for_generation(
         self,
@@ -179,6 +172,10 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         max_cache_length: int,
     ) -> Any:
         """A hook of transformers: here it knows how long the generation may get."""
+        if generation_config.assistant_early_exit is not None:
+            raise UnsupportedBySplit(
+                "assistant_early_exit: a split always goes through all layers; pass assistant_model"
+            )
         named = generation_config.cache_implementation
         if named is not None and self.mode.worker_keeps_kv:
             raise UnsupportedBySplit(
@@ -191,6 +188,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    @not_compiled  # type: ignore[untyped-decorator]
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -214,6 +212,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         Raises:
             UnsupportedBySplit: gradients are asked for, or hidden states or attentions that this split does not have.
         """
+        check_keywords(kwargs, self.loss_function)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         source: torch.Tensor = cast("torch.Tensor", input_ids if inputs_embeds is None else inputs_embeds)
@@ -234,7 +233,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         logits = logits.to(self.dtype, copy=True)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -242,6 +241,17 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             attentions=None if shown.attentions is None else tuple(shown.attentions),
             **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, Any], *arguments: Any, **kwargs: Any
+    ) -> None:
+        """As transformers', for those implementations that give the numbers of a split's own attention.
+
+        Raises:
+            UnsupportedBySplit: it is another one.
+        """
+        check_attention(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *arguments, **kwargs)
 
     def statistics(self) -> Statistics:
         """What the transport has done for this model."""
@@ -257,14 +267,12 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _embed(self, source: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, T, D] of token ids; embeddings as they are."""
-        if source.is_floating_point():
-            return source
-        if self.model.embed_tokens is None:
-            return self._remote.embed(source).to(self.dtype, copy=True)
-        embedded: torch.Tensor = self.model.embed_tokens(source)
-        return embedded
+    def __del__(self) -> None:
+        link: WorkerLink | None = self.__dict__.get("link")
+        if link is not None and not link.closed:
+            address = link.client.address
+            link.close()
+            warnings.warn(f"a split model of the worker at {address} was dropped: close() it", ResourceWarning, 2, self)
 
     def _here(
         self,
@@ -276,10 +284,10 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         shown: Shown,
     ) -> torch.Tensor:
         """The forward of the splits where attention and the KV are this side's: logits."""
-        hidden_BTD = self._embed(source)
+        hidden_BTD = self.model.embed(source)
         shown.add([hidden_BTD])
         attention = self._attention(shown.attentions)
-        config = self.config
+        config = self.model.frozen_config
         if config._attn_implementation != attention.implementation:  # noqa: SLF001 - as where it is set
             config = copy.copy(config)
             config._attn_implementation = attention.implementation  # noqa: SLF001
@@ -332,10 +340,10 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         tokens = Tokens(source, position_ids, attention_mask)
         if self.mode is Mode.LAYER:
             if shown.wants_hidden:
-                shown.add([self._embed(source)])
+                shown.add([self.model.embed(source)])
             hidden_BTD = self._kept.layers(tokens, cache, shown.part_adder(self.dtype))
             return self._logits(hidden_BTD.to(self.dtype), logits_to_keep, shown)
-        last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        last = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else 0
         wanted = min(last or source.shape[1], source.shape[1])
         logits = self._kept.stack(tokens, cache, wanted)
         return keep_logits(logits, logits_to_keep)
@@ -344,7 +352,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         norm = cast("RMSNorm", self.model.norm)
         if shown.wants_hidden:
             shown.replace_last(norm(hidden_BTD, Memory(hidden_BTD.device, self.dtype)))
-        return self._remote.lm_head(norm(keep_logits(hidden_BTD, logits_to_keep), self._remote))
+        kept = norm(keep_logits(hidden_BTD, logits_to_keep), self._remote)  # of any shape, where a tensor names them
+        logits = self._remote.lm_head(kept if kept.dim() == 3 else kept.view(1, -1, kept.shape[-1]))
+        return logits.view(*kept.shape[:-1], -1)
 
     def _attention(self, weights: list[torch.Tensor] | None) -> Attention:
         if self.mode is Mode.OP:

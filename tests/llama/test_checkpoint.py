@@ -22,7 +22,7 @@ from llama_split.checkpoint import (
     open_checkpoint,
 )
 from llama_split.operations import Mode
-from llama_split.trusted.model import TrustedPart
+from llama_split.trusted.part import TrustedPart
 from llama_split.worker.kernels import Weights
 
 from .conftest import Small
