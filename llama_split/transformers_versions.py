@@ -9,7 +9,10 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers.masking_utils import create_causal_mask
+
+from .errors import UnsupportedBySplit
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -34,9 +37,15 @@ def only_cache(**named: Any) -> Any:
     """The KV cache that was passed by one of its names; None if it was by none.
 
     Raises:
+        UnsupportedBySplit: it is no cache of transformers.
         ValueError: two different ones were passed.
     """
     given = {name: cache for name, cache in named.items() if cache is not None}
+    for name, cache in given.items():
+        if not isinstance(cache, Cache):
+            raise UnsupportedBySplit(
+                f"{name} is a {type(cache).__name__}: pass a Cache of transformers, as new_cache()"
+            )
     caches = list(given.values())
     if any(cache is not caches[0] for cache in caches):
         raise ValueError(f"pass one KV cache: {' and '.join(given)} name two different ones")

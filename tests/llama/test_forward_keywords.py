@@ -16,7 +16,7 @@ from .conftest import Small
 from .prompts import prompt
 
 IDS = prompt(9, batch=2)
-SHIFTED = torch.cat([IDS[:, 1:], torch.full((2, 1), -100)], dim=1)
+SHIFTED = IDS.roll(-1, dims=1)
 
 LOSSES: dict[str, dict[str, Any]] = {
     "labels": {},
