@@ -337,7 +337,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM):  # type: ignore[misc
             )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise UnsupportedBySplit(f"in mode {self.mode.value} the attention mask must be [batch, tokens]")
-        tokens = Tokens(source, position_ids, attention_mask)
+        tokens = Tokens(source, position_ids.to(torch.int64), attention_mask)
         if self.mode is Mode.LAYER:
             if shown.wants_hidden:
                 shown.add([self.model.embed(source)])

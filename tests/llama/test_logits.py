@@ -50,6 +50,14 @@ def test_only_the_logits_asked_for_cross(plain: Small, plain_split: SplitLlamaFo
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
+def test_ids_and_positions_may_be_of_32_bits(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """As the unsplit model takes them."""
+    ids, positions = prompt(9).int(), torch.arange(9, dtype=torch.int32).unsqueeze(0)
+    with torch.inference_mode():
+        expected, output = (model(ids, position_ids=positions) for model in (plain.unsplit, plain_split))
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
 def test_embeddings_may_be_passed_for_ids(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
     """``inputs_embeds`` replaces the lookup."""
     with torch.inference_mode():
