@@ -14,6 +14,7 @@ from ..errors import UnsupportedBySplit
 
 WITHOUT_EFFECT = frozenset(
     {
+        "assistant_tokenizer",  # this and others come from generate, which passes on what it was given
         "cache_position",
         "cu_seq_lens_k",  # read by flash attention alone; packed sequences are told by their position_ids
         "cu_seq_lens_q",
@@ -21,7 +22,10 @@ WITHOUT_EFFECT = frozenset(
         "max_length_q",
         "output_router_logits",
         "seq_idx",
+        "streamer",
+        "synced_gpus",
         "token_type_ids",
+        "tokenizer",
     }
 )
 
