@@ -1,7 +1,7 @@
 """A Llama split between a trusted process and a worker, with tensors that travel through shared memory.
 
 Names are imported when they are first used: importing torch and transformers takes seconds, and the command line must
-set thread policies before.
+set thread policies before. Those that need transformers raise ``LlamaSplitError`` where its version was not tested.
 """
 
 from importlib import import_module
@@ -47,6 +47,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         try:
+            if _HOMES[name] != "errors":
+                import_module(".requirements", __name__).check_requirements()
             return getattr(import_module(f".{_HOMES[name]}", __name__), name)
         except ModuleNotFoundError as error:
             raise missing_package(error) or error from None

@@ -10,12 +10,17 @@ class LlamaSplitError(Exception):
 class MissingPackage(LlamaSplitError, ImportError):
     """A package that llama_split needs, and that shmtransport alone does not, is not installed."""
 
+    @classmethod
+    def named(cls, package: str) -> MissingPackage:
+        """The error for one package."""
+        return cls(f"llama_split needs the package {package}: pip install 'shmtransport[llama]'")
+
 
 def missing_package(error: ModuleNotFoundError) -> MissingPackage | None:
     """The same error in words with a remedy, if it is one of this project's extra that is missing."""
     if error.name not in ("gguf", "rich", "safetensors", "transformers", "typer"):
         return None
-    return MissingPackage(f"llama_split needs the package {error.name}: pip install 'shmtransport[llama]'")
+    return MissingPackage.named(error.name)
 
 
 class CheckpointError(LlamaSplitError):

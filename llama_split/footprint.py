@@ -13,7 +13,7 @@ import torch
 from .checkpoint import Checkpoint
 from .config import default_arena_bytes
 from .operations import REVEALED, Mode, Traffic, forward_sizes, forward_traffic
-from .trusted.model import TrustedPart
+from .trusted.part import TrustedPart
 from .worker.kernels import weight_groups
 
 

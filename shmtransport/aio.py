@@ -22,6 +22,7 @@ from .errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtoco
 from .link import Link
 from .protocol import PendingReply
 from .threads import in_a_thread
+from .uncompiled import uncompiled
 
 _ASK_INTERVAL_S = 0.5  # for peers whose process the kernel does not show to this one, as in another container
 _MESSAGES_AT_ONCE = 64  # then the loop's other work has its turn
@@ -55,6 +56,7 @@ def _never_wait(_pending: PendingReply, _timeout_s: float | None) -> None:
     raise LocalProtocolError("this reply is awaited, not waited for")
 
 
+@uncompiled
 class AsyncClient(ClientBase):
     """A connection to a server on this machine, for an event loop; for its options see ``Client``.
 

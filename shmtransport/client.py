@@ -22,6 +22,7 @@ from .message import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
 from .protocol import PendingReply
 from .statistics import Counters, Statistics
 from .turns import Turns
+from .uncompiled import uncompiled
 from .units import MIB
 
 DEFAULT_ARENA_BYTES = 64 * MIB
@@ -30,6 +31,7 @@ _WATCH_SLICE_S = 0.25  # how soon a dead server is noticed while waiting for a r
 _SEND_SLICE_S = 0.05  # how soon a full queue is tried again where nothing tells that it has room
 
 
+@uncompiled
 class ClientBase(BoundToProcess):
     """What the blocking and the asyncio client share: options, arenas, statistics, and how a connection ends."""
 
@@ -146,6 +148,7 @@ class ClientBase(BoundToProcess):
         )
 
 
+@uncompiled
 class Client(ClientBase):
     """A connection to a ``Server`` on this machine.
 

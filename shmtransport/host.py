@@ -37,6 +37,7 @@ from .protocol import Call, ServerProtocol
 from .segment import shared_memory_bytes
 from .statistics import Counters, Statistics
 from .text import forget_frames, printable, traceback_text
+from .uncompiled import uncompiled
 from .units import size_text
 
 logger = logging.getLogger("shmtransport")
@@ -70,6 +71,7 @@ class Arrival(msgspec.Struct):
     call: Call
 
 
+@uncompiled
 class Host(BoundToProcess):
     """Base of the two servers; see ``Server`` for the options."""
 

@@ -44,6 +44,7 @@ from .message import (
 )
 from .statistics import Counters
 from .text import printable
+from .uncompiled import uncompiled
 
 HANDLER = "handler"
 _ARGUMENT_DEPTH = 2  # an argument lies in the list of arguments, which lies in the message
@@ -186,6 +187,7 @@ class Codec:
         counters.serialize_seconds += perf_counter() - started
 
 
+@uncompiled
 class PendingReply(BoundToProcess):
     """The client's handle on a call in flight; made by ``Client.submit``."""
 

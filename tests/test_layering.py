@@ -17,6 +17,7 @@ LEVELS: dict[str, int] = {
     "units": 0,
     "text": 0,
     "dtypes": 0,
+    "uncompiled": 0,
     "statistics": 1,
     "layout": 1,
     "address": 1,

@@ -15,6 +15,8 @@ from typing import Any
 
 import typer
 
+from ..errors import LlamaSplitError
+from ..requirements import check_requirements
 from .chat import chat
 from .console import EXIT_ERROR, print_error
 from .generate import generate
@@ -26,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback()(check_requirements)  # before a command, not before the list of them
 for _command in (generate, chat, worker, info):
     app.command()(_command)
 
@@ -42,5 +45,8 @@ def run() -> None:
         context = getattr(usage, "ctx", None)
         path = "llama-split" if context is None else context.command_path
         print_error(f"{usage.format_message().rstrip('.')}; see {path} --help")
+        code = EXIT_ERROR
+    except LlamaSplitError as error:
+        print_error(str(error))
         code = EXIT_ERROR
     sys.exit(code)

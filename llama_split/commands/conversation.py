@@ -112,7 +112,7 @@ class Conversation:
             tokens = answer(
                 *(llama, self.tokenizer, prompt.ids, limit, self._sampling),
                 streamer=streamer,
-                past_key_values=cache,
+                cache=cache,
                 stopping_criteria=[interruption.stops],
             )
         self._cache, self._cached = cache, [*asked, *tokens][: cache.get_seq_length()]

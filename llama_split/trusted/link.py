@@ -10,6 +10,7 @@ Rules that it keeps:
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ class WorkerLink:
         self._reconnect = reconnect
         self._revive = revive
         self._closed = False
+        self._process = os.getpid()
         self._connecting = False
         self._lock = threading.Lock()
         self._check()
@@ -174,6 +176,11 @@ class WorkerLink:
                     raise
                 logger.info("the worker has dropped this session's KV, which is built again: %s", error.message)
         return attempt()
+
+    @property
+    def closed(self) -> bool:
+        """Whether there is no connection for this process to end: it was closed, or is the parent's of a fork."""
+        return self._closed or os.getpid() != self._process
 
     def close(self) -> None:
         """End the connection for good."""

@@ -8,17 +8,18 @@ Shape suffixes: B batch, T tokens, N tokens whose logits are asked for, D hidden
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel
+from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
@@ -27,54 +28,44 @@ from shmtransport.forks import BoundToProcess
 
 from ..attention import Attention, EagerAttention, RemoteAttention, SdpaAttention
 from ..cache import GrowingCache
-from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name, open_checkpoint
+from ..checkpoint import Checkpoint, Progress, open_checkpoint
 from ..config import check_pipeline, default_arena_bytes, parse_dtype, parse_mode
 from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder
 from ..errors import UnsupportedBySplit
 from ..operations import Mode
 from ..steps import Memory, Steps, run
+from ..transformers_versions import CACHE_NAME, CACHE_NAMES, keep_logits, only_cache
 from .cache import RemoteCache
 from .forwards import KeptForwards, Tokens
+from .keywords import check_keywords
 from .link import WorkerLink
 from .outputs import Shown
+from .part import RemoteHead, TrustedPart
 from .pipeline import cut, run_in_turn
-from .remote import Remote
+from .remote import Remote, not_compiled
+from .unsupported import SameWeights, check_attention, refusing
 
 
-class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
-    """What the trusted process holds: the embedding, the norms, and rotary attention's cosines."""
+@refusing
+class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # type: ignore[misc]
+    """A Llama split between this process and a worker; make one with ``from_pretrained``.
 
-    def __init__(self, config: LlamaConfig, mode: Mode) -> None:
-        super().__init__(config)
-        self.embed_tokens = (
-            None if mode is Mode.OP else nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        )
-        own_layers = 0 if mode.worker_keeps_kv else config.num_hidden_layers
-        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(own_layers)])
-        self.norm = None if mode is Mode.STACK else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+    One that is dropped without ``close()`` ends its connection all the same, with a ``ResourceWarning``.
+    """
 
-    @staticmethod
-    def weight_names(config: LlamaConfig, mode: Mode) -> list[str]:
-        """The checkpoint's parameters that this part is made of."""
-        layers = range(0 if mode.worker_keeps_kv else config.num_hidden_layers)
-        first = [] if mode is Mode.OP else [EMBEDDING]
-        last = [] if mode is Mode.STACK else [FINAL_NORM]
-        return [*first, *last, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
-
-
-class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[misc]
-    """A Llama split between this process and a worker; make one with ``from_pretrained``."""
+    _supports_flash_attn = False
+    _supports_flex_attn = False
 
     def __init__(self, config: LlamaConfig, mode: Mode, link: WorkerLink, arena_bytes: int, pipeline: int = 1) -> None:
         super(LlamaForCausalLM, self).__init__(config)
-        self.model = TrustedPart(config, mode)
+        self._remote = Remote(link, arena_bytes, pipeline)
+        self.model = TrustedPart(config, mode, self._remote)
+        self.lm_head = RemoteHead(self._remote, config.dtype)
         self.vocab_size = config.vocab_size
         self.mode = mode
         self.link = link
-        self._remote = Remote(link, arena_bytes, pipeline)
         self._pipeline = pipeline
-        self._kept = KeptForwards(link, self._remote, self._embed)
+        self._kept = KeptForwards(link, self._remote, self.model.embed)
 
     @classmethod
     def from_pretrained(
@@ -120,7 +111,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
             if isinstance(path_or_hub_id, Checkpoint)
             else open_checkpoint(os.fspath(path_or_hub_id), gguf_file)
         )
-        config = checkpoint.config
+        config = copy.deepcopy(checkpoint.config)
         mode = parse_mode(mode)
         check_pipeline(pipeline, mode)
         dtype = torch_dtype if dtype is None else dtype
@@ -129,26 +120,28 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
         config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
         config.dtype = compute
-        client = Client(
-            worker,
-            arena_bytes=arena_bytes,
-            timeout_s=timeout_s,
-            connect_timeout_s=connect_timeout_s,
-            snapshot=snapshot,
-            channel=channel,
-            spin_us=spin_us,
-        )
-        try:
+        with contextlib.ExitStack() as undo:
+            client = undo.enter_context(
+                Client(
+                    worker,
+                    arena_bytes=arena_bytes,
+                    timeout_s=timeout_s,
+                    connect_timeout_s=connect_timeout_s,
+                    snapshot=snapshot,
+                    channel=channel,
+                    spin_us=spin_us,
+                )
+            )
             link = WorkerLink(client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive)
+            undo.callback(link.close)
             with torch.device("meta"):
                 model = cls(config, mode, link, arena_bytes, pipeline)
-            weights = checkpoint.load(TrustedPart.weight_names(config, mode), compute, torch.device("cpu"), progress)
-            model.load_state_dict(weights, assign=True)
-            model.model.rotary_emb = LlamaRotaryEmbedding(config)
+            names = TrustedPart.weight_names(config, mode)
+            weights = checkpoint.load(names, compute, torch.device("cpu"), progress)
+            nn.Module.load_state_dict(model, weights, assign=True)
+            model.model.rotary_emb = LlamaRotaryEmbedding(model.model.frozen_config)
             model.generation_config = checkpoint.generation_config()
-        except BaseException:
-            client.close()
-            raise
+            undo.pop_all()
         model.requires_grad_(requires_grad=False)
         model.eval()
         return model
@@ -160,6 +153,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
             UnsupportedBySplit: a ``cache_implementation`` where the worker keeps the KV, or an output that this split
                 does not have.
         """
+        cache = only_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         try:
             return super().generate(*arguments, **kwargs)
         finally:
@@ -169,7 +165,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         """An empty KV cache of the kind that this split uses, for about ``reserved`` tokens a row."""
         if self.mode.worker_keeps_kv:
             return self._kept.new_cache(reserved)
-        return GrowingCache(self.config.num_hidden_layers, reserved)
+        return GrowingCache(self.link.geometry.layers, reserved)
 
     def _prepare_cache_for_generation(
         self,
@@ -180,18 +176,23 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         max_cache_length: int,
     ) -> Any:
         """A hook of transformers: here it knows how long the generation may get."""
+        if generation_config.assistant_early_exit is not None:
+            raise UnsupportedBySplit(
+                "assistant_early_exit: a split always goes through all layers; pass assistant_model"
+            )
         named = generation_config.cache_implementation
         if named is not None and self.mode.worker_keeps_kv:
             raise UnsupportedBySplit(
                 f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV"
             )
         uses_cache = generation_config.use_cache is not False
-        if named is None and uses_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
+        if named is None and uses_cache and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = self.new_cache(max_cache_length)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    @not_compiled  # type: ignore[untyped-decorator]
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -205,20 +206,24 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As ``LlamaForCausalLM.forward``: logits [B, T or ``logits_to_keep``, V].
 
+        The KV cache is taken by each of transformers' names for it.
+
         Raises:
             UnsupportedBySplit: gradients are asked for, or hidden states or attentions that this split does not have.
         """
+        check_keywords(kwargs, self.loss_function)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         source: torch.Tensor = cast("torch.Tensor", input_ids if inputs_embeds is None else inputs_embeds)
         self._refuse_gradients(source)
         shown = self._outputs(output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = past_key_values
+        cache = only_cache(past_key_values=past_key_values, cache=cache)
         if cache is None and (use_cache or self.mode.worker_keeps_kv):
             cache = self.new_cache()
         if position_ids is None:
@@ -232,14 +237,25 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         logits = logits.to(self.dtype, copy=True)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache else None,
             hidden_states=shown.hidden_states(),
             attentions=None if shown.attentions is None else tuple(shown.attentions),
+            **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, Any], *arguments: Any, **kwargs: Any
+    ) -> None:
+        """As transformers', for those implementations that give the numbers of a split's own attention.
+
+        Raises:
+            UnsupportedBySplit: it is another one.
+        """
+        check_attention(attn_implementation)
+        super().set_attn_implementation(attn_implementation, *arguments, **kwargs)
 
     def statistics(self) -> Statistics:
         """What the transport has done for this model."""
@@ -255,14 +271,12 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _embed(self, source: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, T, D] of token ids; embeddings as they are."""
-        if source.is_floating_point():
-            return source
-        if self.model.embed_tokens is None:
-            return self._remote.embed(source).to(self.dtype, copy=True)
-        embedded: torch.Tensor = self.model.embed_tokens(source)
-        return embedded
+    def __del__(self) -> None:
+        link: WorkerLink | None = self.__dict__.get("link")
+        if link is not None and not link.closed:
+            address = link.client.address
+            link.close()
+            warnings.warn(f"a split model of the worker at {address} was dropped: close() it", ResourceWarning, 2, self)
 
     def _here(
         self,
@@ -274,10 +288,10 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
         shown: Shown,
     ) -> torch.Tensor:
         """The forward of the splits where attention and the KV are this side's: logits."""
-        hidden_BTD = self._embed(source)
+        hidden_BTD = self.model.embed(source)
         shown.add([hidden_BTD])
         attention = self._attention(shown.attentions)
-        config = self.config
+        config = self.model.frozen_config
         if config._attn_implementation != attention.implementation:  # noqa: SLF001 - as where it is set
             config = copy.copy(config)
             config._attn_implementation = attention.implementation  # noqa: SLF001
@@ -288,9 +302,9 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
             config=config,
             inputs_embeds=hidden_BTD,
             attention_mask=attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
             allow_is_causal_skip=len(parts) == 1,
+            **{CACHE_NAME: cache},
         )
         past = 0 if cache is None else cache.get_seq_length()
         context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
@@ -327,23 +341,24 @@ class SplitLlamaForCausalLM(LlamaForCausalLM, BoundToProcess):  # type: ignore[m
             )
         if attention_mask is not None and attention_mask.dim() != 2:
             raise UnsupportedBySplit(f"in mode {self.mode.value} the attention mask must be [batch, tokens]")
-        tokens = Tokens(source, position_ids, attention_mask)
+        tokens = Tokens(source, position_ids.to(torch.int64), attention_mask)
         if self.mode is Mode.LAYER:
             if shown.wants_hidden:
-                shown.add([self._embed(source)])
+                shown.add([self.model.embed(source)])
             hidden_BTD = self._kept.layers(tokens, cache, shown.part_adder(self.dtype))
             return self._logits(hidden_BTD.to(self.dtype), logits_to_keep, shown)
-        last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        last = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else 0
         wanted = min(last or source.shape[1], source.shape[1])
         logits = self._kept.stack(tokens, cache, wanted)
-        kept: torch.Tensor = slice_logits_to_keep(logits, logits_to_keep)
-        return kept
+        return keep_logits(logits, logits_to_keep)
 
     def _logits(self, hidden_BTD: torch.Tensor, logits_to_keep: int | torch.Tensor, shown: Shown) -> torch.Tensor:
         norm = cast("RMSNorm", self.model.norm)
         if shown.wants_hidden:
             shown.replace_last(norm(hidden_BTD, Memory(hidden_BTD.device, self.dtype)))
-        return self._remote.lm_head(norm(slice_logits_to_keep(hidden_BTD, logits_to_keep), self._remote))
+        kept = norm(keep_logits(hidden_BTD, logits_to_keep), self._remote)  # of any shape, where a tensor names them
+        logits = self._remote.lm_head(kept if kept.dim() == 3 else kept.view(1, -1, kept.shape[-1]))
+        return logits.view(*kept.shape[:-1], -1)
 
     def _attention(self, weights: list[torch.Tensor] | None) -> Attention:
         if self.mode is Mode.OP:

@@ -15,6 +15,9 @@ from ..operations import EMBED, LM_HEAD
 from ..steps import Step
 from .link import CheckedReply, WorkerLink
 
+not_compiled: Any = torch.compiler.disable(reason="it asks another process")  # type: ignore[no-untyped-call]
+"""Decorates what torch.compile leaves alone, and breaks its graph at."""
+
 _ARENA_SHARE = 4
 """One call's tensor takes at most this part of what the arena has for a step; longer ones cross in several calls."""
 

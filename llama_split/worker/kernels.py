@@ -6,6 +6,7 @@ tensor for all of them.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,7 @@ class Weights:
         embedding: bool = False,
     ) -> None:
         self.geometry = checkpoint.geometry
-        self.config = checkpoint.config
+        self.config = copy.deepcopy(checkpoint.config)  # the checkpoint's may be changed by its owner
         self.config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
         self.dtype = dtype
         self.device = device

@@ -23,6 +23,7 @@ from ..attention import SdpaAttention
 from ..cache import GrowingCache
 from ..decoder import AttentionContext
 from ..errors import SessionLimit, SessionLost
+from ..transformers_versions import CACHE_NAME
 from .kernels import Weights
 
 logger = logging.getLogger("llama_split")
@@ -120,8 +121,8 @@ class Session:
             config=self._weights.config,
             inputs_embeds=hidden_BTD,
             attention_mask=None if padding is None else padding.to(device, copy=True),
-            past_key_values=self.cache,
             position_ids=private,
+            **{CACHE_NAME: self.cache},
         )
         self._context = AttentionContext(self._rotary(hidden_BTD, private), mask, self.cache, SdpaAttention())
         self._next_layer = 0

@@ -24,7 +24,7 @@ from llama_split.checkpoint import (
 )
 from llama_split.checkpoint.base import SAMPLED_NUMBERS, SAMPLED_ROWS
 from llama_split.operations import Mode
-from llama_split.trusted.model import TrustedPart
+from llama_split.trusted.part import TrustedPart
 from llama_split.worker.kernels import Weights
 
 from .conftest import Small, worker_in_thread

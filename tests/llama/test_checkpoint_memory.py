@@ -39,7 +39,8 @@ TRUSTED_SIDE = """
 import json, sys, torch
 from llama_split.operations import Mode
 from llama_split.synthetic import RandomCheckpoint
-from llama_split.trusted.model import SplitLlamaForCausalLM, TrustedPart
+from llama_split.trusted.model import SplitLlamaForCausalLM
+from llama_split.trusted.part import TrustedPart
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()

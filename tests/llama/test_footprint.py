@@ -10,7 +10,7 @@ from llama_split.checkpoint import open_checkpoint
 from llama_split.config import default_arena_bytes
 from llama_split.footprint import footprint
 from llama_split.operations import Mode
-from llama_split.trusted.model import TrustedPart
+from llama_split.trusted.part import TrustedPart
 from llama_split.worker.kernels import Weights
 
 from .conftest import Small
@@ -24,8 +24,8 @@ def test_memory_is_what_both_sides_hold(small: Small, split: Mode) -> None:
     weights = Weights(checkpoint, torch.bfloat16, torch.device("cpu"), embedding=split is Mode.OP)
     assert found.worker_weights == weights.nbytes
     with torch.device("meta"):
-        trusted = TrustedPart(checkpoint.config, split).to(torch.bfloat16)
-    assert found.trusted_weights == sum(parameter.nbytes for parameter in trusted.parameters())
+        trusted = TrustedPart(checkpoint.config, split, None)
+    assert found.trusted_weights == 2 * sum(parameter.numel() for parameter in trusted.parameters())
     geometry = checkpoint.geometry
     cache = GrowingCache(geometry.layers, 200)
     keys = torch.zeros(1, geometry.kv_heads, 200, geometry.head_dim, dtype=torch.bfloat16)

@@ -19,6 +19,7 @@ from transformers import (
 
 from llama_split import SplitLlamaForCausalLM
 from llama_split.synthetic import RandomCheckpoint
+from llama_split.transformers_versions import CACHE_NAME, CACHE_NAMES
 
 from .conftest import Small, Worker, worker_in_thread
 from .prompts import LONG, NEW_TOKENS, SHARED, STATIC, Spelled, difference, padded_prompts, prompt, single_prompt
@@ -182,7 +183,7 @@ def test_a_second_turn_goes_on_with_the_firsts_cache(plain: Small, plain_split: 
                 **SHARED,
                 do_sample=False,
                 return_dict_in_generate=True,
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
             )
             cache = output.past_key_values if cache is not None else None
             ids = torch.cat([output.sequences, prompt(5, seed=turn)], dim=1)
@@ -228,3 +229,25 @@ def test_a_positional_generation_configuration_is_obeyed(plain: Small, plain_wor
     expected = plain.unsplit.generate(prompt(), STATIC)
     with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
         assert torch.equal(split.generate(prompt(), STATIC), expected)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_is_taken_by_each_of_its_names(plain: Small, plain_split: SplitLlamaForCausalLM, name: str) -> None:
+    """The argument was renamed in transformers: by either name the cache is filled, returned and gone on with."""
+    expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
+    cache = plain_split.new_cache()
+    tokens = plain_split.generate(**single_prompt(), **SHARED, do_sample=False, **{name: cache})
+    assert torch.equal(tokens, expected)
+    assert cache.get_seq_length() == tokens.shape[1] - 1
+    output = plain_split(tokens[:, -1:], **{name: cache})
+    assert output[CACHE_NAME] is output.past_key_values is cache
+    assert cache.get_seq_length() == tokens.shape[1]
+
+
+def test_two_caches_by_two_names_are_refused(plain_split: SplitLlamaForCausalLM) -> None:
+    """None is used beside the other in silence."""
+    caches = {name: plain_split.new_cache() for name in CACHE_NAMES}
+    with pytest.raises(ValueError, match="two different ones"):
+        plain_split(prompt(), **caches)
+    with pytest.raises(ValueError, match="two different ones"):
+        plain_split.generate(**single_prompt(), **SHARED, **caches)

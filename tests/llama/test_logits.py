@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
+from llama_split.transformers_versions import CACHE_NAME
 
 from .conftest import Small, Worker, worker_in_thread
 from .prompts import SHARED, padded_prompts, prompt, single_prompt
@@ -49,6 +50,14 @@ def test_only_the_logits_asked_for_cross(plain: Small, plain_split: SplitLlamaFo
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
+def test_ids_and_positions_may_be_of_32_bits(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+    """As the unsplit model takes them."""
+    ids, positions = prompt(9).int(), torch.arange(9, dtype=torch.int32).unsqueeze(0)
+    with torch.inference_mode():
+        expected, output = (model(ids, position_ids=positions) for model in (plain.unsplit, plain_split))
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+
+
 def test_embeddings_may_be_passed_for_ids(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
     """``inputs_embeds`` replaces the lookup."""
     with torch.inference_mode():
@@ -61,17 +70,17 @@ def test_a_cache_of_a_direct_call_may_be_continued_and_edited(plain: Small, plai
     """Reordered, repeated, cropped and selected, a cache gives the logits that a dynamic one gives."""
 
     def run(model: LlamaForCausalLM, cache: Any) -> Iterator[torch.Tensor]:
-        cache = model(prompt(9, batch=3), past_key_values=cache, use_cache=True).past_key_values
+        cache = model(prompt(9, batch=3), **{CACHE_NAME: cache}, use_cache=True).past_key_values
         cache.reorder_cache(torch.tensor([2, 0, 0]))
-        yield model(prompt(4, batch=3, seed=2), past_key_values=cache).logits
+        yield model(prompt(4, batch=3, seed=2), **{CACHE_NAME: cache}).logits
         cache.crop(-3)
-        yield model(prompt(1, batch=3, seed=3), past_key_values=cache).logits
+        yield model(prompt(1, batch=3, seed=3), **{CACHE_NAME: cache}).logits
         cache.batch_repeat_interleave(2)
         cache.crop(-1)
-        yield model(prompt(2, batch=6, seed=4), past_key_values=cache).logits
+        yield model(prompt(2, batch=6, seed=4), **{CACHE_NAME: cache}).logits
         cache.batch_select_indices(torch.tensor([5, 1]))
         cache.reorder_cache(torch.tensor([1, 0]))
-        yield model(prompt(2, batch=2, seed=5), past_key_values=cache).logits
+        yield model(prompt(2, batch=2, seed=5), **{CACHE_NAME: cache}).logits
 
     with torch.inference_mode():
         for found, expected in zip(run(plain_split, None), run(plain.unsplit, DynamicCache()), strict=True):

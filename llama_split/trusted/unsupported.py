@@ -1,0 +1,100 @@
+"""What models of transformers can do and a split one can't: each is refused by its name, with the reason.
+
+A method that is not named here works as on the unsplit model; a test goes through all that a Llama has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import UnsupportedBySplit
+
+_PARTIAL = "this side holds a few of the model's weights, the worker the others: use the model's own files"
+_ALIKE = "the worker's weights would stay as they are"
+_BATCHING = "continuous batching needs attention over pages, which no split has: use generate()"
+_TRAINING = "a split model can't be trained: no gradient crosses to the worker"
+_ADAPTERS = "the matrices that an adapter changes are the worker's: merge it into the model's files, for both sides"
+_ELSEWHERE = "the model is split between this process and its worker already"
+_COUNTS = "this side holds a part of the model: `llama-split info` shows what each side holds"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("save_pretrained", "push_to_hub", "state_dict"), _PARTIAL),
+    **dict.fromkeys(("save_distributed_checkpoint", "gather_sharded_state_dict_for_save"), _PARTIAL),
+    **dict.fromkeys(("load_state_dict", "resize_token_embeddings", "tie_weights", "to_empty"), _ALIKE),
+    **dict.fromkeys(("set_input_embeddings", "set_output_embeddings", "set_decoder", "set_encoder"), _ALIKE),
+    **dict.fromkeys(("init_weights", "initialize_weights", "post_init"), _ALIKE),
+    **dict.fromkeys(("num_parameters", "get_memory_footprint"), _COUNTS),
+    **dict.fromkeys(("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"), _BATCHING),
+    **dict.fromkeys(("gradient_checkpointing_enable", "activation_checkpointing_enable"), _TRAINING),
+    "enable_input_require_grads": _TRAINING,
+    **dict.fromkeys(("add_adapter", "load_adapter", "set_adapter", "delete_adapter", "active_adapters"), _ADAPTERS),
+    **dict.fromkeys(("enable_adapters", "disable_adapters", "get_adapter_state_dict"), _ADAPTERS),
+    "enable_peft_hotswap": _ADAPTERS,
+    **dict.fromkeys(("prepare_distribute_model", "maybe_distribute_model"), _ELSEWHERE),
+    "set_use_kernels": "the layers that kernels replace are not all here",
+}
+
+ATTENTIONS = ("eager", "sdpa")
+"""Implementations that give the numbers of the splits' own attention; no other one is used."""
+
+Class = TypeVar("Class", bound=type)
+
+
+def refusing(kind: Class) -> Class:
+    """A class of models whose methods in ``REFUSED`` raise ``UnsupportedBySplit``."""
+    for name, reason in REFUSED.items():
+        setattr(kind, name, _refusal(name, reason))
+    return kind
+
+
+def _refusal(name: str, reason: str) -> Callable[..., Any]:
+    def refuse(*_arguments: Any, **_kwargs: Any) -> Any:
+        raise UnsupportedBySplit(f"{name}: {reason}")
+
+    refuse.__name__ = name
+    refuse.__doc__ = f"Raise ``UnsupportedBySplit``: {reason}."
+    return refuse
+
+
+class SameWeights:
+    """A module whose weights keep their dtype and device: to(), half(), cuda() and the like would change one side."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What torch does all of these by: shows ``fn`` an empty tensor first.
+
+        Raises:
+            UnsupportedBySplit: ``fn`` gives another dtype or device.
+        """
+        module: Any = self
+        weight = next(module.parameters())
+        probe = torch.empty(0, dtype=weight.dtype, device=weight.device)
+        changed = fn(probe)
+        if changed.dtype != probe.dtype:
+            raise UnsupportedBySplit(
+                f"to {changed.dtype}: this side's weights alone would change, the worker's stay {probe.dtype}: pass "
+                "dtype= to from_pretrained, and start the worker with the same"
+            )
+        if changed.device != probe.device:
+            raise UnsupportedBySplit(
+                f"to {changed.device}: this side's weights stay in ordinary memory, where the arenas are; the worker's "
+                "device is chosen where it is started"
+            )
+        parent: Any = super()
+        return parent._apply(fn, recurse)  # noqa: SLF001 - torch's own name for what subclasses override
+
+
+def check_attention(implementation: str | dict[str, Any]) -> None:
+    """Refuse an implementation of attention that a split doesn't use.
+
+    Raises:
+        UnsupportedBySplit: it is none of ``ATTENTIONS``.
+    """
+    named = list(implementation.values()) if isinstance(implementation, dict) else [implementation]
+    for name in named:
+        if name not in ATTENTIONS:
+            raise UnsupportedBySplit(
+                f"set_attn_implementation({name!r}): a split attends by its own steps; choose {' or '.join(ATTENTIONS)}"
+            )

@@ -1,0 +1,74 @@
+"""What becomes of a model that is dropped: its connection ends with it, at once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from llama_split import SplitLlamaForCausalLM, WorkerMismatch
+
+from .conftest import Small, Worker
+from .prompts import SHARED, single_prompt
+
+
+@pytest.fixture
+def without_collections() -> Iterator[None]:
+    """No garbage is collected: what dies does so since nothing refers to it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_closed_model_is_in_no_cycle(
+    plain: Small, plain_worker: Worker, mode: str, without_collections: None
+) -> None:
+    """It dies with its last name, and its connection with it; used or not."""
+    model = SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode)
+    model.generate(**single_prompt(), **SHARED)
+    model.close()
+    dying = [weakref.ref(model), weakref.ref(model.link), weakref.ref(model.model)]
+    del model
+    assert [each() for each in dying] == [None, None, None]
+
+
+def test_a_dropped_model_ends_its_connection_and_warns(
+    plain: Small, plain_worker: Worker, mode: str, without_collections: None
+) -> None:
+    """As a notebook's cell drops the one before; the worker frees what it kept."""
+    model = SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode)
+    model.generate(**single_prompt(), **SHARED)
+    link = model.link
+    with pytest.warns(ResourceWarning, match=f"worker at {plain_worker.address} was dropped: close"):
+        del model
+    assert link.closed
+    assert plain_worker.sessions_become(0)
+
+
+def test_a_model_that_was_not_made_warns_of_nothing(plain: Small, plain_worker: Worker) -> None:
+    """Its connection was closed when that failed."""
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(WorkerMismatch):
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, dtype="bfloat16")
+    gc.collect()
+    assert caught == []
+
+
+def test_a_forked_child_drops_its_parents_model_in_silence(plain: Small, plain_worker: Worker) -> None:
+    """It has no connection to end there; the parent's goes on."""
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as model:
+        expected = model.generate(**single_prompt(), **SHARED, do_sample=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+            child = os.fork()
+        if child == 0:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.__del__()
+            os._exit(len(caught))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert model.generate(**single_prompt(), **SHARED, do_sample=False).equal(expected)
