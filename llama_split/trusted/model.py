@@ -16,10 +16,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaPreTrainedModel
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from shmtransport import ChannelKind, Client, Statistics
@@ -30,18 +28,22 @@ from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progres
 from ..config import check_pipeline, default_arena_bytes, parse_dtype, parse_mode
 from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder
 from ..errors import UnsupportedBySplit
+from ..masks import causal_mask
 from ..operations import Mode
+from ..rotary import Rotary, TextLengths
 from ..steps import Memory, Steps, run
-from .cache import RemoteCache
-from .forwards import KeptForwards, Tokens
+from .cache import RemoteCache, refuse_cache_implementation
+from .forwards import KeptForwards
+from .history import Tokens
+from .inputs import fit_inputs
 from .link import WorkerLink
-from .outputs import Shown
+from .outputs import Shown, private_logits
 from .pipeline import cut, run_in_turn
 from .remote import Remote
 
 
 class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
-    """What the trusted process holds: the embedding, the norms, and rotary attention's cosines."""
+    """What the trusted process holds: the embedding and the norms."""
 
     def __init__(self, config: LlamaConfig, mode: Mode) -> None:
         super().__init__(config)
@@ -51,7 +53,6 @@ class TrustedPart(LlamaPreTrainedModel):  # type: ignore[misc]
         own_layers = 0 if mode.worker_keeps_kv else config.num_hidden_layers
         self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(own_layers)])
         self.norm = None if mode is Mode.STACK else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
 
     @staticmethod
     def weight_names(config: LlamaConfig, mode: Mode) -> list[str]:
@@ -73,6 +74,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         self.link = link
         self._remote = Remote(link, arena_bytes, pipeline)
         self._pipeline = pipeline
+        self._rotary = Rotary(config, torch.device("cpu"))
+        self._text_lengths = TextLengths(config)
         self._kept = KeptForwards(link, self._remote, self._embed)
 
     @classmethod
@@ -140,7 +143,6 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 model = cls(config, mode, link, arena_bytes, pipeline)
             weights = checkpoint.load(TrustedPart.weight_names(config, mode), compute, torch.device("cpu"), progress)
             model.load_state_dict(weights, assign=True)
-            model.model.rotary_emb = LlamaRotaryEmbedding(config)
             model.generation_config = checkpoint.generation_config()
         except BaseException:
             client.close()
@@ -153,8 +155,8 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """As transformers' ``generate``; the KV cache is this split's unless another is given or named.
 
         Raises:
-            UnsupportedBySplit: a ``cache_implementation`` where the worker keeps the KV, or an output that this split
-                does not have.
+            UnsupportedBySplit: a ``cache_implementation`` that the worker's KV can't stand for, or an output that this
+                split does not have.
         """
         try:
             return super().generate(*arguments, **kwargs)
@@ -177,12 +179,11 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     ) -> Any:
         """A hook of transformers: here it knows how long the generation may get."""
         named = generation_config.cache_implementation
-        if named is not None and self.mode.worker_keeps_kv:
-            raise UnsupportedBySplit(
-                f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV"
-            )
-        uses_cache = generation_config.use_cache is not False
-        if named is None and uses_cache and model_kwargs.get("past_key_values") is None:
+        if self.mode.worker_keeps_kv:
+            refuse_cache_implementation(named, self.mode)
+        own = named in (None, "dynamic") or self.mode.worker_keeps_kv
+        if own and generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            generation_config.cache_implementation = None
             model_kwargs["past_key_values"] = self.new_cache(max_cache_length)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -215,17 +216,27 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         shown = self._outputs(output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = past_key_values
-        if cache is None and (use_cache or self.mode.worker_keeps_kv):
+        if cache is None and use_cache:
             cache = self.new_cache()
-        if position_ids is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            position_ids = (torch.arange(source.shape[1]) + past).unsqueeze(0)
-        if self.mode.worker_keeps_kv:
-            logits = self._remotely(source, attention_mask, position_ids, cache, logits_to_keep, shown)
-        else:
-            logits = self._here(source, attention_mask, position_ids, cache, logits_to_keep, shown)
-        # Private: a caller may keep or change them, and reads them more than once.
-        logits = logits.to(self.dtype, copy=True)
+        tokens = fit_inputs(
+            source,
+            attention_mask,
+            position_ids,
+            cache,
+            config=self.config,
+            dtype=self.dtype,
+            lengths=self._text_lengths,
+        )
+        if cache is None and self.mode.worker_keeps_kv:
+            cache = self.new_cache()  # for this forward alone
+        past = 0 if cache is None else int(cache.get_seq_length())
+        forward = self._remotely if self.mode.worker_keeps_kv else self._here
+        try:
+            logits = private_logits(forward(tokens, cache, logits_to_keep, shown), self.dtype, self.link.client.address)
+        except BaseException:
+            if isinstance(cache, (GrowingCache, RemoteCache)) and cache.get_seq_length() != past:
+                cache.rewind(past)  # as if the forward had never begun: repeated, it caches no token twice
+            raise
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
@@ -261,45 +272,38 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return embedded
 
     def _here(
-        self,
-        source: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        cache: Cache | None,
-        logits_to_keep: int | torch.Tensor,
-        shown: Shown,
+        self, tokens: Tokens, cache: Cache | None, logits_to_keep: int | torch.Tensor, shown: Shown
     ) -> torch.Tensor:
         """The forward of the splits where attention and the KV are this side's: logits."""
-        hidden_BTD = self._embed(source)
+        hidden_BTD = self._embed(tokens.source)
         shown.add([hidden_BTD])
         attention = self._attention(shown.attentions)
         config = self.config
         if config._attn_implementation != attention.implementation:  # noqa: SLF001 - as where it is set
             config = copy.copy(config)
             config._attn_implementation = attention.implementation  # noqa: SLF001
-        # What is shown is shown whole, and a part needs to find the parts before it in a cache that grows.
-        together = 1 if shown.anything or not isinstance(cache, GrowingCache) else self._pipeline
+        # What is shown is shown whole; a part needs to find the parts before it in a cache that grows, and to know that
+        # it attends to none after it, which the caller's own mask may want.
+        prepared = tokens.mask is not None and tokens.mask.dim() == 4
+        together = 1 if shown.anything or prepared or not isinstance(cache, GrowingCache) else self._pipeline
         parts = cut(hidden_BTD.shape[1], together)
-        mask = create_causal_mask(
-            config=config,
-            inputs_embeds=hidden_BTD,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-            allow_is_causal_skip=len(parts) == 1,
+        mask = causal_mask(
+            config,
+            hidden_BTD,
+            tokens.mask,
+            cache,
+            sequences_BS=tokens.sequences,
+            may_be_none=len(parts) == 1 and (attention.takes_none or hidden_BTD.shape[1] == 1),
         )
+        mask = attention.prepare(mask, hidden_BTD.dtype)
         past = 0 if cache is None else cache.get_seq_length()
-        context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
-        try:
-            if len(parts) == 1:
-                hidden_BTD = run(self._steps(hidden_BTD, context, shown), self._remote.perform)
-            else:
-                forwards = [self._steps(hidden_BTD[:, part], context.part(part, past), shown) for part in parts]
-                hidden_BTD = torch.cat(run_in_turn(forwards, self._remote.begin), dim=1)
-        except BaseException:
-            if isinstance(cache, GrowingCache):  # the layers before the one that failed have grown already
-                cache.truncate(past)
-            raise
+        cos_sin = self._rotary(tokens.positions, hidden_BTD.dtype, tokens.lengths)
+        context = AttentionContext(cos_sin, mask, cache, attention)
+        if len(parts) == 1:
+            hidden_BTD = run(self._steps(hidden_BTD, context, shown), self._remote.perform)
+        else:
+            forwards = [self._steps(hidden_BTD[:, part], context.part(part, past), shown) for part in parts]
+            hidden_BTD = torch.cat(run_in_turn(forwards, self._remote.begin), dim=1)
         return self._logits(hidden_BTD, logits_to_keep, shown)
 
     def _steps(self, hidden_BTD: torch.Tensor, context: AttentionContext, shown: Shown) -> Steps:
@@ -307,13 +311,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         return decoder(layers, hidden_BTD, context, self._remote, lambda hidden_BTD: shown.add([hidden_BTD]))
 
     def _remotely(
-        self,
-        source: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        cache: Cache | None,
-        logits_to_keep: int | torch.Tensor,
-        shown: Shown,
+        self, tokens: Tokens, cache: Cache | None, logits_to_keep: int | torch.Tensor, shown: Shown
     ) -> torch.Tensor:
         """The forward of the splits where the worker keeps the KV: logits."""
         if not isinstance(cache, RemoteCache):
@@ -321,9 +319,14 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 f"past_key_values is a {type(cache).__name__}: in mode {self.mode.value} the worker keeps the KV; "
                 "pass one made by new_cache()"
             )
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise UnsupportedBySplit(f"in mode {self.mode.value} the attention mask must be [batch, tokens]")
-        tokens = Tokens(source, position_ids, attention_mask)
+        if tokens.mask is not None and tokens.mask.dim() != 2:
+            raise UnsupportedBySplit(
+                f"in mode {self.mode.value} the attention mask must be [batch, tokens]; use mode fused or op"
+            )
+        if tokens.positions.is_floating_point():
+            raise UnsupportedBySplit(f"in mode {self.mode.value} position_ids must be integers; use mode fused or op")
+        tokens = tokens._replace(positions=tokens.positions.to(torch.int64))
+        source = tokens.source
         if self.mode is Mode.LAYER:
             if shown.wants_hidden:
                 shown.add([self._embed(source)])
