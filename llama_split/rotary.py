@@ -29,9 +29,9 @@ class Rotary:
     def __init__(self, config: LlamaConfig, device: torch.device) -> None:
         self._config = copy.deepcopy(config)  # a caller may change what a model shows
         self._device = device
-        with torch.device(device):
+        with torch.device("cpu"):  # as transformers, which moves it afterwards
             built = LlamaRotaryEmbedding(self._config)
-        self._own_frequencies_F: torch.Tensor = built.inv_freq
+        self._own_frequencies_F: torch.Tensor = built.inv_freq.to(device)
         self._scaling = built.attention_scaling
         kind = _kind(config)
         self._by_length = None if kind is None else ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]

@@ -229,14 +229,7 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         )
         if cache is None and self.mode.worker_keeps_kv:
             cache = self.new_cache()  # for this forward alone
-        past = 0 if cache is None else int(cache.get_seq_length())
-        forward = self._remotely if self.mode.worker_keeps_kv else self._here
-        try:
-            logits = private_logits(forward(tokens, cache, logits_to_keep, shown), self.dtype, self.link.client.address)
-        except BaseException:
-            if isinstance(cache, (GrowingCache, RemoteCache)) and cache.get_seq_length() != past:
-                cache.rewind(past)  # as if the forward had never begun: repeated, it caches no token twice
-            raise
+        logits = self._run(tokens, cache, logits_to_keep, shown)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
@@ -270,6 +263,19 @@ class SplitLlamaForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             return self._remote.embed(source).to(self.dtype, copy=True)
         embedded: torch.Tensor = self.model.embed_tokens(source)
         return embedded
+
+    def _run(
+        self, tokens: Tokens, cache: Cache | None, logits_to_keep: int | torch.Tensor, shown: Shown
+    ) -> torch.Tensor:
+        """The forward: private logits. One that fails leaves the cache as it was: repeated, it adds no token twice."""
+        past = 0 if cache is None else int(cache.get_seq_length())
+        forward = self._remotely if self.mode.worker_keeps_kv else self._here
+        try:
+            return private_logits(forward(tokens, cache, logits_to_keep, shown), self.dtype, self.link.client.address)
+        except BaseException:
+            if isinstance(cache, (GrowingCache, RemoteCache)) and cache.get_seq_length() != past:
+                cache.rewind(past)
+            raise
 
     def _here(
         self, tokens: Tokens, cache: Cache | None, logits_to_keep: int | torch.Tensor, shown: Shown
