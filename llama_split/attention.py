@@ -34,15 +34,31 @@ class Heads(NamedTuple):
 
 
 class Attention(ABC):
-    """One way of attending. ``implementation`` names the form of mask that it needs, in transformers' words.
+    """One way of attending. ``weights``, if there is a list, is given each layer's attention weights [B, H, T, S].
 
-    ``weights``, if there is a list, is given each layer's attention weights [B, H, T, S].
+    ``takes_none`` says whether a mask of None is causal; where it isn't, it hides nothing.
     """
 
-    implementation: ClassVar[str]
+    takes_none: ClassVar[bool] = False
 
     def __init__(self, weights: list[torch.Tensor] | None = None) -> None:
         self.weights = weights
+
+    @property
+    def implementation(self) -> str:
+        """The form of mask that it needs, in transformers' words: where weights are shown, "eager" as there."""
+        return "sdpa" if self.weights is None else "eager"
+
+    def prepare(self, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """A forward's mask as ``steps`` takes it: what is added to the scores, whichever form it came in.
+
+        What a boolean mask hides gets minus infinity, or, where weights are shown, the least number of ``dtype``, as
+        transformers' eager attention has it: there a token that sees nothing attends to all alike.
+        """
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        hidden = -torch.inf if self.weights is None else torch.finfo(dtype).min
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, hidden)
 
     @abstractmethod
     def steps(self, layer: AttentiveLayer, heads: Heads, mask: torch.Tensor | None, workspace: Workspace) -> Steps:
@@ -50,31 +66,35 @@ class Attention(ABC):
 
 
 class SdpaAttention(Attention):
-    """torch's scaled_dot_product_attention, which never shows its weights."""
+    """torch's scaled_dot_product_attention, which never shows its weights and takes either form of mask."""
 
-    implementation = "sdpa"
+    takes_none = True
     _function: Callable[..., Any] = staticmethod(ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+    def prepare(self, mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        return mask
 
     def steps(self, layer: AttentiveLayer, heads: Heads, mask: torch.Tensor | None, workspace: Workspace) -> Steps:
         yield from ()  # no step is needed
-        attended_BTHd, weights_BHTS = self._function(layer, *heads, mask, dropout=0.0, scaling=layer.scaling)
+        attended_BTHd, _ = self._function(layer, *heads, mask, dropout=0.0, scaling=layer.scaling)
+        attended: torch.Tensor = attended_BTHd
+        return attended
+
+
+class EagerAttention(Attention):
+    """Two products and a softmax between them, here: for callers that want the weights."""
+
+    def steps(self, layer: AttentiveLayer, heads: Heads, mask: torch.Tensor | None, workspace: Workspace) -> Steps:
+        yield from ()  # no step is needed
+        attended_BTHd, weights_BHTS = eager_attention_forward(layer, *heads, mask, dropout=0.0, scaling=layer.scaling)
         if self.weights is not None:
             self.weights.append(weights_BHTS)
         attended: torch.Tensor = attended_BTHd
         return attended
 
 
-class EagerAttention(SdpaAttention):
-    """Two products and a softmax between them, here: for callers that want the weights."""
-
-    implementation = "eager"
-    _function = staticmethod(eager_attention_forward)
-
-
 class RemoteAttention(Attention):
     """The same two products as steps; scaling, mask and softmax stay here."""
-
-    implementation = "eager"
 
     def steps(self, layer: AttentiveLayer, heads: Heads, mask: torch.Tensor | None, workspace: Workspace) -> Steps:
         query_BHTd, key_BGSd, value_BGSd = heads
@@ -90,6 +110,8 @@ class RemoteAttention(Attention):
             torch.softmax(scores_BHTS, -1, dtype=torch.float32, out=weights_BHTS)
         else:
             weights_BHTS.copy_(torch.softmax(scores_BHTS, -1, dtype=torch.float32))
+        if mask is not None:  # a token that sees nothing attends to nothing, as torch's attention has it
+            weights_BHTS.masked_fill_(scores_BHTS.amax(-1, keepdim=True) == -torch.inf, 0)
         del scores_BHTS
         if self.weights is not None:
             self.weights.append(weights_BHTS.to(dtype, copy=True))

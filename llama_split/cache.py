@@ -8,6 +8,7 @@ the KV.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 _FIRST_CAPACITY = 128
+
+
+def _buffer(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Memory that may be written at any time: what is allocated in inference mode can be written in that mode only."""
+    with torch.inference_mode(mode=False):
+        return like.new_empty(tuple(shape))
 
 
 class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -29,12 +36,11 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.reserved = reserved
         self._length = 0
-        self._key_buffer = torch.empty(0)
-        self._value_buffer = torch.empty(0)
+        self._key_buffer = self._value_buffer = torch.empty(0)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._key_buffer = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
-        self._value_buffer = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        self._key_buffer = _buffer((*key_states.shape[:2], 0, key_states.shape[3]), key_states)
+        self._value_buffer = _buffer((*value_states.shape[:2], 0, value_states.shape[3]), value_states)
         self.is_initialized = True
 
     def update(
@@ -115,13 +121,22 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.select(torch.arange(self._key_buffer.shape[0])[indices.cpu()])
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> GrowingLayer:
+        copied = GrowingLayer(self.reserved)
+        copied.is_initialized, copied._length = self.is_initialized, self._length
+        if self.is_initialized:
+            copied._key_buffer = self._grown(self._key_buffer, self._key_buffer.shape[2])
+            copied._value_buffer = self._grown(self._value_buffer, self._value_buffer.shape[2])
+            copied._show()
+        return copied
+
     def _grown(self, buffer: torch.Tensor, capacity: int) -> torch.Tensor:
-        grown = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
+        grown = _buffer((*buffer.shape[:2], capacity, buffer.shape[3]), buffer)
         grown[:, :, : self._length] = buffer[:, :, : self._length]
         return grown
 
     def _selected(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        selected = buffer.new_empty((len(rows), *buffer.shape[1:]))
+        selected = _buffer((len(rows), *buffer.shape[1:]), buffer)
         selected[:, :, : self._length] = buffer[:, :, : self._length][rows]
         return selected
 
@@ -153,7 +168,7 @@ class GrowingCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.reserved = positions
 
-    def truncate(self, length: int) -> None:
+    def rewind(self, length: int) -> None:
         """Keep the first ``length`` positions of every layer."""
         for layer in self.layers:
             layer.truncate(length)

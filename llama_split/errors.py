@@ -39,6 +39,10 @@ class UnsupportedBySplit(LlamaSplitError):
     """The chosen split can't do what was asked."""
 
 
+class InvalidInput(LlamaSplitError, ValueError):
+    """What a forward was given does not fit together."""
+
+
 class SessionLost(LlamaSplitError):
     """On the worker: the KV that a forward goes on from is not there (any more); the trusted side builds it again."""
 

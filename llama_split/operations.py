@@ -30,12 +30,18 @@ class Mode(str, Enum):
         return self in (Mode.LAYER, Mode.STACK)
 
 
+_TEXT = "so the prompt and the generated text"
 REVEALED: dict[Mode, str] = {
-    Mode.OP: "everything: token ids, queries, keys, values, attention weights, and logits, so the generated text",
-    Mode.FUSED: "the inputs and outputs of all linear layers: queries, keys, values and logits, so the generated text",
-    Mode.LAYER: "all hidden states, positions, keys and values, and logits, so the generated text",
-    Mode.STACK: "all hidden states, positions, keys and values, and logits, so the generated text",
+    Mode.OP: f"everything: token ids, queries, keys, values, attention weights, and logits, {_TEXT}",
+    Mode.FUSED: f"the inputs and outputs of all linear layers: queries, keys, values and logits, {_TEXT}",
+    Mode.LAYER: f"all hidden states, positions, keys and values, and logits, {_TEXT}",
+    Mode.STACK: f"all hidden states, positions, keys and values, and logits, {_TEXT}",
 }
+"""What each split shows the worker, in the words that the documents and ``llama-split info`` use.
+
+The prompt is among it everywhere: layer 0 gets the normalised embeddings, and the nearest row of the embedding's matrix
+names each token.
+"""
 
 
 @dataclass(frozen=True)

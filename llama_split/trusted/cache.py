@@ -1,7 +1,4 @@
-"""The trusted side's stand-in for a KV cache that the worker keeps, and what it takes to build that anew.
-
-Shape suffixes: B batch, T tokens of one forward, S all tokens that are cached, D hidden.
-"""
+"""The trusted side's stand-in for a KV cache that the worker keeps."""
 
 from __future__ import annotations
 
@@ -13,69 +10,13 @@ from typing import Any
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from ..errors import UnsupportedBySplit
+from ..operations import Mode
+from .history import History, Tokens
 
 _NOWHERE = -1
-
-
-class History:
-    """What went through the forwards that filled a cache.
-
-    A source is token ids [B, T], or embeddings [B, T, D] where the caller passed these; of both there may be some.
-    """
-
-    def __init__(self) -> None:
-        self._sources: list[torch.Tensor] = []
-        self._positions: list[torch.Tensor] = []
-        self._masks: list[torch.Tensor] = []
-        self._length = 0
-
-    def append(self, source: torch.Tensor, positions: torch.Tensor, padding: torch.Tensor | None) -> None:
-        """One more forward: its source, positions [1 or B, T], and the mask [B, S] of all tokens until now, if any."""
-        batch, tokens = source.shape[:2]
-        own = torch.ones(batch, tokens, dtype=torch.bool) if padding is None else padding[:, -tokens:].bool()
-        self._sources.append(source.clone())
-        self._positions.append(positions.expand(batch, tokens).clone())
-        self._masks.append(own.clone())
-        self._length += tokens
-
-    def crop(self, length: int) -> None:
-        """Forget all tokens after the first ``length``."""
-        for parts in (self._sources, self._positions, self._masks):
-            excess = self._length - length
-            while excess > 0:  # from the end: what is cropped is usually of the last forward
-                last = parts.pop()
-                if last.shape[1] > excess:
-                    parts.append(last[:, : last.shape[1] - excess])
-                excess -= last.shape[1]
-        self._length = length
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Go on with these rows of the batch."""
-        self._join()
-        for parts in (self._sources, self._positions, self._masks):
-            parts[:] = [part[rows] for part in parts]
-
-    def copy(self) -> History:
-        """One that goes on alone."""
-        copied = History()
-        self._join()
-        copied._sources, copied._positions, copied._masks = self._sources[:], self._positions[:], self._masks[:]
-        copied._length = self._length
-        return copied
-
-    def joined(self) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Sources in order, positions [B, S], mask [B, S]."""
-        self._join()
-        return self._sources, self._positions[0], self._masks[0]
-
-    def _join(self) -> None:
-        """Make one part of each run of parts, so that what edits them takes no longer for many forwards."""
-        runs = itertools.groupby(self._sources, key=torch.Tensor.dim)
-        self._sources = [torch.cat(list(parts), dim=1) for _, parts in runs]
-        for parts in (self._positions, self._masks):
-            parts[:] = [torch.cat(parts, dim=1)] if parts else []
 
 
 class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -203,19 +144,31 @@ class RemoteCache(Cache):  # type: ignore[misc]
     def __deepcopy__(self, _memo: dict[int, Any]) -> RemoteCache:
         return self.__copy__()
 
-    def start(self, positions: torch.Tensor, padding: torch.Tensor | None) -> dict[str, Any]:
-        """What the worker must know to start a forward after what it has."""
+    def start(self, tokens: Tokens) -> dict[str, Any]:
+        """What the worker must know to start a forward of these tokens after what it has."""
         return {
-            "positions": positions,
-            "padding": padding,
+            **tokens.start(),
             "past": self._state.length,
             "select": self._state.select,
             "reserve": self.reserved,
         }
 
-    def advance(self, source: torch.Tensor, positions: torch.Tensor, padding: torch.Tensor | None, epoch: int) -> None:
-        """A forward of this source went through, and the edits that went along with it are done."""
-        self.history.append(source, positions, padding)
-        self._state.length += source.shape[1]
-        self._state.batch = source.shape[0]
+    def advance(self, tokens: Tokens, epoch: int) -> None:
+        """A forward of these tokens went through, and the edits that went along with it are done."""
+        self.history.append(tokens)
+        self._state.length += tokens.source.shape[1]
+        self._state.batch = tokens.source.shape[0]
         self.built(epoch)
+
+
+def refuse_cache_implementation(name: str | None, mode: Mode) -> None:
+    """Refuse a cache of transformers by its name, unless the worker's KV gives what it gives.
+
+    Raises:
+        UnsupportedBySplit: its numbers or its place would be others.
+    """
+    if name not in (None, "dynamic") and (name not in ALL_STATIC_CACHE_IMPLEMENTATIONS or "offloaded" in name):
+        raise UnsupportedBySplit(
+            f"cache_implementation={name!r}: in mode {mode.value} the worker keeps the KV; use 'dynamic' or 'static', "
+            "or mode fused"
+        )

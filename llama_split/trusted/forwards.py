@@ -17,28 +17,13 @@ from shmtransport import TransportError
 from ..errors import UnsupportedBySplit
 from ..operations import LAYER, STACK
 from .cache import RemoteCache, SessionNumbers
+from .history import Tokens
 from .link import WorkerLink
 from .remote import Remote
 
 _END_TIMEOUT_S = 5.0
 
 OnLayers = Callable[[list[torch.Tensor]], None]
-
-
-class Tokens(NamedTuple):
-    """What a forward goes over: ids [B, T] or embeddings [B, T, D], positions [B, T], and a mask [B, S] or None.
-
-    The mask, over all that is cached afterwards, is false or 0 where a token is padding.
-    """
-
-    source: torch.Tensor
-    positions: torch.Tensor
-    padding: torch.Tensor | None
-
-    def cut(self, first: int, last: int, past: int) -> Tokens:
-        """Those from ``first`` up to ``last``, of a forward that begins after ``past`` cached ones."""
-        padding = None if self.padding is None else self.padding[:, : past + last]
-        return Tokens(self.source[:, first:last], self.positions[:, first:last], padding)
 
 
 class Part(NamedTuple):
@@ -187,31 +172,24 @@ class KeptForwards:
                 if cache.must_be_built(epoch):
                     self._build(calls, cache)
                     cache.built(epoch)
-                start = cache.start(tokens.positions, tokens.padding)
-                part = Part(self._sendable(tokens.source), start, keep)
+                part = Part(self._sendable(tokens.source), cache.start(tokens), keep)
                 result = calls.send(part, cache.session)
             except BaseException:
                 cache.lose()
                 raise
-            cache.advance(*tokens, epoch)
+            cache.advance(tokens, epoch)
             return result
 
         return self._link.persist(attempt)
 
     def _build(self, calls: Calls, cache: RemoteCache) -> None:
         """Put all that the cache stands for through the worker again."""
-        sources, positions_BS, mask_BS = cache.history.joined()
-        hidden_BSD = torch.cat([self._embed(source) for source in sources], dim=1)
-        batch, tokens = hidden_BSD.shape[:2]
-        for first, last in calls.cut(tokens, batch, 0):
-            start = {
-                "positions": positions_BS[:, first:last],
-                "padding": mask_BS[:, :last],
-                "past": first,
-                "select": None,
-                "reserve": cache.reserved,
-            }
-            calls.send(Part(self._sendable(hidden_BSD[:, first:last]), start, 0), cache.session)
+        hidden_BSD = torch.cat([self._embed(source) for source in cache.history.sources()], dim=1)
+        for before, run in cache.history.runs(hidden_BSD):
+            for first, last in calls.cut(run.source.shape[1], run.source.shape[0], 0):
+                tokens = run.cut(first, last, before)
+                start = {**tokens.start(), "past": before + first, "select": None, "reserve": cache.reserved}
+                calls.send(Part(self._sendable(tokens.source), start, 0), cache.session)
 
     def _sendable(self, source: torch.Tensor) -> torch.Tensor:
         """A source's embeddings, made where they are sent from."""

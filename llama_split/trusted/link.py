@@ -61,7 +61,10 @@ class CheckedReply:
         Raises:
             As ``WorkerLink.call``.
         """
-        return self._check(self._pending.result())
+        try:
+            return self._check(self._pending.result())
+        finally:
+            del self  # an error's traceback holds this frame: a cycle, and with it borrowed results
 
 
 class WorkerLink:

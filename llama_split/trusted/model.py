@@ -18,9 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from shmtransport import ChannelKind, Client, Statistics
@@ -32,14 +30,18 @@ from ..checkpoint import Checkpoint, Progress, open_checkpoint
 from ..config import check_pipeline, default_arena_bytes, parse_dtype, parse_mode
 from ..decoder import AttentionContext, DecoderLayer, RMSNorm, decoder
 from ..errors import UnsupportedBySplit
+from ..masks import causal_mask
 from ..operations import Mode
+from ..rotary import Rotary, TextLengths
 from ..steps import Memory, Steps, run
 from ..transformers_versions import CACHE_NAME, CACHE_NAMES, keep_logits, only_cache
-from .cache import RemoteCache
-from .forwards import KeptForwards, Tokens
+from .cache import RemoteCache, refuse_cache_implementation
+from .forwards import KeptForwards
+from .history import Tokens
+from .inputs import fit_inputs
 from .keywords import check_keywords
 from .link import WorkerLink
-from .outputs import Shown
+from .outputs import Shown, private_logits
 from .part import RemoteHead, TrustedPart
 from .pipeline import cut, run_in_turn
 from .remote import Remote, not_compiled
@@ -65,6 +67,8 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         self.mode = mode
         self.link = link
         self._pipeline = pipeline
+        self._rotary = Rotary(self.model.frozen_config, torch.device("cpu"))
+        self._text_lengths = TextLengths(self.model.frozen_config)
         self._kept = KeptForwards(link, self._remote, self.model.embed)
 
     @classmethod
@@ -139,7 +143,6 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             names = TrustedPart.weight_names(config, mode)
             weights = checkpoint.load(names, compute, torch.device("cpu"), progress)
             nn.Module.load_state_dict(model, weights, assign=True)
-            model.model.rotary_emb = LlamaRotaryEmbedding(model.model.frozen_config)
             model.generation_config = checkpoint.generation_config()
             undo.pop_all()
         model.requires_grad_(requires_grad=False)
@@ -150,8 +153,8 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         """As transformers' ``generate``; the KV cache is this split's unless another is given or named.
 
         Raises:
-            UnsupportedBySplit: a ``cache_implementation`` where the worker keeps the KV, or an output that this split
-                does not have.
+            UnsupportedBySplit: a ``cache_implementation`` that the worker's KV can't stand for, or an output that this
+                split does not have.
         """
         cache = only_cache(**{name: kwargs.pop(name, None) for name in CACHE_NAMES})
         if cache is not None:
@@ -181,12 +184,11 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                 "assistant_early_exit: a split always goes through all layers; pass assistant_model"
             )
         named = generation_config.cache_implementation
-        if named is not None and self.mode.worker_keeps_kv:
-            raise UnsupportedBySplit(
-                f"cache_implementation={named!r}: in mode {self.mode.value} the worker keeps the KV"
-            )
-        uses_cache = generation_config.use_cache is not False
-        if named is None and uses_cache and model_kwargs.get(CACHE_NAME) is None:
+        if self.mode.worker_keeps_kv:
+            refuse_cache_implementation(named, self.mode)
+        own = named in (None, "dynamic") or self.mode.worker_keeps_kv
+        if own and generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
+            generation_config.cache_implementation = None
             model_kwargs[CACHE_NAME] = self.new_cache(max_cache_length)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -224,17 +226,20 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         shown = self._outputs(output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = only_cache(past_key_values=past_key_values, cache=cache)
-        if cache is None and (use_cache or self.mode.worker_keeps_kv):
+        if cache is None and use_cache:
             cache = self.new_cache()
-        if position_ids is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            position_ids = (torch.arange(source.shape[1]) + past).unsqueeze(0)
-        if self.mode.worker_keeps_kv:
-            logits = self._remotely(source, attention_mask, position_ids, cache, logits_to_keep, shown)
-        else:
-            logits = self._here(source, attention_mask, position_ids, cache, logits_to_keep, shown)
-        # Private: a caller may keep or change them, and reads them more than once.
-        logits = logits.to(self.dtype, copy=True)
+        tokens = fit_inputs(
+            source,
+            attention_mask,
+            position_ids,
+            cache,
+            config=self.model.frozen_config,
+            dtype=self.dtype,
+            lengths=self._text_lengths,
+        )
+        if cache is None and self.mode.worker_keeps_kv:
+            cache = self.new_cache()  # for this forward alone
+        logits = self._run(tokens, cache, logits_to_keep, shown)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
@@ -278,46 +283,52 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             link.close()
             warnings.warn(f"a split model of the worker at {address} was dropped: close() it", ResourceWarning, 2, self)
 
+    def _run(
+        self, tokens: Tokens, cache: Cache | None, logits_to_keep: int | torch.Tensor, shown: Shown
+    ) -> torch.Tensor:
+        """The forward: private logits. One that fails leaves the cache as it was: repeated, it adds no token twice."""
+        past = 0 if cache is None else int(cache.get_seq_length())
+        forward = self._remotely if self.mode.worker_keeps_kv else self._here
+        try:
+            return private_logits(forward(tokens, cache, logits_to_keep, shown), self.dtype, self.link.client.address)
+        except BaseException:
+            if isinstance(cache, (GrowingCache, RemoteCache)) and cache.get_seq_length() != past:
+                cache.rewind(past)
+            raise
+
     def _here(
-        self,
-        source: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        cache: Cache | None,
-        logits_to_keep: int | torch.Tensor,
-        shown: Shown,
+        self, tokens: Tokens, cache: Cache | None, logits_to_keep: int | torch.Tensor, shown: Shown
     ) -> torch.Tensor:
         """The forward of the splits where attention and the KV are this side's: logits."""
-        hidden_BTD = self.model.embed(source)
+        hidden_BTD = self.model.embed(tokens.source)
         shown.add([hidden_BTD])
         attention = self._attention(shown.attentions)
         config = self.model.frozen_config
         if config._attn_implementation != attention.implementation:  # noqa: SLF001 - as where it is set
             config = copy.copy(config)
             config._attn_implementation = attention.implementation  # noqa: SLF001
-        # What is shown is shown whole, and a part needs to find the parts before it in a cache that grows.
-        together = 1 if shown.anything or not isinstance(cache, GrowingCache) else self._pipeline
+        # What is shown is shown whole; a part needs to find the parts before it in a cache that grows, and to know that
+        # it attends to none after it, which the caller's own mask may want.
+        prepared = tokens.mask is not None and tokens.mask.dim() == 4
+        together = 1 if shown.anything or prepared or not isinstance(cache, GrowingCache) else self._pipeline
         parts = cut(hidden_BTD.shape[1], together)
-        mask = create_causal_mask(
-            config=config,
-            inputs_embeds=hidden_BTD,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            allow_is_causal_skip=len(parts) == 1,
-            **{CACHE_NAME: cache},
+        mask = causal_mask(
+            config,
+            hidden_BTD,
+            tokens.mask,
+            cache,
+            sequences_BS=tokens.sequences,
+            may_be_none=len(parts) == 1 and (attention.takes_none or hidden_BTD.shape[1] == 1),
         )
+        mask = attention.prepare(mask, hidden_BTD.dtype)
         past = 0 if cache is None else cache.get_seq_length()
-        context = AttentionContext(self.model.rotary_emb(hidden_BTD, position_ids), mask, cache, attention)
-        try:
-            if len(parts) == 1:
-                hidden_BTD = run(self._steps(hidden_BTD, context, shown), self._remote.perform)
-            else:
-                forwards = [self._steps(hidden_BTD[:, part], context.part(part, past), shown) for part in parts]
-                hidden_BTD = torch.cat(run_in_turn(forwards, self._remote.begin), dim=1)
-        except BaseException:
-            if isinstance(cache, GrowingCache):  # the layers before the one that failed have grown already
-                cache.truncate(past)
-            raise
+        cos_sin = self._rotary(tokens.positions, hidden_BTD.dtype, tokens.lengths)
+        context = AttentionContext(cos_sin, mask, cache, attention)
+        if len(parts) == 1:
+            hidden_BTD = run(self._steps(hidden_BTD, context, shown), self._remote.perform)
+        else:
+            forwards = [self._steps(hidden_BTD[:, part], context.part(part, past), shown) for part in parts]
+            hidden_BTD = torch.cat(run_in_turn(forwards, self._remote.begin), dim=1)
         return self._logits(hidden_BTD, logits_to_keep, shown)
 
     def _steps(self, hidden_BTD: torch.Tensor, context: AttentionContext, shown: Shown) -> Steps:
@@ -325,13 +336,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         return decoder(layers, hidden_BTD, context, self._remote, lambda hidden_BTD: shown.add([hidden_BTD]))
 
     def _remotely(
-        self,
-        source: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        cache: Cache | None,
-        logits_to_keep: int | torch.Tensor,
-        shown: Shown,
+        self, tokens: Tokens, cache: Cache | None, logits_to_keep: int | torch.Tensor, shown: Shown
     ) -> torch.Tensor:
         """The forward of the splits where the worker keeps the KV: logits."""
         if not isinstance(cache, RemoteCache):
@@ -339,9 +344,14 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                 f"past_key_values is a {type(cache).__name__}: in mode {self.mode.value} the worker keeps the KV; "
                 "pass one made by new_cache()"
             )
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise UnsupportedBySplit(f"in mode {self.mode.value} the attention mask must be [batch, tokens]")
-        tokens = Tokens(source, position_ids.to(torch.int64), attention_mask)
+        if tokens.mask is not None and tokens.mask.dim() != 2:
+            raise UnsupportedBySplit(
+                f"in mode {self.mode.value} the attention mask must be [batch, tokens]; use mode fused or op"
+            )
+        if tokens.positions.is_floating_point():
+            raise UnsupportedBySplit(f"in mode {self.mode.value} position_ids must be integers; use mode fused or op")
+        tokens = tokens._replace(positions=tokens.positions.to(torch.int64))
+        source = tokens.source
         if self.mode is Mode.LAYER:
             if shown.wants_hidden:
                 shown.add([self.model.embed(source)])

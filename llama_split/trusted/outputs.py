@@ -1,10 +1,28 @@
-"""What a forward shows beside its logits, if asked to: hidden states and attention weights, as transformers does."""
+"""What a forward gives: its logits, and if asked for hidden states and attention weights, as transformers does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+
+from ..errors import WorkerMismatch
+
+
+def private_logits(logits: torch.Tensor, dtype: torch.dtype, worker: str) -> torch.Tensor:
+    """A copy of what the worker at this address returned, which it can't change any more; all of it are numbers.
+
+    Raises:
+        WorkerMismatch: they are infinite or NaN, with which generation would go on from whatever token comes first.
+    """
+    private = logits.to(dtype, copy=True)
+    if private.numel() and not all(math.isfinite(bound) for bound in private.aminmax()):
+        raise WorkerMismatch(
+            f"the worker at {worker} returned logits that are infinite or NaN: it is broken or hostile, or the weights "
+            f"or inputs are too large for {str(dtype).removeprefix('torch.')}"
+        )
+    return private
 
 
 class Shown:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaPreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, layer_name
 from ..decoder import DecoderLayer, RMSNorm
@@ -57,7 +56,7 @@ class RemoteHead(RemoteMatrix):
 
 
 class TrustedPart(SameWeights, LlamaPreTrainedModel):  # type: ignore[misc]
-    """The embedding, the norms, and rotary attention's cosines.
+    """The embedding and the norms.
 
     Callers may change ``config``, and transformers does so for a while; what a forward is made of is read from a copy.
     """
@@ -73,7 +72,6 @@ class TrustedPart(SameWeights, LlamaPreTrainedModel):  # type: ignore[misc]
         own_layers = 0 if mode.worker_keeps_kv else config.num_hidden_layers
         self.layers = nn.ModuleList([DecoderLayer(self.frozen_config, index) for index in range(own_layers)])
         self.norm = None if mode is Mode.STACK else RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(self.frozen_config)
         self.gradient_checkpointing = False
 
     @staticmethod

@@ -64,9 +64,9 @@ class Remote:
                 begun.append(self._link.submit(step.operation, step.arguments, **self._keywords(step)))
 
         def finish() -> torch.Tensor:
-            reply = begun.pop() if begun else None
-            if reply is not None and reply.epoch == self._link.epoch:
-                return reply.result()
+            if begun and begun[0].epoch == self._link.epoch:
+                return begun.pop().result()  # in no variable: an error's traceback would hold it, and it the error
+            begun.clear()
             return self._perform(step)
 
         return lambda: self._link.persist(finish)

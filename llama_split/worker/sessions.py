@@ -12,10 +12,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shmtransport.units import size_text
 
@@ -23,7 +22,8 @@ from ..attention import SdpaAttention
 from ..cache import GrowingCache
 from ..decoder import AttentionContext
 from ..errors import SessionLimit, SessionLost
-from ..transformers_versions import CACHE_NAME
+from ..masks import causal_mask
+from ..rotary import Rotary
 from .kernels import Weights
 
 logger = logging.getLogger("llama_split")
@@ -56,9 +56,7 @@ class SessionLimits:
 class Session:
     """One generation's KV cache, and what the layers of the forward in progress share."""
 
-    def __init__(
-        self, weights: Weights, rotary: LlamaRotaryEmbedding, make_room: Callable[[Session, int], None]
-    ) -> None:
+    def __init__(self, weights: Weights, rotary: Rotary, make_room: Callable[[Session, int], None]) -> None:
         self._weights = weights
         self._rotary = rotary
         self._make_room = make_room
@@ -76,12 +74,16 @@ class Session:
         past: int,
         select: torch.Tensor | None,
         reserve: int = 0,
+        lengths: torch.Tensor | None = None,
+        sequences: torch.Tensor | None = None,
     ) -> None:
         """Start a forward after ``past`` cached tokens; later ones are forgotten.
 
-        ``positions`` [B, T] int64; ``padding`` [B, past + T], false or 0 where a token is padding; ``select`` [B] are
-        the rows of the present batch to go on with; ``reserve`` is how many tokens a row is expected to have in the
-        end. All tensors are read once, into private memory.
+        ``positions`` [B or 1, T] int64; ``padding`` [B, past + T] bool, false where a token is padding; ``select`` [B]
+        int64 are the rows of the present batch to go on with; ``reserve`` is how many tokens a row is expected to have
+        in the end. ``lengths`` [T] int64 choose the rotary frequencies where these depend on the length of the text;
+        ``sequences`` [B, past + T] int64 say which of the texts packed into its row each token is of. All tensors are
+        read once, into private memory.
 
         Raises:
             ValueError: they don't fit the cache or each other.
@@ -90,41 +92,34 @@ class Session:
         """
         batch, tokens = hidden_BTD.shape[:2]
         held = min(layer.get_seq_length() for layer in self.cache.layers)  # a forward may have ended half-way
-        positions_limit = self._weights.config.max_position_embeddings
         if not (type(past) is type(reserve) is int and past >= 0):
             raise ValueError(f"{past} past and {reserve} reserved tokens are asked for; both are counts")
-        if past + tokens > positions_limit:
-            raise ValueError(f"{past + tokens} tokens are to be cached; the model has {positions_limit} positions")
+        if batch * tokens == 0:
+            raise ValueError(f"a forward needs tokens; the batch is {batch} × {tokens}")
         if past > held:
             raise SessionLost(f"the forward starts after {past} tokens; this session has {held}")
-        if positions.shape not in ((batch, tokens), (1, tokens)) or positions.dtype != torch.int64:
+        end = past + tokens
+        if tokens > 1 and batch * tokens * end > _MAX_MASK_BYTES:
             raise ValueError(
-                f"positions are {list(positions.shape)} of {positions.dtype}; the batch is {batch} × {tokens}"
-            )
-        if padding is not None and padding.shape != (batch, past + tokens):
-            raise ValueError(f"the mask is {list(padding.shape)}, not {batch} × {past + tokens}")
-        if tokens > 1 and batch * tokens * (past + tokens) > _MAX_MASK_BYTES:
-            raise ValueError(
-                f"the mask of {batch} × {tokens} tokens over {past + tokens} exceeds {size_text(_MAX_MASK_BYTES)}: "
+                f"the mask of {batch} × {tokens} tokens over {end} exceeds {size_text(_MAX_MASK_BYTES)}: "
                 "send fewer tokens at once, by a smaller arena_bytes or prefill_chunk_size"
             )
+        device = self._weights.device
+        rows = (1, tokens) if positions.shape[0] == 1 else (batch, tokens)
+        own_positions = _private("positions", positions, rows, torch.int64, device)
+        own_padding = _private("padding", padding, (batch, end), torch.bool, device)
+        own_sequences = _private("sequences", sequences, (batch, end), torch.int64, device)
+        own_lengths = _private("lengths", lengths, (tokens,), torch.int64, torch.device("cpu"))
+        cos_sin = self._rotary(own_positions, hidden_BTD.dtype, own_lengths)
         self._context = None
         self.last_used = time.monotonic()
-        self.cache.truncate(past)
-        rows = self._rows(select, batch)
-        self._reserve(batch, past + tokens, min(reserve, positions_limit))
-        if rows is not None:  # only now, since it allocates
-            self.cache.select(rows)
-        device = self._weights.device
-        private = positions.to(device, copy=True)
-        mask = create_causal_mask(
-            config=self._weights.config,
-            inputs_embeds=hidden_BTD,
-            attention_mask=None if padding is None else padding.to(device, copy=True),
-            position_ids=private,
-            **{CACHE_NAME: self.cache},
-        )
-        self._context = AttentionContext(self._rotary(hidden_BTD, private), mask, self.cache, SdpaAttention())
+        self.cache.rewind(past)
+        selected = self._rows(select, batch)
+        self._reserve(batch, end, min(reserve, self._weights.config.max_position_embeddings))
+        if selected is not None:  # only now, since it allocates
+            self.cache.select(selected)
+        mask = causal_mask(self._weights.config, hidden_BTD, own_padding, self.cache, sequences_BS=own_sequences)
+        self._context = AttentionContext(cos_sin, mask, self.cache, SdpaAttention())
         self._next_layer = 0
 
     def enter(self, index: int) -> AttentionContext:
@@ -179,6 +174,21 @@ class Session:
         return rows
 
 
+def _private(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A copy that its owner can't change any more; None if there is none.
+
+    Raises:
+        ValueError: it is of another shape or dtype.
+    """
+    if tensor is None:
+        return None
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} are {list(tensor.shape)} of {tensor.dtype}, not {list(shape)} of {dtype}")
+    return tensor.to(device, copy=True)
+
+
 class Sessions:
     """All sessions, by connection and the client's own number."""
 
@@ -186,7 +196,7 @@ class Sessions:
         self._weights = weights
         self._limits = SessionLimits() if limits is None else limits
         self._kv_limit = self._limits.kv_bytes(weights.device)
-        self._rotary = LlamaRotaryEmbedding(weights.config).to(weights.device)
+        self._rotary = Rotary(weights.config, weights.device)
         self._sessions: dict[tuple[int, int], Session] = {}
 
     def __len__(self) -> int:
@@ -236,6 +246,11 @@ class Sessions:
         Raises:
             SessionLimit: they can't be had.
         """
+        if nbytes > self._kv_limit:  # no session is ended in vain
+            raise SessionLimit(
+                f"this forward needs {size_text(nbytes)} of KV, and the limit is {size_text(self._kv_limit)}: use a "
+                "shorter text or smaller batch, or raise --max-kv-bytes"
+            )
         while (others := self.kv_bytes - session.kv_bytes) + nbytes > self._kv_limit:
             self._end_idle(
                 session,

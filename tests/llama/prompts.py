@@ -13,6 +13,7 @@ NEW_TOKENS = 40
 LONG: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
 SHARED: dict[str, Any] = {"max_new_tokens": 16, "pad_token_id": 0}
 STATIC = GenerationConfig(cache_implementation="static", max_new_tokens=3, pad_token_id=0)
+QUANTIZED = GenerationConfig(cache_implementation="quantized", max_new_tokens=3, pad_token_id=0)
 
 
 def prompt(tokens: int = 11, batch: int = 1, seed: int = 1) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -142,6 +143,39 @@ def test_a_deep_copy_goes_on_alone() -> None:
         keys, _ = copied.update(new, new, layer)
         assert torch.equal(keys, torch.cat([before, new], dim=2))
     pair.agree()
+
+
+EDITS: dict[str, Callable[[GrowingCache], object]] = {
+    "nothing": lambda cache: cache,
+    "crop": lambda cache: cache.crop(-1),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+    "repeat": lambda cache: (cache.batch_repeat_interleave(2), cache.batch_select_indices(torch.tensor([0, 3]))),
+    "copy": copy.deepcopy,
+    "reset": lambda cache: cache.reset(),
+}
+
+
+@pytest.mark.parametrize("again", EDITS)
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("tokens", [1, 300], ids=["within", "growing"])
+def test_a_cache_filled_in_inference_mode_may_be_used_outside(edit: str, again: str, tokens: int) -> None:
+    """And the other way round, whatever was done to it: in no mode is memory allocated that only it may write."""
+
+    def use(cache: GrowingCache, name: str, tokens: int) -> GrowingCache:
+        found = EDITS[name](cache)
+        cache = found if isinstance(found, GrowingCache) else cache
+        for layer in range(LAYERS):
+            keys, _ = cache.update(*torch.zeros(2, 2, HEADS, tokens, WIDTH), layer)
+            assert not keys.is_inference()
+        return cache
+
+    for first, second in ((True, False), (False, True)):
+        cache = GrowingCache(LAYERS)
+        with torch.inference_mode(mode=first):
+            cache = use(use(cache, "nothing", 3), edit, 1)
+        with torch.inference_mode(mode=second):
+            cache = use(cache, again, tokens)
+        use(cache, "nothing", 1)
 
 
 def test_growth_does_not_reallocate_for_each_token() -> None:

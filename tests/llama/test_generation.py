@@ -21,7 +21,7 @@ from llama_split import SplitLlamaForCausalLM
 from llama_split.synthetic import RandomCheckpoint
 from llama_split.transformers_versions import CACHE_NAME, CACHE_NAMES
 
-from .conftest import Small, Worker, worker_in_thread
+from .conftest import Small, worker_in_thread
 from .prompts import LONG, NEW_TOKENS, SHARED, STATIC, Spelled, difference, padded_prompts, prompt, single_prompt
 
 
@@ -200,15 +200,6 @@ def test_a_second_turn_goes_on_with_the_firsts_cache(plain: Small, plain_split: 
     assert sent < difference(before, plain_split.statistics(), "tensor_bytes_sent"), "the cache was not used"
 
 
-@pytest.mark.parametrize("named", ["static", "dynamic"])
-def test_fused_mode_takes_any_cache_of_transformers(plain: Small, plain_worker: Worker, named: str) -> None:
-    """Where attention is ours, every cache that generate can make gives the same tokens."""
-    expected = plain.unsplit.generate(**padded_prompts(), **SHARED, do_sample=False)
-    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
-        tokens = split.generate(**padded_prompts(), **SHARED, do_sample=False, cache_implementation=named)
-    assert torch.equal(tokens, expected)
-
-
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # the comparison below says it better
 def test_the_models_own_generation_settings_are_in_force(save_small: Callable[..., Small], mode: str) -> None:
     """generation_config.json of the directory counts, as its several end tokens do in instruction-tuned Llamas."""
@@ -224,11 +215,27 @@ def test_the_models_own_generation_settings_are_in_force(save_small: Callable[..
         assert torch.equal(split.generate(**single_prompt()), unsplit.generate(**single_prompt()))
 
 
-def test_a_positional_generation_configuration_is_obeyed(plain: Small, plain_worker: Worker) -> None:
+def test_a_positional_generation_configuration_is_obeyed(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
     """``generate(ids, configuration)``, as transformers' signature has it, with a cache that it names."""
     expected = plain.unsplit.generate(prompt(), STATIC)
-    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
-        assert torch.equal(split.generate(prompt(), STATIC), expected)
+    assert torch.equal(plain_split.generate(prompt(), STATIC), expected)
+    assert STATIC.cache_implementation == "static", "the caller's configuration was changed"
+
+
+@pytest.mark.parametrize("named", ["static", "dynamic", "sliding_window"])
+def test_a_cache_named_by_the_model_directory_does_no_harm(
+    save_small: Callable[..., Small], mode: str, named: str
+) -> None:
+    """generation_config.json may name one of transformers' caches: each split writes what the unsplit model does."""
+    small = save_small(seed=11)
+    GenerationConfig(cache_implementation=named, pad_token_id=0, max_new_tokens=12).save_pretrained(small.path)
+    unsplit = LlamaForCausalLM.from_pretrained(small.path)
+    with (
+        worker_in_thread(small.path) as worker,
+        SplitLlamaForCausalLM.from_pretrained(small.path, worker=worker.address, mode=mode) as split,
+    ):
+        for how in ({}, {"num_beams": 2}, {"prefill_chunk_size": 5}):
+            assert torch.equal(split.generate(**padded_prompts(), **how), unsplit.generate(**padded_prompts(), **how))
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)

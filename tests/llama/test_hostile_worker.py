@@ -14,9 +14,9 @@ from llama_split.operations import GATE_UP, OPERATIONS, Mode
 from llama_split.worker.sessions import SessionLimits
 from shmtransport import RemoteError, Server
 
-from .conftest import Small, Worker
+from .conftest import Small, Worker, worker_in_thread
 from .hollow import hollow_handlers
-from .prompts import prompt
+from .prompts import SHARED, prompt, single_prompt
 
 Serve = Callable[..., Server]
 
@@ -82,11 +82,44 @@ def test_a_client_can_not_open_sessions_without_bound(
     layer_split(prompt(3), past_key_values=caches[-1])
 
 
-def test_a_cache_never_exceeds_the_models_positions(layer_split: SplitLlamaForCausalLM) -> None:
-    """A client can't make the worker's KV grow beyond what the model can use."""
-    positions = layer_split.config.max_position_embeddings
-    with pytest.raises(RemoteError, match=f"the model has {positions} positions"):
-        layer_split(prompt(positions + 1))
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize(
+    "number", [float("nan"), float("inf"), -float("inf")], ids=["nan", "infinite", "minus-infinite"]
+)
+def test_logits_that_are_no_numbers_are_refused(
+    plain: Small, serve: Serve, address: str, mode: Mode, number: float
+) -> None:
+    """A generation would go on with token 0, or whichever comes first; the cache is as it was before."""
+
+    def answer(right: torch.Tensor) -> torch.Tensor:
+        if right.shape[-1] == plain.unsplit.config.vocab_size and right.shape[1]:
+            right[-1, -1, 7] = number
+        return right
+
+    serve(**_liar(plain, answer))
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=address, mode=mode) as split:
+        cache = split.new_cache()
+        with pytest.raises(WorkerMismatch, match="infinite or NaN: it is broken or hostile"):
+            split(prompt(5), past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        for how in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
+            with pytest.raises(WorkerMismatch, match=address):
+                split.generate(**single_prompt(), **SHARED, **how)
+
+
+@pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
+def test_room_that_could_never_be_had_costs_others_nothing(plain: Small, mode: Mode) -> None:
+    """A text is as long as the worker's limit of KV allows; one beyond it ends no idle session of another."""
+    limits = SessionLimits(max_kv_bytes=2 * 3 * 32 * 4 * 300, idle_s=0.0)
+    with (
+        worker_in_thread(plain.path, limits=limits) as worker,
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode) as split,
+    ):
+        cache = split(prompt(9), use_cache=True).past_key_values
+        with pytest.raises(RemoteError, match=r"of KV, and the limit is 225\.0 KiB.*--max-kv-bytes"):
+            split(prompt(400))
+        assert any(session.cache.get_seq_length() == 9 for session in worker.service.sessions._sessions.values())
+        split(prompt(1), past_key_values=cache)
 
 
 def test_a_forward_that_ended_half_way_shows_no_other_memory(layer_split: SplitLlamaForCausalLM) -> None:

@@ -115,6 +115,34 @@ def test_copies_of_a_prompts_cache_go_on_alone(plain: Small, plain_split: SplitL
                 torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["filled-in-inference-mode", "used-in-inference-mode"])
+def test_what_comes_out_in_one_mode_may_be_used_in_the_other(
+    plain: Small, plain_split: SplitLlamaForCausalLM, mode: str, first: bool
+) -> None:
+    """A generation goes on outside of ``torch.inference_mode()`` with the cache of one inside, and the other way round.
+
+    Logits and hidden states are what they are unsplit: outside of that mode they may be written.
+    """
+    options: dict[str, Any] = {**SHARED, "do_sample": False, "return_dict_in_generate": True}
+    with torch.inference_mode(mode=first):
+        output = plain_split.generate(**single_prompt(), **options, past_key_values=plain_split.new_cache())
+    cache = output.past_key_values
+    copied = copy.deepcopy(cache)
+    ids = torch.cat([output.sequences, prompt(3)], dim=1)
+    with torch.inference_mode(mode=not first):
+        for each in (cache, copied):
+            more = plain_split.generate(ids, attention_mask=torch.ones_like(ids), **options, past_key_values=each)
+            expected = plain.unsplit.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            assert torch.equal(more.sequences, expected.sequences)
+            each.crop(-4)
+            each.batch_repeat_interleave(2)
+            plain_split(prompt(2, batch=2), past_key_values=each)
+    each.reorder_cache(torch.tensor([1, 0]))
+    shown = plain_split(prompt(2, batch=2), past_key_values=each, output_hidden_states=mode != "stack")
+    for tensor in (shown.logits, *(shown.hidden_states or ())):
+        tensor.add_(1)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # A rounding is half of 2^-8 or 2^-11 of a value. A few dozen follow one another in three layers, in another order

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit, WorkerMismatch
 
 from .conftest import Small, Worker
-from .prompts import SHARED, STATIC, prompt, single_prompt
+from .prompts import QUANTIZED, SHARED, prompt, single_prompt
 
 
 def mismatch(small: Small, worker: Worker, **options: Any) -> str:
@@ -66,16 +66,17 @@ def test_a_worker_of_another_dtype_is_refused(plain: Small, plain_worker: Worker
 @pytest.mark.parametrize(
     ("arguments", "keywords"),
     [
-        pytest.param((), {"cache_implementation": "static", "max_new_tokens": 3}, id="by-name"),
-        pytest.param((), {"generation_config": STATIC}, id="in-a-configuration"),
-        pytest.param((STATIC,), {}, id="in-a-positional-configuration"),
+        pytest.param((), {"cache_implementation": "quantized", "max_new_tokens": 3}, id="by-name"),
+        pytest.param((), {"cache_implementation": "offloaded_static", "max_new_tokens": 3}, id="elsewhere"),
+        pytest.param((), {"generation_config": QUANTIZED}, id="in-a-configuration"),
+        pytest.param((QUANTIZED,), {}, id="in-a-positional-configuration"),
     ],
 )
-def test_a_cache_implementation_is_refused_where_the_worker_keeps_the_kv(
+def test_a_cache_that_the_worker_does_not_have_is_refused_by_its_name(
     layer_split: SplitLlamaForCausalLM, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    """However transformers lets it be named."""
-    with pytest.raises(UnsupportedBySplit, match="static"):
+    """However transformers lets it be named: its numbers or its place would be others."""
+    with pytest.raises(UnsupportedBySplit, match=r"quantized|offloaded_static"):
         layer_split.generate(prompt(), *arguments, **keywords)
 
 
@@ -139,10 +140,19 @@ def test_a_cache_of_another_models_connection_is_refused(
         del mine
 
 
-def test_a_mask_that_is_not_padding_is_refused_where_the_worker_attends(layer_split: SplitLlamaForCausalLM) -> None:
-    """A four-dimensional mask can't cross."""
-    with pytest.raises(UnsupportedBySplit, match="mask"):
-        layer_split(prompt(4), attention_mask=torch.zeros(1, 1, 4, 4))
+@pytest.mark.parametrize(
+    "inputs",
+    [{"attention_mask": torch.zeros(1, 1, 4, 4)}, {"position_ids": torch.arange(4)[None] / 2}],
+    ids=["mask", "positions"],
+)
+def test_what_can_not_cross_is_refused_where_the_worker_attends(
+    layer_split: SplitLlamaForCausalLM, inputs: dict[str, Any]
+) -> None:
+    """A mask that is not padding, and positions between numbers; a cache is none the worse for it."""
+    cache = layer_split(prompt(4), use_cache=True).past_key_values
+    with pytest.raises(UnsupportedBySplit, match="use mode fused"):
+        layer_split(prompt(4), **inputs)
+    layer_split(prompt(1), past_key_values=cache)
 
 
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
