@@ -19,7 +19,7 @@ from typing import Any
 from .channel import QUEUE_LIMIT, deadline_in
 from .client import ClientBase
 from .errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtocolError, TransportError
-from .link import Link
+from .link import Connecting, Link
 from .protocol import PendingReply
 from .threads import in_a_thread
 from .uncompiled import uncompiled
@@ -138,10 +138,12 @@ class AsyncClient(ClientBase):
 
     async def _open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        opening = in_a_thread(Link, self._options, self._counters)
+        connecting = Connecting(self._options, self._counters)
+        opening = in_a_thread(Link, connecting)
         try:
             link = await asyncio.wrap_future(opening)
         except asyncio.CancelledError:
+            connecting.cancel()
             opening.add_done_callback(_close_unwanted)
             raise
         self._link, self._ended = link, None

@@ -28,6 +28,7 @@ from .message import is_reply
 
 _GOODBYE_LINGER_MS = 500
 _RETRY_S = 0.01
+_CLOSE_PAUSE_S = 50e-6
 _HELD_BYTES = 2 << 20
 """What ZeroMQ itself holds for or of one peer of a server: it frees none of that before the peer's socket goes."""
 _FEWEST_HELD = 8
@@ -85,8 +86,11 @@ class Channel(ABC):
         """In a forked child: forget the parent's channel without touching it."""
 
     @abstractmethod
-    def close(self, *, flush: bool) -> None:
-        """Give the channel back; with ``flush``, let what is queued go out for a moment. A second call does nothing."""
+    def close(self, *, flush: bool, wait: bool = False) -> None:
+        """Give the channel back; with ``flush``, what is queued still goes out for a moment.
+
+        With ``wait`` this waits until it has; without, it never waits. A second call does nothing.
+        """
 
 
 class BrokenPeer(Exception):
@@ -184,6 +188,7 @@ class ZmqChannel(Channel):
         self._socket = zmq_context.open_socket(zmq.DEALER)
         self._monitor: zmq.Socket[bytes] | None = None
         self._wake_fd = -1
+        self._connection: tuple[int, int] | None = None  # libzmq's file descriptor and its inode
         self.peer_pid: int | None = None
         try:
             self._socket.maxmsgsize = max_message_bytes
@@ -214,7 +219,7 @@ class ZmqChannel(Channel):
             frame = self._socket.recv(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return None
-        self.peer_pid = _pid_behind(frame)
+        self._learn_connection(frame)
         return frame.bytes
 
     def settle(self) -> None:
@@ -278,7 +283,7 @@ class ZmqChannel(Channel):
     def abandon(self) -> None:
         self._closed = True
 
-    def close(self, *, flush: bool) -> None:
+    def close(self, *, flush: bool, wait: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
@@ -286,6 +291,18 @@ class ZmqChannel(Channel):
         zmq_context.close_socket(self._socket, _GOODBYE_LINGER_MS if flush else 0)
         if self._wake_fd >= 0:
             os.close(self._wake_fd)
+        if flush and wait and self._connection is not None:
+            _wait_until_closed(*self._connection)
+
+    def _learn_connection(self, frame: zmq.Frame) -> None:
+        """Learn which connection a message came by, and from the kernel which process is at its other end."""
+        with contextlib.suppress(zmq.ZMQError, OSError, ValueError):  # libzmq has closed it
+            fd = int(frame.get(zmq.SRCFD))
+            self._connection = fd, os.fstat(fd).st_ino
+            with socket.socket(fileno=os.dup(fd)) as connection:
+                if connection.family == socket.AF_UNIX:
+                    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                    self.peer_pid, _, _ = _CREDENTIALS.unpack(credentials)
 
     def _end_monitor(self) -> None:
         if self._monitor is not None:
@@ -294,16 +311,12 @@ class ZmqChannel(Channel):
             self._monitor = None
 
 
-def _pid_behind(frame: zmq.Frame) -> int | None:
-    """The process at the other end of the connection that a message came by; None if the kernel doesn't say."""
-    try:
-        with socket.socket(fileno=os.dup(int(frame.get(zmq.SRCFD)))) as connection:
-            pid, _, _ = _CREDENTIALS.unpack(
-                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            )
-    except (zmq.ZMQError, OSError, ValueError):  # libzmq has closed it, or it is no Unix socket
-        return None
-    return int(pid)
+def _wait_until_closed(fd: int, inode: int) -> None:
+    """Wait until libzmq has sent what was queued for a connection and closed it, for up to its linger period."""
+    deadline = time.monotonic() + _GOODBYE_LINGER_MS / 1000
+    with contextlib.suppress(OSError):
+        while os.fstat(fd).st_ino == inode and time.monotonic() < deadline:
+            time.sleep(_CLOSE_PAUSE_S)
 
 
 class ZmqServerChannel(ServerChannel):

@@ -17,7 +17,7 @@ from .backlog import QUEUE_LIMIT
 from .errors import CallTimeout, Closed, PeerDied, PeerProtocolError, TransportError
 from .forks import BoundToProcess, abandon_after_fork, forked
 from .handshake import Sizes, Wishes
-from .link import Link, LinkOptions, check_options
+from .link import Connecting, Link, LinkOptions, check_options
 from .message import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
 from .protocol import PendingReply
 from .statistics import Counters, Statistics
@@ -198,7 +198,7 @@ class Client(ClientBase):
             max_message_bytes=max_message_bytes,
         )
         self._reset_threads()
-        self._link = Link(self._options, self._counters)
+        self._link = Link(Connecting(self._options, self._counters))
 
     def call(self, method: str, /, *arguments: Any, **keywords: Any) -> Any:
         """Call a method of the server and wait for its result; see ``submit`` and ``PendingReply.result``."""
@@ -252,7 +252,7 @@ class Client(ClientBase):
             while self._turns.taken():
                 self._turns.wait_for_receiver()
                 self._close("the client reconnects")  # what another thread has connected meanwhile
-            self._link = Link(self._options, self._counters)
+            self._link = Link(Connecting(self._options, self._counters))
             self._ended = None
 
     def close(self) -> None:

@@ -131,7 +131,7 @@ class DoorbellChannel(Channel):
         self._closed = True
         self._handshake_channel.abandon()
 
-    def close(self, *, flush: bool) -> None:
+    def close(self, *, flush: bool, wait: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
@@ -140,7 +140,7 @@ class DoorbellChannel(Channel):
             os.close(self._event_fd)
         self._ring.end()
         self._own_bell.close()
-        self._handshake_channel.close(flush=flush)
+        self._handshake_channel.close(flush=flush, wait=wait)
 
     def _wake_event_loop(self) -> None:
         rung = self._own_bell.wait(_SLICE_S)

@@ -26,6 +26,7 @@ from typing import NamedTuple, TypeVar
 
 from . import open_files
 from .bell import Bell, bell_file, is_bell_name
+from .bell import remove_if_dead as remove_bell_if_dead
 from .connection import Bells, Connection, segment_layout
 from .errors import ConnectRefused, OutOfResources, PeerProtocolError, SegmentError
 from .layout import Layout
@@ -45,7 +46,8 @@ from .message import (
     shorten,
 )
 from .opening import opening_error
-from .segment import Segment
+from .segment import Segment, is_segment_name
+from .segment import remove_if_dead as remove_segment_if_dead
 from .statistics import Counters
 from .text import printable
 from .units import size_text
@@ -99,6 +101,7 @@ def client_handshake(wishes: Wishes, counters: Counters) -> Generator[bytes, byt
         try:
             welcome = _expect(Welcome, (yield encode(attach)))
             layout = segment_layout(sizes.reply_arena_bytes, ring_message_bytes)
+            undo.callback(_remove_if_dead, welcome)
             peer = _attach_peers(welcome.segment, layout, _of_clients)
         finally:
             _of_clients.discard(own.name)
@@ -118,6 +121,14 @@ def client_handshake(wishes: Wishes, counters: Counters) -> Generator[bytes, byt
         )
         undo.pop_all()
         return connection
+
+
+def _remove_if_dead(welcome: Welcome) -> None:
+    """Remove the names that a server has left that was killed after its Welcome."""
+    if is_segment_name(welcome.segment):
+        remove_segment_if_dead(welcome.segment)
+    if is_bell_name(welcome.bell):
+        remove_bell_if_dead(bell_file(welcome.bell))
 
 
 _of_clients: set[str] = set()
@@ -242,6 +253,10 @@ class Admission:
         self._newcomers[identity] = _Newcomer(sizes, max_message_bytes, message.channel, time.monotonic())
         return Offer(max_message_bytes), None
 
+    def expects(self, identity: bytes) -> bool:
+        """Whether this client has begun the handshake and not ended it."""
+        return identity in self._newcomers
+
     def forget(self, identity: bytes) -> None:
         """A client has gone, admitted or not: what it took counts no more."""
         self._newcomers.pop(identity, None)
@@ -300,14 +315,17 @@ class Admission:
                 undo.callback(own.close)
             except (SegmentError, OutOfResources) as error:
                 return Refused(shorten(str(error))), None
-            connection = Connection(
-                own,
-                peer,
-                self._counters,
-                newcomer.max_message_bytes,
-                bells=bells,
-                claim_timeout_s=self._limits.claim_timeout_s,
-            )
+            try:
+                connection = Connection(
+                    own,
+                    peer,
+                    self._counters,
+                    newcomer.max_message_bytes,
+                    bells=bells,
+                    claim_timeout_s=self._limits.claim_timeout_s,
+                )
+            except OSError as error:
+                return Refused(f"its process can't be watched: {error.strerror}"), None
             undo.pop_all()
         self._admitted[identity] = _Granted(sizes, own.name)
         _of_servers.add(own.name)

@@ -8,6 +8,7 @@ import logging
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -41,6 +42,8 @@ from .uncompiled import uncompiled
 from .units import size_text
 
 logger = logging.getLogger("shmtransport")
+
+_MOST_TO_REFUSE = 64
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -114,6 +117,7 @@ class Host(BoundToProcess):
         self._unwatched: set[HostedClient] = set()
         self._connected = 0
         self._last_refused = b""
+        self._to_refuse: deque[tuple[bytes, bytes]] = deque()
         # A reference that keeps nothing: a task that a handler starts has a copy of it for as long as it runs.
         self._current: ContextVar[weakref.ref[HostedClient]] = ContextVar("current client")
         self._stopping = threading.Event()
@@ -230,6 +234,9 @@ class Host(BoundToProcess):
             self._refuse(self._clients[broken.peer], broken.error)
             return True
         if received is None:
+            if self._to_refuse:
+                self._admit(*self._to_refuse.popleft(), again=True)
+                return True
             return False
         identity, data = received
         client = self._clients.get(identity)
@@ -306,11 +313,21 @@ class Host(BoundToProcess):
         self._send(client.identity, Goodbye(shorten(f"protocol error: {error}")))
         self._drop(client, "protocol error")
 
-    def _admit(self, identity: bytes, data: bytes) -> None:
+    def _admit(self, identity: bytes, data: bytes, *, again: bool = False) -> None:
+        """Take a message of a client that is not connected.
+
+        One whose wishes can't be granted is looked at ``again`` when all else that has come was received: another
+        client's goodbye may be among it.
+        """
+        begins = not self._admission.expects(identity)
         try:
             answer, admitted = self._admission.receive(identity, data)
         except PeerProtocolError as error:
             answer, admitted = Refused(shorten(str(error))), None
+        else:
+            if isinstance(answer, Refused) and begins and not again and len(self._to_refuse) < _MOST_TO_REFUSE:
+                self._to_refuse.append((identity, data))
+                return
         if admitted is None:
             self._channel.drop_unused_bell()
         if isinstance(answer, Refused) and identity != self._last_refused:

@@ -67,9 +67,9 @@ class _Held:
         self._server = server
         self.release_by: Callable[[Callable[[], None]], None] = _at_once
 
-    def release(self, *, flush: bool) -> None:
+    def release(self, *, flush: bool, wait: bool) -> None:
         """Give all back; results stay valid."""
-        self._channel.close(flush=flush)
+        self._channel.close(flush=flush, wait=wait)
         bells = self._connection.bells
         if bells is not None and not self._connection.watch.alive():
             bells.peer.remove_if_dead()
@@ -86,7 +86,7 @@ class _Held:
 
     def _say_goodbye_and_release(self) -> None:
         say_goodbye(self._channel, "the client was dropped")
-        self.release(flush=True)
+        self.release(flush=True, wait=False)
 
 
 def _at_once(release: Callable[[], None]) -> None:
@@ -113,8 +113,9 @@ class Link:
             ``Client``.
     """
 
-    def __init__(self, options: LinkOptions, counters: Counters) -> None:
-        zmq_channel, self.connection = _Connecting(options, counters).connect()
+    def __init__(self, connecting: Connecting) -> None:
+        zmq_channel, self.connection = connecting.connect()
+        options = connecting.options
         self.channel: Channel = zmq_channel
         ring, bells = self.connection.ring, self.connection.bells
         if ring is not None and bells is not None:
@@ -126,7 +127,7 @@ class Link:
         self._at_drop.atexit = False  # the kernel gives all back, and other threads may still use it
         if options.prefault:
             self.connection.prefault()
-        self.protocol = ClientProtocol(self.connection.codec, counters)
+        self.protocol = ClientProtocol(self.connection.codec, connecting.counters)
         sizes = options.wishes.sizes
         logger.info(
             "connected to %s (%s, %s channel): request arena %s, reply arena %s, server process %d",
@@ -159,15 +160,17 @@ class Link:
     def close(self, *, flush: bool) -> None:
         """Give all back; results stay valid."""
         if self._at_drop.detach() is not None:
-            self.held.release(flush=flush)
+            self.held.release(flush=flush, wait=True)
 
 
-class _Connecting:
+class Connecting:
     """The handshake with whichever server is at the address, begun again when that server goes away in the middle."""
 
     def __init__(self, options: LinkOptions, counters: Counters) -> None:
-        self._options = options
-        self._counters = counters
+        self.options = options
+        self.counters = counters
+        self._cancelled = False
+        self._channel: ZmqChannel | None = None
         self._started = time.monotonic()
         self._deadline = deadline_in(options.connect_timeout_s)
         self._told = self._started
@@ -178,16 +181,23 @@ class _Connecting:
         Raises:
             As ``Link``.
         """
-        open_files.require(_DESCRIPTORS, f"a connection to {self._options.address}")
+        open_files.require(_DESCRIPTORS, f"a connection to {self.options.address}")
         while True:
             with contextlib.suppress(_ServerLost):
                 return self._try()
-            logger.info("the server at %s went away during the handshake: it is begun again", self._options.address)
+            logger.info("the server at %s went away during the handshake: it is begun again", self.options.address)
             time.sleep(_AGAIN_PAUSE_S)
 
+    def cancel(self) -> None:
+        """Make ``connect`` raise ``Closed`` unless it succeeds at once; may be called from any thread."""
+        self._cancelled = True
+        channel = self._channel
+        if channel is not None:
+            channel.wake()
+
     def _try(self) -> tuple[ZmqChannel, Connection]:
-        channel = ZmqChannel(self._options.address, self._options.wishes.max_message_bytes)
-        handshake = client_handshake(self._options.wishes, self._counters)
+        channel = self._channel = ZmqChannel(self.options.address, self.options.wishes.max_message_bytes)
+        handshake = client_handshake(self.options.wishes, self.counters)
         try:
             connection = self._shake_hands(channel, handshake)
             connection.unlink_peers(channel.peer_pid)
@@ -197,7 +207,7 @@ class _Connecting:
             answered = not isinstance(error, (ConnectTimeout, _ServerLost))
             if answered:  # the server counts this client as coming
                 say_goodbye(channel, "connecting failed")
-            channel.close(flush=answered)
+            channel.close(flush=answered, wait=True)
             raise
         return channel, connection
 
@@ -216,18 +226,21 @@ class _Connecting:
             except PeerProtocolError as error:
                 channel.wait(_END_SHOWS_S)
                 if channel.lost():  # a killed server holds no lock, and its segment may be gone
-                    raise PeerDied(f"the server at {self._options.address} ended during the handshake") from error
+                    raise PeerDied(f"the server at {self.options.address} ended during the handshake") from error
                 raise
 
     def _answer(self, channel: ZmqChannel) -> bytes:
         while (answer := channel.receive_first()) is None:
+            if self._cancelled:
+                raise Closed("connecting was cancelled")
             if channel.lost():
                 raise _ServerLost
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
                 raise ConnectTimeout(
-                    f"no server answered at {self._options.address} within {self._options.connect_timeout_s:g} s: "
-                    "start one, check the address, or raise connect_timeout_s if it is still starting"
+                    f"no server answered at {self.options.address} within {self.options.connect_timeout_s:g} s "
+                    f"({addresses.describe(self.options.address)}): start one, check the address, or raise "
+                    "connect_timeout_s if it is still starting"
                 )
             channel.wait(min(left_s, _TELL_INTERVAL_S))
             self._tell()
@@ -238,4 +251,7 @@ class _Connecting:
         now = time.monotonic()
         if now - self._told >= _TELL_INTERVAL_S:
             self._told = now
-            logger.info("waiting for a server at %s for %.0f s", self._options.address, now - self._started)
+            address = self.options.address
+            logger.warning(
+                "waiting for a server at %s for %.0f s: %s", address, now - self._started, addresses.describe(address)
+            )

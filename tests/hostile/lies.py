@@ -61,8 +61,9 @@ def offers() -> Iterator[tuple[str, Any, tuple[type[Exception], ...]]]:
         yield f"wrong type {index}", data, protocol
     for index, data in enumerate(NOISE):
         yield f"noise {index}", data, protocol
-    for message in (Welcome(NOWHERE), Attach(NOWHERE), Hello(1, 1, 1), Reply(0, 1, ()), Goodbye("no")):
+    for message in (Welcome(NOWHERE), Attach(NOWHERE), Hello(1, 1, 1), Reply(0, 1, ())):
         yield f"a {type(message).__name__}", message, (PeerProtocolError, PeerDied)
+    yield "a Goodbye", Goodbye("no"), (ConnectRefused,)
     yield "no", Refused("no\x1b[2J" * 500), (ConnectRefused,)
     yield "another version", bytes((MAGIC_BYTE, FORMAT_VERSION + 1)) + encode(Offer(65536))[2:], protocol
     yield "cut short", encode(Offer(65536))[:-1], protocol

@@ -65,7 +65,7 @@ def test_no_worker_at_the_address_is_one_line(command: Command, tiny: Path, tmp_
     )
     assert is_one_line_error(done), done
     assert address in done.err
-    assert "within 0.2 s: start one" in done.err
+    assert "within 0.2 s (there is no" in done.err
 
 
 @pytest.mark.parametrize(

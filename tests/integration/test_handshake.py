@@ -154,7 +154,7 @@ def test_a_server_that_is_stopping_refuses_the_client(
     goodbye = encode(Goodbye("the server was shut down"))
     with (
         answering(fake_server, *said_before, goodbye),
-        pytest.raises(ConnectRefused, match="refused: the server was shut down"),
+        pytest.raises(ConnectRefused, match="handshake: the server was shut down"),
     ):
         Client(address, connect_timeout_s=2.0)
 
@@ -180,6 +180,7 @@ def test_a_server_that_does_not_know_the_client_any_more_says_so(address: str) -
     server._channel.close()  # without a goodbye, as if it had crashed
     for one in list(server._clients.values()):
         server._drop(one, "crashed")
+    server._at_drop.detach()
     server, thread = start()
     try:
         with pytest.raises(PeerDied, match="does not know"):
