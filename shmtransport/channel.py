@@ -112,6 +112,12 @@ class ServerChannel(ABC):
     """
 
     waits = 0
+    sender_pid: int | None = None
+    """The process that sent what ``receive`` returned last, if ``know`` was not called for that peer."""
+
+    @abstractmethod
+    def know(self, peer: bytes) -> None:
+        """Ask no more which process this peer's messages come from, until ``disconnect``."""
 
     @abstractmethod
     def send(self, peer: bytes, data: bytes) -> bool:
@@ -219,7 +225,7 @@ class ZmqChannel(Channel):
             frame = self._socket.recv(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return None
-        self._learn_connection(frame)
+        self._connection, self.peer_pid = _connection_of(frame)
         return frame.bytes
 
     def settle(self) -> None:
@@ -294,21 +300,27 @@ class ZmqChannel(Channel):
         if flush and wait and self._connection is not None:
             _wait_until_closed(*self._connection)
 
-    def _learn_connection(self, frame: zmq.Frame) -> None:
-        """Learn which connection a message came by, and from the kernel which process is at its other end."""
-        with contextlib.suppress(zmq.ZMQError, OSError, ValueError):  # libzmq has closed it
-            fd = int(frame.get(zmq.SRCFD))
-            self._connection = fd, os.fstat(fd).st_ino
-            with socket.socket(fileno=os.dup(fd)) as connection:
-                if connection.family == socket.AF_UNIX:
-                    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                    self.peer_pid, _, _ = _CREDENTIALS.unpack(credentials)
-
     def _end_monitor(self) -> None:
         if self._monitor is not None:
             self._socket.disable_monitor()  # first: libzmq's thread would wait for ever for an event to be taken
             self._monitor.close(0)
             self._monitor = None
+
+
+def _connection_of(frame: zmq.Frame) -> tuple[tuple[int, int] | None, int | None]:
+    """The connection that a message came by, its file descriptor and inode, and the process at its other end.
+
+    The kernel tells the process; None where it doesn't: over TCP, and for one in a pid namespace beside this one.
+    """
+    place, pid = None, None
+    with contextlib.suppress(zmq.ZMQError, OSError, ValueError):  # libzmq has closed it
+        fd = int(frame.get(zmq.SRCFD))
+        place = fd, os.fstat(fd).st_ino
+        with socket.socket(fileno=os.dup(fd)) as connection:
+            if connection.family == socket.AF_UNIX:
+                credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                pid = _CREDENTIALS.unpack(credentials)[0] or None
+    return place, pid
 
 
 def _wait_until_closed(fd: int, inode: int) -> None:
@@ -331,6 +343,7 @@ class ZmqServerChannel(ServerChannel):
         open_files.require(_SERVER_DESCRIPTORS, f"a server at {address}")
         self._address = address
         self._closed = False
+        self._known: set[bytes] = set()
         self._undo = contextlib.ExitStack()
         try:
             self._socket = zmq_context.open_socket(zmq.ROUTER)
@@ -383,7 +396,11 @@ class ZmqServerChannel(ServerChannel):
                 return False
         return self._backlogs.add(peer, data)
 
+    def know(self, peer: bytes) -> None:
+        self._known.add(peer)
+
     def disconnect(self, peer: bytes) -> None:
+        self._known.discard(peer)
         self._backlogs.leave(peer)
 
     def receive(self) -> tuple[bytes, bytes] | None:
@@ -411,14 +428,28 @@ class ZmqServerChannel(ServerChannel):
     def _receive(self) -> tuple[bytes, bytes] | None:
         try:
             if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT)
-                # A message in several parts is none of ours: an empty one takes its place, and is refused.
-                return frames[0], frames[1] if len(frames) == 2 else b""
+                return self._receive_frames()
         except zmq.Again:
             return None
         except zmq.ZMQError as error:
             raise Closed(f"the channel is closed: {error.strerror}") from error
         return None
+
+    def _receive_frames(self) -> tuple[bytes, bytes]:
+        """Who sent a message, and its bytes; of a stranger's also by which process it was sent."""
+        peer = self._socket.recv(zmq.DONTWAIT)
+        if peer in self._known:
+            data = self._socket.recv(zmq.DONTWAIT)
+        else:
+            frame = self._socket.recv(zmq.DONTWAIT, copy=False)
+            _, self.sender_pid = _connection_of(frame)
+            data = frame.bytes
+        while self._socket.get(
+            zmq.RCVMORE
+        ):  # no message of this protocol: an empty one takes its place, and is refused
+            self._socket.recv(zmq.DONTWAIT)
+            data = b""
+        return peer, data
 
     def _send(self, peer: bytes, data: bytes) -> bool | None:
         """Hand one message to ZeroMQ: True if that was done, False if the peer is gone, None if there is no room."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .arena import ReceiveArena, SendArena, release_cells
 from .bell import Bell
-from .errors import Closed, PeerDied
+from .errors import Closed, PeerDied, PeerProtocolError
 from .layout import PAGE_BYTES, Layout, round_up
 from .liveness import PeerWatch
 from .message_ring import MessageRing, message_ring_bytes
@@ -89,10 +89,20 @@ class Connection:
         """Remove the name of this side's segment, which the peer has mapped by now."""
         self._own.unlink()
 
-    def unlink_peers(self, pid: int | None) -> None:
-        """Remove the name of the peer's segment, if process ``pid`` owns it."""
-        if pid == self.watch.pid:
-            self._peer.unlink_for_owner()
+    def check_owner(self, pid: int | None) -> None:
+        """Compare the owner of the peer's segment with ``pid``, the process that named it, and remove the name.
+
+        Where either is not known, the name is left for its owner to remove.
+
+        Raises:
+            PeerProtocolError: another process owns it.
+        """
+        owner = self.watch.pid
+        if pid is None or owner <= 0:
+            return
+        if pid != owner:
+            raise PeerProtocolError("the peer gave the name of a segment that another process owns")
+        self._peer.unlink_for_owner()
 
     def abandon(self) -> None:
         """In a forked child: nothing that is done or dies here may reach the parent's connection."""

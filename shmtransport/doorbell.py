@@ -225,6 +225,9 @@ class DoorbellServerChannel(ServerChannel):
         self._lines[peer] = _Line(peer, ring, bell)
         self._in_turn = tuple(self._lines.values())
 
+    def know(self, peer: bytes) -> None:
+        self._base.know(peer)
+
     def disconnect(self, peer: bytes) -> None:
         self._base.disconnect(peer)
         line = self._lines.pop(peer, None)
@@ -256,7 +259,7 @@ class DoorbellServerChannel(ServerChannel):
 
     def receive(self) -> tuple[bytes, bytes] | None:
         if self._relay is None:
-            return self._base.receive()
+            return self._receive_base()
         if self._base_due or self._in_event_loop:
             self._base_first = not self._base_first  # neither kind of client can keep the other waiting
             if self._base_first:
@@ -322,9 +325,14 @@ class DoorbellServerChannel(ServerChannel):
 
     def _receive_from_base(self) -> tuple[bytes, bytes] | None:
         self._base_due = False  # before looking: what comes now is seen here, or the relay says so again
-        received = self._base.receive()
+        received = self._receive_base()
         if received is not None:
             self._base_due = True
+        return received
+
+    def _receive_base(self) -> tuple[bytes, bytes] | None:
+        received = self._base.receive()
+        self.sender_pid = self._base.sender_pid
         return received
 
     def _receive_from_lines(self) -> tuple[bytes, bytes] | None:

@@ -7,12 +7,12 @@ Each side allocates only after the other has committed to as much::
                                    ◄──       Offer, or Refused(figures)
       creates its segment
       Attach(name, bell)           ──►         maps it, learns the client's process from the kernel,
-                                               creates its own segment
-      maps it, unlinks both        ◄──       Welcome(name, bell)
+                                               unlinks it, creates its own segment
+      maps it, unlinks it          ◄──       Welcome(name, bell)
 
-Only its owner unlinks a name: a peer could have named what is another's. The client also unlinks the server's segment
-where the kernel shows that the process at the other end of the socket owns it; elsewhere the server does so, with the
-first message that comes.
+A peer could have named what is another's. So a side unlinks the peer's segment only where the kernel shows that the
+process at the other end of the socket owns it. Elsewhere (TCP, other pid namespaces) the owner does so: the client when
+it is welcome, the server with the first message that comes. A bell is unlinked by its owner.
 """
 
 from __future__ import annotations
@@ -213,6 +213,7 @@ class _Newcomer(NamedTuple):
 class _Granted(NamedTuple):
     sizes: Sizes
     segment: str
+    clients_segment: str
 
 
 class Admission:
@@ -228,8 +229,10 @@ class Admission:
         self._newcomers: dict[bytes, _Newcomer] = {}
         self._admitted: dict[bytes, _Granted] = {}
 
-    def receive(self, identity: bytes, data: bytes) -> tuple[Message | None, Admitted | None]:
+    def receive(self, identity: bytes, data: bytes, pid: int | None = None) -> tuple[Message | None, Admitted | None]:
         """Take one message of a client that is not connected: the answer, and the connection if it now stands.
+
+        ``pid`` is the process that sent it, from the kernel; None if that is not known.
 
         Raises:
             PeerProtocolError: the message is invalid; the client is forgotten.
@@ -242,7 +245,7 @@ class Admission:
         if newcomer is not None:
             if not isinstance(message, Attach):
                 raise PeerProtocolError(f"the client sent a {type(message).__name__} where Attach is due")
-            return self._attach(identity, newcomer, message)
+            return self._attach(identity, newcomer, message, pid)
         if not isinstance(message, Hello):
             return Goodbye(_UNKNOWN), None
         sizes = Sizes(message.request_arena_bytes, message.reply_arena_bytes)
@@ -298,7 +301,11 @@ class Admission:
             )
         return None
 
-    def _attach(self, identity: bytes, newcomer: _Newcomer, attach: Attach) -> tuple[Message, Admitted | None]:
+    def _attach(
+        self, identity: bytes, newcomer: _Newcomer, attach: Attach, pid: int | None
+    ) -> tuple[Message, Admitted | None]:
+        if any(attach.segment == one.clients_segment for one in self._admitted.values()):
+            raise PeerProtocolError("the peer gave the name of a segment that is another client's")
         sizes = newcomer.sizes
         by_doorbell = newcomer.channel == "doorbell"
         ring_message_bytes = newcomer.max_message_bytes if by_doorbell else 0
@@ -324,10 +331,12 @@ class Admission:
                     bells=bells,
                     claim_timeout_s=self._limits.claim_timeout_s,
                 )
+                undo.callback(connection.close)
+                connection.check_owner(pid)
             except OSError as error:
                 return Refused(f"its process can't be watched: {error.strerror}"), None
             undo.pop_all()
-        self._admitted[identity] = _Granted(sizes, own.name)
+        self._admitted[identity] = _Granted(sizes, own.name, attach.segment)
         _of_servers.add(own.name)
         return Welcome(own.name, "" if bells is None else bells.own.name), Admitted(sizes, connection)
 

@@ -117,7 +117,7 @@ class Host(BoundToProcess):
         self._unwatched: set[HostedClient] = set()
         self._connected = 0
         self._last_refused = b""
-        self._to_refuse: deque[tuple[bytes, bytes]] = deque()
+        self._to_refuse: deque[tuple[bytes, bytes, int | None]] = deque()
         # A reference that keeps nothing: a task that a handler starts has a copy of it for as long as it runs.
         self._current: ContextVar[weakref.ref[HostedClient]] = ContextVar("current client")
         self._stopping = threading.Event()
@@ -241,7 +241,7 @@ class Host(BoundToProcess):
         identity, data = received
         client = self._clients.get(identity)
         if client is None:
-            self._admit(identity, data)
+            self._admit(identity, data, self._channel.sender_pid)
             return True
         if not client.heard:  # it has mapped this side's segment
             client.heard = True
@@ -313,20 +313,20 @@ class Host(BoundToProcess):
         self._send(client.identity, Goodbye(shorten(f"protocol error: {error}")))
         self._drop(client, "protocol error")
 
-    def _admit(self, identity: bytes, data: bytes, *, again: bool = False) -> None:
-        """Take a message of a client that is not connected.
+    def _admit(self, identity: bytes, data: bytes, pid: int | None, *, again: bool = False) -> None:
+        """Take a message of a client that is not connected, sent by process ``pid`` if that is known.
 
         One whose wishes can't be granted is looked at ``again`` when all else that has come was received: another
         client's goodbye may be among it.
         """
         begins = not self._admission.expects(identity)
         try:
-            answer, admitted = self._admission.receive(identity, data)
+            answer, admitted = self._admission.receive(identity, data, pid)
         except PeerProtocolError as error:
             answer, admitted = Refused(shorten(str(error))), None
         else:
             if isinstance(answer, Refused) and begins and not again and len(self._to_refuse) < _MOST_TO_REFUSE:
-                self._to_refuse.append((identity, data))
+                self._to_refuse.append((identity, data, pid))
                 return
         if admitted is None:
             self._channel.drop_unused_bell()
@@ -362,6 +362,7 @@ class Host(BoundToProcess):
     def _connect(self, client: HostedClient) -> None:
         connection = client.connection
         self._clients[client.identity] = client
+        self._channel.know(client.identity)
         if connection.ring is not None and connection.bells is not None:
             self._channel.connect(client.identity, connection.ring, connection.bells.peer)
         descriptor = connection.watch.fileno()

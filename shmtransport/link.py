@@ -200,8 +200,7 @@ class Connecting:
         handshake = client_handshake(self.options.wishes, self.counters)
         try:
             connection = self._shake_hands(channel, handshake)
-            connection.unlink_peers(channel.peer_pid)
-            channel.settle()
+            self._settle(channel, connection)
         except BaseException as error:
             handshake.close()
             answered = not isinstance(error, (ConnectTimeout, _ServerLost))
@@ -210,6 +209,15 @@ class Connecting:
             channel.close(flush=answered, wait=True)
             raise
         return channel, connection
+
+    @staticmethod
+    def _settle(channel: ZmqChannel, connection: Connection) -> None:
+        try:
+            connection.check_owner(channel.peer_pid)
+            channel.settle()
+        except BaseException:
+            connection.close()
+            raise
 
     def _shake_hands(self, channel: ZmqChannel, handshake: Generator[bytes, bytes, Connection]) -> Connection:
         data = next(handshake)
