@@ -37,7 +37,7 @@ from shmtransport.errors import (
     RemoteError,
     TensorTooLarge,
 )
-from shmtransport.handshake import Admission, Admitted, Limits, Sizes, Wishes, client_handshake
+from shmtransport.handshake import Admission, Admitted, Limits, ServerReplaced, Sizes, Wishes, client_handshake
 from shmtransport.layout import HEADER, PAGE_BYTES, RELEASE_CELL_BYTES, Layout
 from shmtransport.liveness import holder
 from shmtransport.message import (
@@ -667,7 +667,7 @@ class ClientHandshake(Target):
     """
 
     name = "client handshake"
-    refusals = (PeerProtocolError, ConnectRefused)
+    refusals = (PeerProtocolError, ConnectRefused, ServerReplaced)
 
     def __init__(self) -> None:
         self._shared_memory = _SharedMemory()
@@ -707,6 +707,7 @@ class ClientHandshake(Target):
                     assert isinstance(sent, Attach), f"the client sent a {type(sent).__name__}"
                     names |= {_OWN_SEGMENT: sent.segment, _OWN_BELL: sent.bell}
             except StopIteration as end:
+                end.value.check_owner(os.getpid())
                 assert not os.path.exists(f"/dev/shm{segment.name}"), (
                     "the server passed the client's segment off as its own"
                 )
@@ -795,7 +796,7 @@ class ClientAdmission(Target):
                 if identity in connections:
                     continue  # the server asks its connection, not this
                 waiting.discard(identity)
-                answer, admitted = self._admission.receive(identity, _substitute(message, names))
+                answer, admitted = self._admission.receive(identity, _substitute(message, names), os.getpid())
                 if isinstance(answer, Offer):
                     waiting.add(identity)
                     self._look_at_offer(decode(_substitute(message, names)), answer)
@@ -816,7 +817,9 @@ class ClientAdmission(Target):
         _check_connection(admitted.connection, admitted.sizes.reply_arena_bytes, admitted.sizes.request_arena_bytes)
         assert isinstance(attach, Attach)
         assert attach.segment != names.get(_OWN_SEGMENT), "a client passed the server's own segment off as its own"
-        _check_no_names(attach.segment, attach.bell if admitted.connection.bells else "")
+        _check_no_names(attach.segment, "")
+        if admitted.connection.bells is not None:
+            assert os.path.exists(bell_file(attach.bell)), "the server removed a bell that may be another's"
 
     def _look_at_offer(self, hello: Message, offer: Offer) -> None:
         assert isinstance(hello, Hello)
