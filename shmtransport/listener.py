@@ -121,7 +121,7 @@ class Gate:
         pause = select.poll()
         pause.register(self._wake_fd, select.POLLIN)
         told = False
-        while True:
+        while not self._stopping:
             if any(descriptor == self._wake_fd for descriptor, _ in arrivals.poll()):
                 return
             left = open_files.free()

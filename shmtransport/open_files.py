@@ -13,11 +13,13 @@ from .errors import OutOfResources
 
 _LEAST_RESERVE, _MOST_RESERVE, _RESERVE_SHARE = 4, 16, 8
 _DIRECTORY = "/proc/self/fd"
+_UNLIMITED = 1 << 30
 
 
 def limit() -> int:
     """The most descriptors that this process may have open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _UNLIMITED if soft == resource.RLIM_INFINITY else soft
 
 
 def reserve() -> int:
