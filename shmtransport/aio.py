@@ -16,7 +16,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from .channel import QUEUE_LIMIT, deadline_in
+from .backlog import QUEUE_LIMIT
+from .channel import deadline_in
 from .client import ClientBase
 from .errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtocolError, TransportError
 from .link import Connecting, Link
@@ -32,8 +33,6 @@ _LONGEST_PAUSE_S = 5e-3
 
 class _AwaitedReply(PendingReply):
     """A call in flight; ``ended`` is done when it is, and holds neither result nor error: the loop keeps it longer."""
-
-    __slots__ = ("ended",)
 
     def __init__(self, method: str, ended: asyncio.Future[None]) -> None:
         super().__init__(method, _never_wait)

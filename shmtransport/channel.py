@@ -21,8 +21,7 @@ import zmq
 from . import address as addresses
 from . import listener, open_files, zmq_context
 from .alarm import Alarm
-from .backlog import QUEUE_LIMIT as QUEUE_LIMIT
-from .backlog import QUEUED_BYTES_LIMIT, Backlogs
+from .backlog import QUEUE_LIMIT, QUEUED_BYTES_LIMIT, Backlogs
 from .errors import AddressError, Closed, OutOfResources, PeerProtocolError
 from .message import is_reply
 

@@ -55,7 +55,7 @@ class DoorbellChannel(Channel):
     """A client's end.
 
     ``handshake_channel`` is the one by which the connection was made; it stays open for as long as this, and takes
-    the last goodbye where the ring has no room for it.
+    the last goodbye.
     """
 
     kind = "doorbell"

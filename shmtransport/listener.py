@@ -125,7 +125,7 @@ class Gate:
             if any(descriptor == self._wake_fd for descriptor, _ in arrivals.poll()):
                 return
             left = open_files.free()
-            if left > open_files.reserve():
+            if left > open_files.reserve() and not self._stopping:
                 self._let_one_in()
                 time.sleep(_ACCEPT_PAUSE_S)  # libzmq's thread accepts; if it takes longer, it is shown the socket again
                 told = False

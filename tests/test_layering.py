@@ -56,7 +56,6 @@ LEVELS: dict[str, int] = {
     "facts": 4,
     "metrics": 9,
     "measure": 9,
-    "cuda": 9,
     "__init__": 10,
     "doctor": 11,
     "commands": 12,

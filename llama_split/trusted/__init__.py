@@ -1,1 +1,1 @@
-"""The process that owns the prompt: embedding, norms, and in ``fused`` mode attention and the KV cache."""
+"""The process that owns the prompt: embedding, norms, and in ``op`` and ``fused`` mode attention and the KV cache."""

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from shmtransport import doorbell
-from shmtransport.channel import QUEUE_LIMIT, BrokenPeer
+from shmtransport.backlog import QUEUE_LIMIT
+from shmtransport.channel import BrokenPeer
 from shmtransport.errors import MessageTooLarge, PeerProtocolError
 
 from .doorbells import MAX_MESSAGE_BYTES, Caller, Party, all_messages, ended, eventually, in_thread, next_message
