@@ -106,7 +106,8 @@ def _cut(first: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
 class KeptForwards:
     """Runs forwards over sessions whose KV the worker keeps.
 
-    ``embed`` gives the embeddings [B, T, D] of a source, which is token ids [B, T] or embeddings. A forward that fails leaves its cache to be built anew by the next one, from what it was made of.
+    ``embed`` gives the embeddings [B, T, D] of a source, which is token ids [B, T] or embeddings. A forward that fails
+    leaves its cache to be built again by the next one, from what it was made of.
     """
 
     def __init__(self, link: WorkerLink, remote: Remote, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
