@@ -68,6 +68,8 @@ class Checkpoint(ABC):
         self.path = path
         self.config = config
         check_config(path, config)
+        # transformers' own name for this public choice. A split attends by its own steps, whatever the file names.
+        config._attn_implementation = "sdpa"  # noqa: SLF001
         self.geometry = Geometry.of(config)
         self._check_layers()
         self._check_parts()

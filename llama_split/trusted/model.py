@@ -122,7 +122,6 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         compute = parse_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
-        config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
         config.dtype = compute
         with contextlib.ExitStack() as undo:
             client = undo.enter_context(

@@ -91,7 +91,6 @@ class Weights:
     ) -> None:
         self.geometry = checkpoint.geometry
         self.config = copy.deepcopy(checkpoint.config)  # the checkpoint's may be changed by its owner
-        self.config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers' own name for this public choice
         self.dtype = dtype
         self.device = device
         head = checkpoint.lm_head_name()

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, StaticCache
 
 from llama_split import LlamaSplitError, SplitLlamaForCausalLM, UnsupportedBySplit
 from llama_split.errors import InvalidInput
+from llama_split.transformers_versions import CACHE_NAME
 from llama_split.worker.sessions import SessionLimits
 
 from .conftest import Small, Worker, worker_in_thread
@@ -226,13 +227,13 @@ def test_a_callers_own_static_cache_works_as_unsplit(plain: Small, plain_split: 
     def run(model: LlamaForCausalLM) -> Iterator[torch.Tensor]:
         cache = StaticCache(config=model.config, max_cache_len=30)
         inputs = padded_prompts()
-        yield model(**inputs, past_key_values=cache).logits
+        yield model(**inputs, **{CACHE_NAME: cache}).logits
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 2, dtype=torch.int64)], dim=1)
-        yield model(prompt(2, batch=3, seed=4), attention_mask=mask, past_key_values=cache).logits
+        yield model(prompt(2, batch=3, seed=4), attention_mask=mask, **{CACHE_NAME: cache}).logits
         prepared = torch.zeros(3, 1, 2, 30, dtype=torch.bool)
         prepared[:, :, :, 3:16] = True
         prepared[:, :, 0, 15] = False
-        yield model(prompt(2, batch=3, seed=5), attention_mask=prepared, past_key_values=cache).logits
+        yield model(prompt(2, batch=3, seed=5), attention_mask=prepared, **{CACHE_NAME: cache}).logits
 
     with torch.no_grad():
         for found, expected in zip(run(plain_split), run(plain.unsplit), strict=True):
@@ -271,14 +272,14 @@ def test_kv_is_built_again_with_the_masks_that_its_tokens_had(plain: Small, mode
         first, second = torch.ones(2, 9, dtype=torch.int64), torch.ones(2, 14, dtype=torch.int64)
         first[0, :3] = 0
         second[1, 2:6] = 0
-        cache = model(prompt(9, batch=2), attention_mask=first, past_key_values=cache, use_cache=True).past_key_values
-        model(prompt(5, batch=2, seed=2), attention_mask=second, past_key_values=cache)
+        cache = model(prompt(9, batch=2), attention_mask=first, **{CACHE_NAME: cache}, use_cache=True)[CACHE_NAME]
+        model(prompt(5, batch=2, seed=2), attention_mask=second, **{CACHE_NAME: cache})
         if edit.startswith("crop"):
             cache.crop(-5 if edit == "crop-to-the-change" else -7)
         if edit == "reorder":
             cache.reorder_cache(torch.tensor([1, 0]))
         lose()
-        logits: torch.Tensor = model(prompt(4, batch=2, seed=3), past_key_values=cache).logits
+        logits: torch.Tensor = model(prompt(4, batch=2, seed=3), **{CACHE_NAME: cache}).logits
         return logits
 
     with (

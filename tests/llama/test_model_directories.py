@@ -105,7 +105,7 @@ def use(directory: Path) -> None:
     checkpoint.fingerprint()
     Weights(checkpoint, torch.float32, torch.device("cpu"))
     with torch.device("meta"):
-        TrustedPart(checkpoint.config, Mode.FUSED)
+        TrustedPart(checkpoint.config, Mode.FUSED, None)
 
 
 def refusal_of(action: Callable[[], object], change: object) -> str | None:

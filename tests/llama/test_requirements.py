@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_split import LlamaSplitError, requirements
+from llama_split import MissingPackage, requirements
 from llama_split.requirements import TESTED, Range, check_requirements
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_a_version_outside_of_the_range_is_refused_from_python(tmp_path: Path) -
 def test_a_missing_package_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extra installs it."""
     monkeypatch.setattr(requirements, "TESTED", {"no-such-package": Range((1,), None)})
-    with pytest.raises(LlamaSplitError, match=r"needs no-such-package>=1: pip install 'shmtransport\[llama\]'"):
+    with pytest.raises(MissingPackage, match=r"needs the package no-such-package: pip install 'shmtransport\[llama\]'"):
         check_requirements()
 
 

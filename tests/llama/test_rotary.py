@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
 from llama_split.rotary import Rotary
+from llama_split.transformers_versions import CACHE_NAME
 from llama_split.worker.sessions import SessionLimits
 from shmtransport import RemoteError
 
@@ -125,12 +126,12 @@ def test_kv_is_built_again_with_the_frequencies_that_its_tokens_had(
         for turn in range(7):
             for index in range(2):
                 ids = prompt(13 if turn % 3 else 7, seed=10 * turn + index)
-                found = split(ids, past_key_values=mine[index]).logits
-                assert_close(found, right(ids, past_key_values=theirs[index]).logits)
+                found = split(ids, **{CACHE_NAME: mine[index]}).logits
+                assert_close(found, right(ids, **{CACHE_NAME: theirs[index]}).logits)
         mine[0].crop(-20)
         theirs[0].crop(-20)
         ids = prompt(3, seed=99)
-        assert_close(split(ids, past_key_values=mine[0]).logits, right(ids, past_key_values=theirs[0]).logits)
+        assert_close(split(ids, **{CACHE_NAME: mine[0]}).logits, right(ids, **{CACHE_NAME: theirs[0]}).logits)
 
 
 def test_rotary_remembers_nothing(save_small: Callable[..., Small]) -> None:
