@@ -283,7 +283,7 @@ class Client(ClientBase):
         link.protocol.start(pending)
         if not self._send(link, data):
             self._send_when_possible(link, pending, data)
-        if self._turns.receiving:  # sending may have taken away what would have told the receiver of a reply
+        if self._turns.received_for:  # sending may have taken away what would have told the receiver of a reply
             self._receive_all(link)
 
     def _send_when_possible(self, link: Link, pending: PendingReply, data: bytes) -> None:
@@ -308,9 +308,8 @@ class Client(ClientBase):
 
     def _wait(self, pending: PendingReply, timeout_s: float | None) -> None:
         """Wait until this call is done, its time is up, or the server is dead."""
-        if timeout_s is None:
-            timeout_s = self._timeout_s
-        timeout_s = left_s = options.seconds_or_no_limit("timeout_s", timeout_s)
+        timeout_s = self._timeout_s if timeout_s is None else options.seconds_or_no_limit("timeout_s", timeout_s)
+        left_s = timeout_s
         started = time.monotonic()
         with self._lock:
             try:
@@ -335,10 +334,10 @@ class Client(ClientBase):
 
     def _wait_as_receiver(self, link: Link, key: object, timeout_s: float) -> None:
         try:
-            self._counters.waits += self._turns.receive(key, lambda: link.channel.wait(timeout_s))
+            self._counters.waits += self._turns.receive(key, link.channel.wait, timeout_s)
         finally:
             current = link is self._link and self._ended is None
-            if self._turns.receiving:  # the call that this one interrupted looks at once whether its reply has come
+            if self._turns.received_for:  # the call that this one interrupted looks at once whether its reply has come
                 link.channel.wake()
             elif not current:  # what ended it has left the closing to this thread
                 link.close(flush=self._flush())
@@ -383,7 +382,7 @@ class Client(ClientBase):
         self._ended = error
         link.protocol.fail_all(error)
         self._turns.call_all()
-        if self._turns.receiving:
+        if self._turns.received_for:
             link.channel.wake()
         else:
             link.close(flush=self._flush())

@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 class _Turn:
@@ -40,31 +42,31 @@ class Turns:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._received_for: list[object] = []  # what the receiver waits for; an inner call's after its outer one's
+        self.received_for: list[object] = []
+        """What the receiver waits for, an inner call's after its outer one's; empty where there is no receiver."""
         self._receiving_thread = 0
         self._receiver_left = threading.Condition(self.lock)
+        self._waiting_for_receiver = 0
         self._followers: dict[object, _Turn] = {}
-
-    @property
-    def receiving(self) -> bool:
-        """Whether there is a receiver."""
-        return bool(self._received_for)
+        # As threading.Condition does: these give the lock away, and take it back, however often a thread has it.
+        self._release: Callable[[], Any] = self.lock._release_save  # type: ignore[attr-defined]  # noqa: SLF001
+        self._restore: Callable[[Any], None] = self.lock._acquire_restore  # type: ignore[attr-defined]  # noqa: SLF001
 
     def taken(self) -> bool:
         """Whether another thread is the receiver."""
-        return bool(self._received_for) and self._receiving_thread != threading.get_ident()
+        return bool(self.received_for) and self._receiving_thread != threading.get_ident()
 
-    def receive(self, key: object, wait: Callable[[], Any]) -> Any:
-        """As the receiver, wait for ``key`` by calling ``wait`` without the lock; what that returns."""
+    def receive(self, key: object, wait: Callable[[float], Result], timeout_s: float) -> Result:
+        """As the receiver, wait for ``key`` by ``wait(timeout_s)``, without the lock; what that returns."""
         self._receiving_thread = threading.get_ident()  # first: an inner call of this thread must find it
-        self._received_for.append(key)
+        self.received_for.append(key)
         depth = self._release()
         try:
-            return wait()
+            return wait(timeout_s)
         finally:
             self._restore(depth)
-            self._received_for.pop()
-            if not self._received_for:
+            self.received_for.pop()
+            if self._waiting_for_receiver and not self.received_for:
                 self._receiver_left.notify_all()
 
     def follow(self, key: object, timeout_s: float) -> None:
@@ -81,17 +83,17 @@ class Turns:
 
     def hand_over(self) -> None:
         """This thread will not receive any more: let the one that has followed longest do it, by its innermost call."""
-        turns = list(self._followers.values())
-        if turns and not self._received_for:
-            innermost = [turn for turn in turns if turn.thread == turns[0].thread][-1]
-            innermost.call()
+        if self._followers and not self.received_for:
+            turns = list(self._followers.values())
+            for innermost in [turn for turn in turns if turn.thread == turns[0].thread][-1:]:
+                innermost.call()
 
     def call(self, key: object) -> bool:
         """Give its turn to what waits for ``key``; whether that is the receiver, which its channel must wake."""
         turn = self._followers.get(key)
         if turn is not None:
             turn.call()
-        return key in self._received_for
+        return key in self.received_for
 
     def call_all(self) -> None:
         """Give all followers their turns."""
@@ -100,12 +102,9 @@ class Turns:
 
     def wait_for_receiver(self) -> None:
         """Wait until there is no receiver; an outer call of this very thread is not waited for."""
-        while self.taken():
-            self._receiver_left.wait()
-
-    def _release(self) -> Any:
-        """Give the lock to other threads, also where this is an inner call and an outer one has it."""
-        return self.lock._release_save()  # type: ignore[attr-defined]  # noqa: SLF001 - as threading.Condition does
-
-    def _restore(self, depth: Any) -> None:
-        self.lock._acquire_restore(depth)  # type: ignore[attr-defined]  # noqa: SLF001
+        self._waiting_for_receiver += 1
+        try:
+            while self.taken():
+                self._receiver_left.wait()
+        finally:
+            self._waiting_for_receiver -= 1

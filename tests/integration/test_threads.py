@@ -72,7 +72,7 @@ def test_a_thread_that_waits_for_long_keeps_no_other_from_its_reply(
             return time.monotonic()
 
         first = in_thread(wait_for, order[0])
-        assert eventually(lambda: order[0] in client._turns._received_for)
+        assert eventually(lambda: order[0] in client._turns.received_for)
         second = in_thread(wait_for, order[1])
         returned = dict(zip(order, (first.result(SOON_S), second.result(SOON_S)), strict=True))
         assert returned[quick] < returned[slow]
@@ -149,7 +149,7 @@ def test_a_time_out_in_one_thread_does_not_disturb_the_others(
         threads = []
         for wait in waits:
             threads.append(wait())
-            assert eventually(lambda: client._turns.receiving)
+            assert eventually(lambda: client._turns.received_for)
         if receiver == "the patient one":
             threads.reverse()
         with pytest.raises(CallTimeout, match=r"'echo' within 0\.1 s"):
