@@ -19,11 +19,10 @@ import torch
 from . import address as addresses
 from . import leftovers, options
 from .channel import BrokenPeer, ZmqServerChannel
-from .connection import Connection
 from .doorbell import DoorbellServerChannel
-from .errors import Closed, LocalProtocolError, PeerProtocolError, TransportError
+from .errors import Closed, LocalProtocolError, OutOfResources, PeerProtocolError, TransportError
 from .forks import BoundToProcess, abandon_after_fork, forked
-from .handshake import Admission, Limits
+from .handshake import Admission, Admitted, Limits
 from .message import (
     CHANNEL_KINDS,
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -34,6 +33,7 @@ from .message import (
     encode,
     shorten,
 )
+from .opening import reason
 from .protocol import Call, ServerProtocol
 from .segment import shared_memory_bytes
 from .statistics import Counters, Statistics
@@ -56,11 +56,11 @@ the second as many bytes of the reply arena as asked for, uninitialised and not 
 class HostedClient:
     """One connected client; ``number`` is never used for another."""
 
-    def __init__(self, identity: bytes, number: int, connection: Connection, counters: Counters) -> None:
+    def __init__(self, identity: bytes, number: int, admitted: Admitted, counters: Counters) -> None:
         self.identity = identity
         self.number = number
-        self.connection = connection
-        self.protocol = ServerProtocol(connection.codec, counters)
+        self.sizes, self.connection = admitted
+        self.protocol = ServerProtocol(self.connection.codec, counters)
         self.reference = weakref.ref(self)
         self.gone = False
         self.heard = False
@@ -320,72 +320,78 @@ class Host(BoundToProcess):
         client's goodbye may be among it.
         """
         begins = not self._admission.expects(identity)
+        client = None
         try:
             answer, admitted = self._admission.receive(identity, data, pid)
-        except PeerProtocolError as error:
-            answer, admitted = Refused(shorten(str(error))), None
+            if admitted is not None:
+                client = self._prepare(identity, admitted)
+        except (PeerProtocolError, OutOfResources) as error:
+            answer = Refused(shorten(str(error)))
         else:
             if isinstance(answer, Refused) and begins and not again and len(self._to_refuse) < _MOST_TO_REFUSE:
                 self._to_refuse.append((identity, data, pid))
                 return
-        if admitted is None:
+        if client is None:
             self._channel.drop_unused_bell()
         if isinstance(answer, Refused) and identity != self._last_refused:
             self._last_refused = identity  # one that goes on sending is not logged again
             logger.warning("a client was refused: %s", answer.reason)
         # The answer goes by ZeroMQ, so before the client's channel may be another one.
         answered = answer is None or self._send(identity, answer)
-        if admitted is not None:
-            self._connected += 1
-            client = HostedClient(identity, self._connected, admitted.connection, self._counters)
-            try:
-                self._connect(client)
-            except (OSError, MemoryError) as error:
-                self._send(identity, Goodbye(shorten(f"the server can't serve one more client: {error}")))
-                self._drop(client, f"it could not be served: {error}")
-                return
-            logger.info(
-                "client %d connected at %s (%s, %s channel): request arena %s, reply arena %s, process %d",
-                client.number,
-                self.address,
-                self.transport,
-                self._channel.kind_of(identity),
-                size_text(admitted.sizes.request_arena_bytes),
-                size_text(admitted.sizes.reply_arena_bytes),
-                client.connection.watch.pid,
-            )
+        if client is not None:
+            self._connect(client)
             if not answered:
                 self._drop(client, "it went away while connecting")
         elif not answered:
             self._admission.forget(identity)
 
+    def _prepare(self, identity: bytes, admitted: Admitted) -> HostedClient:
+        """Do all that may fail, before a client is told that it is connected.
+
+        Raises:
+            OutOfResources: it can't be served; nothing of it is kept.
+        """
+        client = HostedClient(identity, self._connected + 1, admitted, self._counters)
+        watch = client.connection.watch
+        descriptor = watch.fileno()
+        try:
+            if descriptor is not None:
+                self._channel.watch(descriptor)
+                self._watched[descriptor] = client
+            elif watch.must_be_asked:
+                self._unwatched.add(client)
+            if self._prefault:
+                client.connection.prefault()
+        except (OSError, MemoryError) as error:
+            self._free(client)
+            raise OutOfResources(f"it can't serve one more client: {reason(error)}") from error
+        return client
+
     def _connect(self, client: HostedClient) -> None:
+        """From now on this client's messages are calls."""
         connection = client.connection
+        self._connected += 1
         self._clients[client.identity] = client
         self._channel.know(client.identity)
         if connection.ring is not None and connection.bells is not None:
             self._channel.connect(client.identity, connection.ring, connection.bells.peer)
-        descriptor = connection.watch.fileno()
-        if descriptor is not None:
-            self._channel.watch(descriptor)
-            self._watched[descriptor] = client
-        elif connection.watch.must_be_asked:
-            self._unwatched.add(client)
-        if self._prefault:
-            connection.prefault()
+        logger.info(
+            "client %d connected at %s (%s, %s channel): request arena %s, reply arena %s, process %d",
+            client.number,
+            self.address,
+            self.transport,
+            self._channel.kind_of(client.identity),
+            size_text(client.sizes.request_arena_bytes),
+            size_text(client.sizes.reply_arena_bytes),
+            connection.watch.pid,
+        )
 
-    def _drop(self, client: HostedClient, reason: str) -> None:
-        """Free all that a client held."""
+    def _drop(self, client: HostedClient, why: str) -> None:
+        """End a client's connection, and tell those who asked to know."""
         del self._clients[client.identity]
-        client.gone = True
-        descriptor = client.connection.watch.fileno()
-        if descriptor is not None and self._watched.pop(descriptor, None) is not None:
-            self._channel.unwatch(descriptor)
-        self._unwatched.discard(client)
         self._channel.disconnect(client.identity)
-        self._admission.forget(client.identity)
-        client.connection.close()
-        logger.info("client %d disconnected: %s", client.number, reason)
+        self._free(client)
+        logger.info("client %d disconnected: %s", client.number, why)
         for callback in self._on_disconnect:
             try:
                 callback(client.number)
@@ -393,6 +399,16 @@ class Host(BoundToProcess):
                 raise
             except BaseException as error:  # noqa: BLE001 - one service's mistake must not end the others' clients
                 logger.error("an on_disconnect callback raised\n%s", traceback_text(error))
+
+    def _free(self, client: HostedClient) -> None:
+        """Give all back that is held for a client."""
+        client.gone = True
+        descriptor = client.connection.watch.fileno()
+        if descriptor is not None and self._watched.pop(descriptor, None) is not None:
+            self._channel.unwatch(descriptor)
+        self._unwatched.discard(client)
+        self._admission.forget(client.identity)
+        client.connection.close()
 
     def _send(self, identity: bytes, message: Message) -> bool:
         """Send a message that is no reply; False if the client is gone."""

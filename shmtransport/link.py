@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from . import address as addresses
-from . import open_files
+from . import open_files, zmq_context
 from .channel import Channel, ZmqChannel, deadline_in
 from .connection import Connection
 from .doorbell import DoorbellChannel
@@ -24,7 +24,7 @@ from .units import size_text
 
 logger = logging.getLogger("shmtransport")
 
-_DESCRIPTORS = 12  # two of ZeroMQ, two to watch it, a wake-up, two segments, a bell, a pidfd, and spares
+_DESCRIPTORS = 14  # two of ZeroMQ, two to watch it, two wake-ups, four of segments, a bell, a pidfd, two spares
 _TELL_INTERVAL_S = 5.0
 _AGAIN_PAUSE_S = 0.02
 _END_SHOWS_S = 0.25  # how long libzmq may take to notice that the process at the other end is gone
@@ -181,7 +181,8 @@ class Connecting:
         Raises:
             As ``Link``.
         """
-        open_files.require(_DESCRIPTORS, f"a connection to {self.options.address}")
+        needed = _DESCRIPTORS + zmq_context.descriptors_to_start()
+        open_files.require(needed, f"a connection to {self.options.address}")
         while True:
             with contextlib.suppress(_ServerLost):
                 return self._try()

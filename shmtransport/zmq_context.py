@@ -32,6 +32,11 @@ _inherited: list[object] = []
 """What a parent process made: kept, since dropping it would close it."""
 
 
+def descriptors_to_start() -> int:
+    """How many descriptors this process's first socket opens beside its own."""
+    return _CONTEXT_DESCRIPTORS if _context is None else 0
+
+
 def open_socket(kind: int) -> zmq.Socket[bytes]:
     """A new socket of this process's context; give it back by ``close_socket``.
 

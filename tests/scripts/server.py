@@ -1,12 +1,14 @@
 """A server process for tests: ``server.py ADDRESS [OPTIONS]``; prints "ready", serves until a signal, prints "stopped".
 
-OPTIONS are those of Server, in JSON; with ``"tells": true`` it also prints "left N" for every client that has gone.
+OPTIONS are those of Server, in JSON; with ``"tells": true`` it also prints "left N" for every client that has gone,
+and ``"descriptors": N`` limits how many files it may have open.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -17,6 +19,8 @@ from shmtransport import Server
 
 options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
 tells = options.pop("tells", False)
+if "descriptors" in options:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (options["descriptors"], options.pop("descriptors")))
 server = Server(sys.argv[1], **options)
 kept: list[torch.Tensor] = []
 if tells:
@@ -31,6 +35,19 @@ def echo(value: Any = None) -> Any:
 @server.method
 def double(x: torch.Tensor) -> torch.Tensor:
     return torch.mul(x, 2, out=server.empty(x.shape, x.dtype))
+
+
+@server.method
+def pid() -> int:
+    return os.getpid()
+
+
+@server.method
+def work(seconds: float) -> None:
+    """Compute in Python for so long, without giving the interpreter's lock away."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(1000))
 
 
 @server.method

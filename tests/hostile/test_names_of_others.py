@@ -1,0 +1,166 @@
+"""A peer that names what is another process's as its own: nothing of the other's is removed, and it works on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from shmtransport import CHANNEL_KINDS, Client
+from shmtransport.bell import Bell, bell_file
+from shmtransport.errors import TransportError
+from shmtransport.message import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    Attach,
+    ChannelKind,
+    Goodbye,
+    Hello,
+    Message,
+    Offer,
+    Refused,
+    Welcome,
+)
+from shmtransport.segment import Segment, segment_file
+from tests.conftest import ROOT
+from tests.integration.children import Child, Mother
+
+from .harness import Stage
+from .peers import ARENA_BYTES, Impostor, Wire
+from .servers import Guest, Lie, LyingServer
+
+pytestmark = pytest.mark.timeout(60)
+
+X = torch.arange(100, dtype=torch.uint8)
+
+
+class Scenery:
+    """Wires to servers; ``others`` is the address of one that nobody attacks."""
+
+    def __init__(self, others: str) -> None:
+        self.others = others
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._undo = contextlib.ExitStack()
+        self._undo.callback(self._context.term)
+
+    def wire(self, address: str) -> Wire:
+        wire = Wire(self._context, address)
+        self._undo.callback(wire.close)
+        return wire
+
+    def impostor(self, address: str, channel: ChannelKind) -> Impostor:
+        impostor = Impostor(self.wire(address), channel)
+        self._undo.callback(impostor.close)
+        return impostor
+
+    def close(self) -> None:
+        self._undo.close()
+
+
+@pytest.fixture
+def scenery(mother: Mother, address: str) -> Iterator[Scenery]:
+    server = Child(mother, ROOT / "tests/scripts/server.py", f"{address}-others")
+    server.wait_until_ready()
+    scenery = Scenery(f"{address}-others")
+    yield scenery
+    scenery.close()
+    server.end()
+
+
+@pytest.fixture(params=CHANNEL_KINDS)
+def channel(request: pytest.FixtureRequest) -> ChannelKind:
+    kind: ChannelKind = request.param
+    return kind
+
+
+def exist(*files: str) -> bool:
+    return all(Path(file).exists() for file in files)
+
+
+def attach_as(wire: Wire, segment: str, bell: str, channel: ChannelKind) -> None:
+    """Name these as a client's own, and leave: at once if that is refused, else after a message as well."""
+    assert isinstance(wire.ask(Hello(ARENA_BYTES, ARENA_BYTES, DEFAULT_MAX_MESSAGE_BYTES, channel)), Offer)
+    answer = wire.ask(Attach(segment, bell))
+    assert isinstance(answer, (Welcome, Refused)), answer
+    if isinstance(answer, Welcome):
+        wire.send(b"noise")
+        wire.send(Goodbye(""))
+    wire.close()
+
+
+def test_a_client_names_the_bell_of_another_server(stage: Stage, scenery: Scenery) -> None:
+    """By which that server's next clients come: they still do."""
+    with stage.undisturbed(), Client(scenery.others, channel="doorbell") as client:
+        neighbour = scenery.impostor(scenery.others, "doorbell")
+        file = bell_file(neighbour.server_bell.name)
+        assert exist(file)
+        segment = Segment.create(neighbour.layout)
+        attach_as(scenery.wire(stage.address), segment.name, neighbour.server_bell.name, "doorbell")
+        segment.close()
+        stage.innocents[0].goes_on()
+        assert exist(file)
+        assert torch.equal(client.call("echo", X), X)
+        with Client(scenery.others, channel="doorbell") as late:
+            assert torch.equal(late.call("echo", X), X)
+
+
+def test_a_client_names_the_segment_and_the_bell_of_another_client(
+    stage: Stage, scenery: Scenery, address: str, channel: ChannelKind
+) -> None:
+    """Of one that is just connecting, elsewhere: its own server still finds both."""
+    kept: list[bool] = []
+
+    def welcome(guest: Guest, attach: Attach) -> Message:
+        """In the midst of the other client's handshake."""
+        files = [segment_file(attach.segment), *([bell_file(attach.bell)] if attach.bell else [])]
+        attach_as(scenery.wire(stage.address), attach.segment, attach.bell, channel)
+        stage.innocents[0].goes_on()
+        kept.append(exist(*files))
+        guest.attach(attach)
+        return guest.welcome()
+
+    with stage.undisturbed():
+        with LyingServer(address, Lie("names of others", welcome=welcome)):
+            Client(address, channel=channel, arena_bytes=ARENA_BYTES).close()
+        assert kept == [True]
+
+
+def test_a_server_names_the_segment_and_the_bell_of_another_server(
+    scenery: Scenery, address: str, channel: ChannelKind
+) -> None:
+    """Of one whose client is just connecting: that client still finds both, and is served."""
+    neighbour = scenery.impostor(scenery.others, channel)
+    bell = neighbour.server_bell.name if channel == "doorbell" else ""
+    files = [segment_file(neighbour.replies.name), *([bell_file(bell)] if bell else [])]
+    assert exist(*files)
+    lie = Lie("names of others", welcome=lambda _guest, _attach: Welcome(neighbour.replies.name, bell))
+    with (
+        LyingServer(address, lie),
+        contextlib.suppress(TransportError),
+        Client(address, channel=channel, arena_bytes=ARENA_BYTES, timeout_s=0.3) as client,
+    ):
+        client.call("echo", X)
+    assert exist(*files)
+    neighbour.assert_served()
+    with Client(scenery.others, channel=channel) as late:
+        assert torch.equal(late.call("echo", X), X)
+
+
+def test_a_server_names_the_bell_of_another_server_alone(scenery: Scenery, address: str) -> None:
+    """Beside a segment of its own; the client rings it, which costs that server a look."""
+    neighbour = scenery.impostor(scenery.others, "doorbell")
+    bell = neighbour.server_bell.name
+    lie = Lie("another's bell", welcome=lambda guest, _attach: Welcome(guest.segment.name, bell))
+    with (
+        LyingServer(address, lie),
+        contextlib.suppress(TransportError),
+        Client(address, channel="doorbell", arena_bytes=ARENA_BYTES, timeout_s=0.3) as client,
+    ):
+        client.call("echo", X)
+    assert exist(bell_file(bell))
+    neighbour.assert_served()
+    Bell.open(bell).close()
