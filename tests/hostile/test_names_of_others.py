@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,17 @@ from shmtransport.message import (
     ChannelKind,
     Goodbye,
     Hello,
-    Message,
     Offer,
     Refused,
     Welcome,
 )
 from shmtransport.segment import Segment, segment_file
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Process
 from tests.integration.children import Child, Mother
 
 from .harness import Stage
 from .peers import ARENA_BYTES, Impostor, Wire
-from .servers import Guest, Lie, LyingServer
+from .servers import Lie, LyingServer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -108,25 +109,47 @@ def test_a_client_names_the_bell_of_another_server(stage: Stage, scenery: Scener
             assert torch.equal(late.call("echo", X), X)
 
 
+@contextlib.contextmanager
+def owned_elsewhere(channel: ChannelKind) -> Iterator[tuple[str, str]]:
+    """The names of a segment and a bell that another process has made, as a client does while it connects."""
+    ring_bytes = DEFAULT_MAX_MESSAGE_BYTES if channel == "doorbell" else 0
+    command = [sys.executable, "-c", _OWNER, str(ARENA_BYTES), str(ring_bytes)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=Process.environment()
+    ) as process:
+        assert process.stdout is not None
+        segment, bell = process.stdout.readline().split()
+        yield segment, bell
+        process.communicate("")
+    assert process.returncode == 0
+
+
+_OWNER = """
+import sys
+from shmtransport.bell import Bell
+from shmtransport.connection import segment_layout
+from shmtransport.segment import Segment
+segment, bell = Segment.create(segment_layout(int(sys.argv[1]), int(sys.argv[2]))), Bell.create()
+print(segment.name, bell.name, flush=True)
+sys.stdin.read()
+bell.close()
+segment.close()
+"""
+
+
 def test_a_client_names_the_segment_and_the_bell_of_another_client(
-    stage: Stage, scenery: Scenery, address: str, channel: ChannelKind
+    stage: Stage, scenery: Scenery, channel: ChannelKind
 ) -> None:
-    """Of one that is just connecting, elsewhere: its own server still finds both."""
-    kept: list[bool] = []
-
-    def welcome(guest: Guest, attach: Attach) -> Message:
-        """In the midst of the other client's handshake."""
-        files = [segment_file(attach.segment), *([bell_file(attach.bell)] if attach.bell else [])]
-        attach_as(scenery.wire(stage.address), attach.segment, attach.bell, channel)
+    """Of one that is just connecting, elsewhere: refused, and the other's own server still finds both."""
+    with stage.undisturbed(), owned_elsewhere(channel) as (segment, bell):
+        wire = scenery.wire(stage.address)
+        assert isinstance(wire.ask(Hello(ARENA_BYTES, ARENA_BYTES, DEFAULT_MAX_MESSAGE_BYTES, channel)), Offer)
+        answer = wire.ask(Attach(segment, bell if channel == "doorbell" else ""))
+        assert isinstance(answer, Refused), answer
+        assert "another process" in answer.reason
         stage.innocents[0].goes_on()
-        kept.append(exist(*files))
-        guest.attach(attach)
-        return guest.welcome()
-
-    with stage.undisturbed():
-        with LyingServer(address, Lie("names of others", welcome=welcome)):
-            Client(address, channel=channel, arena_bytes=ARENA_BYTES).close()
-        assert kept == [True]
+        assert exist(segment_file(segment), bell_file(bell))
+        wire.close()
 
 
 def test_a_server_names_the_segment_and_the_bell_of_another_server(
