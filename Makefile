@@ -15,7 +15,7 @@ INPUTS ?= 1000000
 MINUTES ?= 10
 
 # Every branch of these modules is run by a test: they decide what a hostile peer can do.
-FULLY_COVERED := protocol ring arena descriptor message message_ring doorbell
+FULLY_COVERED := protocol ring send_arena receive_arena descriptor message message_ring doorbell
 
 export PROMPT
 

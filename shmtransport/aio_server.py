@@ -20,7 +20,8 @@ from typing import Any
 from . import options
 from .channel import deadline_in
 from .errors import Closed, LocalProtocolError
-from .host import Arrival, Host, HostedClient
+from .host import Host
+from .hosted import Arrival, HostedClient
 from .protocol import Call
 from .threads import in_a_thread
 

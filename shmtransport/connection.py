@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .arena import ReceiveArena, SendArena, release_cells
 from .bell import Bell
 from .errors import Closed, PeerDied, PeerProtocolError
 from .layout import PAGE_BYTES, Layout, round_up
 from .liveness import PeerWatch
 from .message_ring import MessageRing, message_ring_bytes
 from .protocol import Codec
+from .receive_arena import ReceiveArena, release_cells
 from .segment import Segment
+from .send_arena import SendArena
 from .statistics import Counters
 
 

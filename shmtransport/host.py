@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import logging
 import threading
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 
 from . import address as addresses
 from . import leftovers, options
-from .channel import BrokenPeer, ZmqServerChannel
+from .channel import BrokenPeer
 from .doorbell import DoorbellServerChannel
 from .errors import Closed, LocalProtocolError, OutOfResources, PeerProtocolError, TransportError
 from .forks import BoundToProcess, abandon_after_fork, forked
 from .handshake import Admission, Admitted, Limits
+from .hosted import Arrival, HostedClient, drop_all, remove_names_at_exit
 from .message import (
     CHANNEL_KINDS,
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -34,12 +31,13 @@ from .message import (
     shorten,
 )
 from .opening import reason
-from .protocol import Call, ServerProtocol
+from .protocol import Call
 from .segment import shared_memory_bytes
 from .statistics import Counters, Statistics
 from .text import forget_frames, printable, traceback_text
 from .uncompiled import uncompiled
 from .units import size_text
+from .zmq_channel import ZmqServerChannel
 
 logger = logging.getLogger("shmtransport")
 
@@ -51,27 +49,6 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 ECHO, PROBE = "__echo__", "__probe__"
 """Methods that every server has: the first returns its tensor, copied into the reply arena (or nothing for nothing),
 the second as many bytes of the reply arena as asked for, uninitialised and not copied."""
-
-
-class HostedClient:
-    """One connected client; ``number`` is never used for another."""
-
-    def __init__(self, identity: bytes, number: int, admitted: Admitted, counters: Counters) -> None:
-        self.identity = identity
-        self.number = number
-        self.sizes, self.connection = admitted
-        self.protocol = ServerProtocol(self.connection.codec, counters)
-        self.reference = weakref.ref(self)
-        self.gone = False
-        self.heard = False
-        self.in_progress = 0
-
-
-class Arrival(msgspec.Struct):
-    """A call that has come, and whose it is."""
-
-    client: HostedClient
-    call: Call
 
 
 @uncompiled
@@ -125,9 +102,9 @@ class Host(BoundToProcess):
         self._ended: Closed | None = None
         self._channel = DoorbellServerChannel(ZmqServerChannel(address, limits.max_message_bytes), spin_us)
         self._admission = Admission(limits, self._counters, self._channel.bell)
-        self._at_drop = weakref.finalize(self, _drop, self._channel, self._clients, address)
+        self._at_drop = weakref.finalize(self, drop_all, self._channel, self._clients, address)
         self._at_drop.atexit = False  # other threads may still serve; names are removed, and the kernel does the rest
-        _servers.add(self)
+        remove_names_at_exit(self._channel)
         abandon_after_fork(self)
         leftovers.sweep()
 
@@ -185,10 +162,6 @@ class Host(BoundToProcess):
         """Make ``serve`` return; may be called from any thread, a handler or a signal handler."""
         self._stopping.set()
         self._channel.wake()
-
-    def remove_names(self) -> None:
-        """As the process exits: leave nothing in the file system of a server that was not closed."""
-        self._channel.remove_names()
 
     def abandon(self) -> None:
         """In a forked child: this server is the parent's, and nothing that is done here may reach it."""
@@ -416,30 +389,6 @@ class Host(BoundToProcess):
             return self._channel.send(identity, encode(message))
         except BrokenPeer:
             return False
-
-
-_servers: weakref.WeakSet[Host] = weakref.WeakSet()
-
-
-@atexit.register
-def _remove_names() -> None:
-    for server in list(_servers):
-        server.remove_names()
-
-
-def _drop(channel: DoorbellServerChannel, clients: dict[bytes, HostedClient], address: str) -> None:
-    """Give back what a server held that was dropped without being closed; may run inside a garbage collection."""
-    with contextlib.suppress(BrokenPeer, Closed):
-        for identity in clients:
-            channel.send(identity, encode(Goodbye("the server was dropped")))
-    channel.close(flush=False)
-    for client in clients.values():
-        client.connection.close()
-    warnings.warn(
-        f"the server at {address} was dropped without being closed: call close(), or use it in a 'with' block",
-        ResourceWarning,
-        stacklevel=2,
-    )
 
 
 def _echo(tensor: torch.Tensor | None = None) -> torch.Tensor | None:

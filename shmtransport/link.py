@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from . import address as addresses
 from . import open_files, zmq_context
-from .channel import Channel, ZmqChannel, deadline_in
+from .channel import Channel, deadline_in
 from .connection import Connection
 from .doorbell import DoorbellChannel
 from .errors import Closed, ConnectTimeout, LocalProtocolError, PeerDied, PeerProtocolError
@@ -21,6 +21,7 @@ from .message import Goodbye, encode
 from .protocol import ClientProtocol
 from .statistics import Counters
 from .units import size_text
+from .zmq_channel import ZmqChannel
 
 logger = logging.getLogger("shmtransport")
 

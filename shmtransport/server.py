@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from .errors import Closed
-from .host import Arrival, Host
+from .host import Host
+from .hosted import Arrival
 
 _LOOK_INTERVAL_S = 0.25
 _CLOSE_GRACE_S = 5.0  # for the call that another thread is handling, beside the time to drain

@@ -10,7 +10,6 @@ from typing import Any
 
 from msgspec.msgpack import Ext
 
-from shmtransport.arena import release_cells
 from shmtransport.bell import bell_file
 from shmtransport.connection import segment_layout
 from shmtransport.descriptor import TensorDescriptor
@@ -37,6 +36,7 @@ from shmtransport.message import (
     Welcome,
     encode,
 )
+from shmtransport.receive_arena import release_cells
 from shmtransport.segment import Segment, segment_file
 from tests.transport.rings import CONSUMED, ENDED, PUBLISHED
 

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from shmtransport.arena import release_cells
 from shmtransport.layout import PAGE_BYTES
 from shmtransport.message import Failure, Reply, encode
+from shmtransport.receive_arena import release_cells
 from tests.transport.rings import CONSUMED, ENDED, PUBLISHED, WANTS_ROOM
 
 from .intrusions import TENSOR, carrying, descriptor

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from shmtransport.arena import ReceiveArena, SendArena, release_cells
 from shmtransport.dtypes import DType
 from shmtransport.errors import ArenaFull
 from shmtransport.layout import Layout
+from shmtransport.receive_arena import ReceiveArena, release_cells
 from shmtransport.segment import Segment
+from shmtransport.send_arena import SendArena
 from shmtransport.statistics import Counters
 
 

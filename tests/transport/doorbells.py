@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 
 from shmtransport.bell import Bell
-from shmtransport.channel import ZmqChannel, ZmqServerChannel
 from shmtransport.connection import Bells, segment_layout
 from shmtransport.doorbell import DoorbellChannel, DoorbellServerChannel
 from shmtransport.message_ring import MessageRing
 from shmtransport.segment import Segment
+from shmtransport.zmq_channel import ZmqChannel, ZmqServerChannel
 
 from .rings import Forger, record_bytes
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from shmtransport import arena, protocol, ring
+from shmtransport import protocol, receive_arena, ring, send_arena, views
 from shmtransport.errors import Closed
 from shmtransport.protocol import ClientProtocol, Codec, PendingReply
 
@@ -28,7 +28,7 @@ _ROLLING_BACK = {
     "_collect_oldest",
     "_collect_ended_loans",
 }
-_FILES = {module.__file__ for module in (arena, protocol, ring)}
+_FILES = {module.__file__ for module in (send_arena, receive_arena, views, protocol, ring)}
 
 
 class _InterruptAt:

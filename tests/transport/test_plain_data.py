@@ -67,7 +67,7 @@ def test_a_loan_that_can_not_be_made_gives_its_block_back(pair: Pair, monkeypatc
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("shmtransport.arena._from_numpy", out_of_memory)
+        patch.setattr("shmtransport.views._from_numpy", out_of_memory)
         with pytest.raises(MemoryError):
             pair.send.empty((3,), torch.float32)
     assert pair.is_free()

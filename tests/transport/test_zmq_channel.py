@@ -11,8 +11,8 @@ import pytest
 import zmq
 
 from shmtransport.backlog import QUEUED_BYTES_LIMIT
-from shmtransport.channel import ZmqServerChannel
 from shmtransport.message import Failure, Goodbye, Refused, Reply, Request, decode, encode, is_reply
+from shmtransport.zmq_channel import ZmqServerChannel
 
 MAX_MESSAGE_BYTES = 64 * 1024
 SMALL = encode(Reply(0, "x", ()))

@@ -1,17 +1,12 @@
-"""Segment + ring + tensor views: the two ends of one direction.
+"""This process's own segment, seen as tensors to send: blocks that are lent, described, and held by the peer.
 
-The *send arena* is this process's own segment: it claims blocks, hands them out as loans, and holds each block that
-a descriptor names until the peer has released it. The *receive arena* is the peer's segment: it makes borrowed views
-and releases them.
-
-Rules that they keep:
+Rules that it keeps:
 
 * allocator state is private memory; of what the peer can write, only release cells are read, and a cell counts only
   if it equals the sequence that this side gave out for that slot;
-* a loan or borrow ends when the last tensor over its storage dies: the weak reference hangs on what the *storage*
-  owns, so slices, views, reshapes and numpy views of it keep it alive;
-* what runs when a storage dies may run inside any garbage collection on any thread: it takes no lock. A loan's end is
-  one ``deque.append``; a borrow's end is one fence, one plain store and one ``dict.pop``;
+* a loan ends when the last tensor over its storage dies: the weak reference hangs on what the *storage* owns, so
+  slices, views, reshapes and numpy views of it keep it alive. What runs then may run inside any garbage collection on
+  any thread: it takes no lock, and is one ``deque.append``;
 * a signal handler or a finalizer may call in the middle of a call of the same thread. Such an *inner call* finds every
   structure whole: several steps of a change are made without calling anything in between, since CPython runs neither
   handlers nor finalizers there, and only after a look at whether an inner call was faster.
@@ -23,42 +18,34 @@ import contextlib
 import math
 import threading
 import time
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .descriptor import MAX_DIMENSIONS, TensorDescriptor
 from .dtypes import INTEGERS, DType
-from .errors import ArenaFull, PeerProtocolError, TensorTooLarge, TransportError
-from .fences import order
-from .layout import PAGE_BYTES, RELEASE_CELL_BYTES
+from .errors import ArenaFull, TensorTooLarge, TransportError
+from .layout import PAGE_BYTES
 from .plain import address_of, check_content, refuse_copy, refuse_shape, row_of, row_of_array, without_bytes
 from .ring import Block, Ring
 from .segment import Segment
 from .units import size_text
+from .views import Reference, view
 
 _FIRST_PAUSE_S = 50e-6
 _LONGEST_PAUSE_S = 5e-3
 _FEW_HELD = 8  # sent tensors: with fewer, nobody looks which of them are released until a claim needs room
 _BEYOND = 2**70  # bytes: no arena, and no number that is shown, gets that far
-_new_array, _from_numpy = np.ndarray, torch.from_numpy
-
-_Memory: TypeAlias = "np.ndarray[Any, Any]"
 
 if TYPE_CHECKING:
     from .statistics import Counters
 
-    _Reference = weakref.ref["_Memory"]
-else:
-    _Reference = weakref.ref
 
-
-class _Loan(_Reference):
+class _Loan(Reference):
     """A claimed block, as a weak reference to the memory that was lent: its death is what ends the loan.
 
     The block is free again once the loan has ended and the peer has released every descriptor of it.
@@ -79,24 +66,6 @@ class _Copied:
 
     def __init__(self) -> None:
         self.holds = 0
-
-
-class _BorrowAnchor(_Reference):
-    """Weak reference to a borrow's memory; its death is what releases the borrow."""
-
-    __slots__ = ("sequence", "slot")
-    slot: int
-    sequence: int
-
-
-def _view(data: memoryview, offset: int, row: DType, shape: tuple[int, ...]) -> tuple[_Memory, torch.Tensor]:
-    """A tensor over the bytes of ``data`` from ``offset`` on, and what its storage owns for as long as it lives.
-
-    By way of numpy: an array is given its shape when it is made, which torch's own function needs a second tensor for.
-    """
-    array: _Memory = _new_array(shape, row.carrier, data, offset)
-    tensor = _from_numpy(array)
-    return array, tensor if row.numpy is not None else tensor.view(row.torch)
 
 
 class SendArena:
@@ -153,7 +122,7 @@ class SendArena:
         try:
             with self._lock:
                 block = self._claim(nbytes)
-            memory, tensor = _view(self._data, block.offset, row, sizes)
+            memory, tensor = view(self._data, block.offset, row, sizes)
             loan = _Loan(memory, self._ended.append)
             loan.block = block
             loan.ended = False
@@ -249,10 +218,10 @@ class SendArena:
         """Copy a tensor's content to this place: a memcpy where that can be, since torch would wake threads for it."""
         if isinstance(source, torch.Tensor):
             if not (source.is_cpu and source.is_contiguous()) or source.is_conj() or source.is_neg():
-                _view(self._data, offset, row, shape)[1].copy_(source)
+                view(self._data, offset, row, shape)[1].copy_(source)
                 return
             source = (source if row.numpy is not None else source.view(INTEGERS[row.itemsize])).numpy()
-        np.copyto(_new_array(shape, row.carrier, self._data, offset), source)
+        np.copyto(np.ndarray(shape, row.carrier, self._data, offset), source)
 
     def _describe(self, loan: _Loan | _Copied, offset: int, shape: tuple[int, ...], row: DType) -> TensorDescriptor:
         """Describe what lies in a loan, and hold its block until the peer releases it."""
@@ -400,55 +369,3 @@ class SendArena:
             self._by_address.pop(self._address + block.offset, None)
             with contextlib.suppress(ValueError):  # an inner call was faster
                 self._ring.release(block)
-
-
-class ReceiveArena:
-    """The peer's segment, seen as tensors that it has sent.
-
-    ``released`` are the cells of the release table in this process's own segment.
-    """
-
-    def __init__(self, segment: Segment, released: memoryview) -> None:
-        layout = segment.layout
-        self._data = segment.view[layout.data_offset : layout.data_offset + layout.data_bytes]
-        self._data_bytes = len(self._data)
-        self._released = released
-        self._borrows: dict[int, _BorrowAnchor] = {}
-
-    def __len__(self) -> int:
-        """How many borrows are held."""
-        return len(self._borrows)
-
-    def abandon(self) -> None:
-        """In a forked child: what dies here is still borrowed in the parent, and is not to be released."""
-        self._released = memoryview(bytearray(len(self._released) * RELEASE_CELL_BYTES)).cast("Q")
-
-    def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor:
-        """A view of the described tensor; released when the last tensor over its storage has died.
-
-        Raises:
-            PeerProtocolError: the descriptor is invalid.
-        """
-        row, nbytes = descriptor.validate(self._data_bytes, len(self._released))
-        if nbytes == 0:
-            return torch.empty(descriptor.shape, dtype=row.torch)
-        sequence = descriptor.sequence
-        if sequence in self._borrows:
-            raise PeerProtocolError(f"descriptor with sequence {sequence} was sent before and is still held")
-        memory, tensor = _view(self._data, descriptor.offset, row, descriptor.shape)
-        self._borrows[sequence] = anchor = _BorrowAnchor(memory, self._end)
-        anchor.slot = descriptor.slot
-        anchor.sequence = sequence
-        return tensor
-
-    def _end(self, anchor: Any) -> None:
-        sequence = anchor.sequence
-        order()  # the reads of the block come before its release
-        self._released[anchor.slot] = sequence
-        self._borrows.pop(sequence, None)
-
-
-def release_cells(segment: Segment) -> memoryview:
-    """The release table of a segment as unsigned 64-bit cells, one aligned store each."""
-    layout = segment.layout
-    return segment.view[layout.release_offset : layout.release_offset + layout.release_bytes].cast("Q")
