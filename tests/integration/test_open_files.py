@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -207,6 +208,7 @@ def test_the_log_tells_once_that_no_connection_is_accepted(spawn: Spawn, address
         r"no connection is accepted: \d+ file descriptors are left of 64, and 8 are kept in reserve; .*ulimit -n.*",
         line,
     )
+    time.sleep(0.5)  # several looks
     close_all(opened)
     serves_a_new_client(address, "zmq")
     server.signal(signal.SIGTERM)
