@@ -272,7 +272,8 @@ class Admission:
         if max_message_bytes < MIN_MESSAGE_BYTES:
             return f"max_message_bytes is {max_message_bytes}; it must be {MIN_MESSAGE_BYTES} or more"
         try:
-            open_files.require(_ONE_CLIENT, "one more client", kept=open_files.reserve())
+            promised = _ONE_CLIENT * len(self._newcomers)
+            open_files.require(_ONE_CLIENT, "one more client", kept=open_files.reserve() + promised)
         except OutOfResources as error:
             return str(error)
         limits = self._limits

@@ -170,6 +170,7 @@ class Impostor:
         welcome = wire.ask(Attach(self.segment.name, "" if self._bell is None else self._bell.name))
         assert isinstance(welcome, Welcome), welcome
         self.replies = Segment.attach(welcome.segment, self.layout)
+        self.segment.unlink()
         if self._bell is not None:
             self._bell.unlink()
             self.server_bell = Bell.open(welcome.bell)

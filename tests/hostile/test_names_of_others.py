@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from shmtransport.message import (
     ChannelKind,
     Goodbye,
     Hello,
+    Message,
     Offer,
     Refused,
     Welcome,
@@ -30,9 +31,10 @@ from shmtransport.segment import Segment, segment_file
 from tests.conftest import ROOT, Process
 from tests.integration.children import Child, Mother
 
+from .attacks import NO_BELL, NOWHERE
 from .harness import Stage
 from .peers import ARENA_BYTES, Impostor, Wire
-from .servers import Lie, LyingServer
+from .servers import Guest, Lie, LyingServer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -173,17 +175,22 @@ def test_a_server_names_the_segment_and_the_bell_of_another_server(
         assert torch.equal(late.call("echo", X), X)
 
 
-def test_a_server_names_the_bell_of_another_server_alone(scenery: Scenery, address: str) -> None:
-    """Beside a segment of its own; the client rings it, which costs that server a look."""
+@pytest.mark.parametrize("which", ["the bell", "the bell, and no segment", "the segment, and no bell"])
+def test_a_server_names_one_of_another_servers_two(scenery: Scenery, address: str, which: str) -> None:
+    """Beside one of its own, or one that is not there, on which the client tidies up what such a server left."""
     neighbour = scenery.impostor(scenery.others, "doorbell")
-    bell = neighbour.server_bell.name
-    lie = Lie("another's bell", welcome=lambda guest, _attach: Welcome(guest.segment.name, bell))
+    segment, bell = neighbour.replies.name, neighbour.server_bell.name
+    named: Callable[[Guest, Attach], Message] = {
+        "the bell": lambda guest, _attach: Welcome(guest.segment.name, bell),
+        "the bell, and no segment": lambda _guest, _attach: Welcome(NOWHERE, bell),
+        "the segment, and no bell": lambda _guest, _attach: Welcome(segment, NO_BELL),
+    }[which]
     with (
-        LyingServer(address, lie),
+        LyingServer(address, Lie(which, welcome=named)),
         contextlib.suppress(TransportError),
         Client(address, channel="doorbell", arena_bytes=ARENA_BYTES, timeout_s=0.3) as client,
     ):
         client.call("echo", X)
-    assert exist(bell_file(bell))
+    assert exist(segment_file(segment), bell_file(bell))
     neighbour.assert_served()
     Bell.open(bell).close()
