@@ -72,3 +72,16 @@ def test_a_forked_child_drops_its_parents_model_in_silence(plain: Small, plain_w
             os._exit(len(caught))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert model.generate(**single_prompt(), **SHARED, do_sample=False).equal(expected)
+
+
+def test_a_model_in_a_callers_cycle_is_collected(plain: Small, plain_worker: Worker, mode: str) -> None:
+    """Whatever refers to it: the collection does not wait, the connection ends, and a warning tells of it."""
+    model = SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode)
+    model.generate(**single_prompt(), **SHARED)
+    model.callers_own = [model.generate]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del model
+        gc.collect()
+    assert any("dropped" in str(one.message) for one in caught if one.category is ResourceWarning)
+    assert plain_worker.sessions_become(0)
