@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import select
 import socket
 import struct
-import sys
 import time
 
 import zmq
@@ -28,10 +26,19 @@ _CLOSE_PAUSE_S = 50e-6
 _HELD_BYTES = 2 << 20
 """What ZeroMQ itself holds for or of one peer of a server: it frees none of that before the peer's socket goes."""
 _FEWEST_HELD = 8
-_ONE = (1).to_bytes(8, sys.byteorder)  # what an eventfd counts
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
 _SERVER_DESCRIPTORS = 20  # what libzmq needs for its threads and a socket, and this side's own
 _LONGEST_WAIT_MS = 1 << 30  # poll takes no more than an int
+
+
+class _Waker:
+    """A file descriptor that is closed when the last reference goes: never while a thread is about to write to it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 class ZmqChannel(Channel):
@@ -48,7 +55,7 @@ class ZmqChannel(Channel):
         self._closed = False
         self._socket = zmq_context.open_socket(zmq.DEALER)
         self._monitor: zmq.Socket[bytes] | None = None
-        self._wake_fd = -1
+        self._waker: _Waker | None = None
         self._connection: tuple[int, int] | None = None  # libzmq's file descriptor and its inode
         self.peer_pid: int | None = None
         try:
@@ -57,7 +64,7 @@ class ZmqChannel(Channel):
             self._socket.rcvhwm = max(QUEUED_BYTES_LIMIT // max_message_bytes, _FEWEST_HELD)
             self._fd = int(self._socket.get(zmq.FD))
             self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._wake_file = io.FileIO(self._wake_fd, "w", closefd=False)
+            self._waker = _Waker(self._wake_fd)
             self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             self._waited_for = [self._fd, self._wake_fd, int(self._monitor.get(zmq.FD))]
             self._idle_polls: list[select.poll] = []
@@ -130,8 +137,9 @@ class ZmqChannel(Channel):
         return poll
 
     def wake(self) -> None:
-        with contextlib.suppress(ValueError):  # it is closed: before its descriptor is, so this never writes elsewhere
-            self._wake_file.write(_ONE)
+        waker = self._waker
+        if waker is not None:
+            os.eventfd_write(waker.descriptor, 1)
 
     def fileno(self) -> int:
         return self._fd
@@ -144,7 +152,7 @@ class ZmqChannel(Channel):
 
     def abandon(self) -> None:
         self._closed = True
-        self._wake_file.close()  # which leaves the descriptor open; it would wake the parent
+        self._waker = None  # it would wake the parent
 
     def close(self, *, flush: bool, wait: bool = False) -> None:
         if self._closed:
@@ -152,9 +160,7 @@ class ZmqChannel(Channel):
         self._closed = True
         self._end_monitor()
         zmq_context.close_socket(self._socket, _GOODBYE_LINGER_MS if flush else 0)
-        if self._wake_fd >= 0:
-            self._wake_file.close()
-            os.close(self._wake_fd)
+        self._waker = None
         if flush and wait and self._connection is not None:
             _wait_until_closed(*self._connection)
 
@@ -202,6 +208,7 @@ class ZmqServerChannel(ServerChannel):
         self._address = address
         self._closed = False
         self._known: set[bytes] = set()
+        self._waker: _Waker | None = None
         self._undo = contextlib.ExitStack()
         try:
             self._socket = zmq_context.open_socket(zmq.ROUTER)
@@ -215,9 +222,7 @@ class ZmqServerChannel(ServerChannel):
             self._fd = int(self._socket.get(zmq.FD))
             self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             self._undo.callback(os.close, self._wake_reader)
-            self._undo.callback(os.close, self._wake_writer)
-            # Closed before its descriptor is: a thread that wakes this one just then writes nowhere.
-            self._wake_file = self._undo.enter_context(io.FileIO(self._wake_writer, "w", closefd=False))
+            self._waker = _Waker(self._wake_writer)
             self._own_descriptors = (self._fd, self._wake_reader, self._retry.fileno())
             self._epoll = self._undo.enter_context(select.epoll())
             for descriptor in self._own_descriptors:
@@ -353,8 +358,10 @@ class ZmqServerChannel(ServerChannel):
         return self._wake_writer
 
     def wake(self) -> None:
-        with contextlib.suppress(ValueError):  # it is closed
-            self._wake_file.write(b"\0")  # if there is no room, it will wake
+        waker = self._waker
+        if waker is not None:
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):  # it will wake, or it is being closed
+                os.write(waker.descriptor, b"\0")
 
     def remove_names(self) -> None:
         if not self._closed and self._socket_file:
@@ -362,7 +369,7 @@ class ZmqServerChannel(ServerChannel):
 
     def abandon(self) -> None:
         self._closed = True
-        self._wake_file.close()  # which leaves the descriptor open; it would wake the parent
+        self._waker = None  # it would wake the parent
         self._listening.detach()
 
     def close(self, *, flush: bool = True) -> None:
@@ -371,6 +378,7 @@ class ZmqServerChannel(ServerChannel):
         if flush and self._backlogs:
             self._flush_for(_GOODBYE_LINGER_MS / 1000)
         self._closed = True
+        self._waker = None
         self._undo.close()
 
 
