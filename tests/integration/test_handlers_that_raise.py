@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,17 +111,22 @@ def test_what_ends_a_program_ends_serving(
     Server(address).close()
 
 
+_COMES_S = 0.2  # by then the request behind it has come as well
+
+
 def test_closing_in_a_handler_ends_serving_in_order(start: Start, address: str, channel: ChannelKind) -> None:
     """The call is answered, others that had come too; then the server is closed."""
     closing: list[Callable[[], Any]] = []
 
     def close() -> Any:
+        time.sleep(_COMES_S)
         result = closing[0]()
         return "closed" if result is None else result
 
     server, served = start(close=close, echo=echo)
 
     async def awaited() -> str:
+        await asyncio.sleep(_COMES_S)
         await server.close()  # type: ignore[misc]
         return "closed"
 
