@@ -144,7 +144,7 @@ class Ring:
             gap = self._cursor
             while (gap.held or gap.nbytes < needed) and self._changes == changes:
                 gap = gap.next or self._first
-                if gap is self._cursor:
+                if gap is self._cursor and self._changes == changes:
                     return None
             if self._changes == changes:
                 return gap
