@@ -1,238 +1,253 @@
-"""What a signal handler or a finalizer finds in the middle of an operation of its own thread: every structure whole.
-
-CPython runs them where something is called. So here an inner operation is made at each call that an outer one makes or
-returns from, at one after another, and then both must have done what they do by themselves.
-"""
+"""Allocator and message ring stay whole when a handler or finalizer uses them in the middle of their own methods."""
 
 from __future__ import annotations
 
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any
 
 import pytest
 
 from shmtransport import message_ring, ring
-from shmtransport.ring import Ring
-from shmtransport.turns import Turns, _Turn
+from shmtransport.layout import BLOCK_ALIGNMENT
+from shmtransport.ring import Block, Ring
 
-from .rings import RingPair
+from .interruptions import interruptions
+from .rings import RingPair, record_bytes
 
-CAPACITY = 1024
+# --- claims and releases ----------------------------------------------------------------------------------------------
 
-
-def at_each_call(module_file: str, make: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]) -> Iterator[None]:
-    """Run an outer operation of new ones, with the inner one at its first call, then at its second, and so on."""
-    at = 0
-    while True:
-        outer, inner = make()
-        seen = 0
-
-        def profile(frame: FrameType, _event: str, _argument: Any) -> None:
-            nonlocal seen
-            if frame.f_code.co_filename != module_file:
-                return
-            if seen == at:  # noqa: B023 - called before the next round
-                sys.setprofile(None)
-                inner()  # noqa: B023
-            seen += 1
-
-        sys.setprofile(profile)
-        try:
-            outer()
-        finally:
-            sys.setprofile(None)
-        yield
-        if seen <= at:  # there was no such call: all have had their turn
-            assert at >= 2, "the outer operation makes no calls: nothing was tried"
-            return
-        at += 1
+UNITS = 12
 
 
 class Area:
-    """A ring with blocks that are held, and gaps between them."""
+    """A ring of 12 units with some of them held, and who holds what."""
 
-    def __init__(self) -> None:
-        self.ring = Ring(CAPACITY)
-        blocks = [self.ring.claim(nbytes) for nbytes in (64, 128, 64, 192, 64, 64)]
-        self.held = [block for block in blocks if block is not None]
-        for index in (3, 1):
-            self.ring.release(self.held.pop(index))
+    def __init__(self, sizes: tuple[int, ...], released: tuple[int, ...]) -> None:
+        self.ring = Ring(UNITS * BLOCK_ALIGNMENT)
+        self.held: list[Block] = []
+        for size in sizes:
+            assert self.claim(size)
+        for index in sorted(released, reverse=True):
+            self.release(index)
 
-    def claim(self) -> None:
-        block = self.ring.claim(100)
+    def claim(self, units: int) -> bool:
+        block = self.ring.claim(units * BLOCK_ALIGNMENT)
         if block is not None:
+            assert block.nbytes == units * BLOCK_ALIGNMENT
             self.held.append(block)
+        return block is not None
 
-    def release(self) -> None:
-        if self.held:
-            self.ring.release(self.held.pop())
+    def release(self, index: int) -> None:
+        self.ring.release(self.held.pop(index))
 
     def check(self) -> None:
-        """Blocks do not overlap, and once all are released one gap has the whole area."""
-        end = 0
-        for block in sorted(self.held, key=lambda block: block.offset):
-            assert block.held
-            assert block.offset >= end
-            end = block.offset + block.nbytes
-        assert end <= CAPACITY
+        """No unit is held twice; all others can be claimed; and when all is released there is one gap."""
         assert len(self.ring) == len(self.held)
+        units = self.units()
+        assert self.ring.largest_gap() == BLOCK_ALIGNMENT * self.largest_gap()
+        for _ in range(UNITS - len(units)):
+            assert self.claim(1)
+        assert not self.claim(1)
+        assert self.units() == list(range(UNITS))
         while self.held:
-            self.release()
-        assert self.ring.largest_gap() == CAPACITY
+            self.release(len(self.held) // 2)
+        assert self.ring.largest_gap() == self.ring.capacity
+        assert self.claim(UNITS)
+
+    def units(self) -> list[int]:
+        """The units that are held, in order."""
+        units = sorted(
+            unit
+            for block in self.held
+            for unit in range(block.offset // BLOCK_ALIGNMENT, (block.offset + block.nbytes) // BLOCK_ALIGNMENT)
+        )
+        assert len(set(units)) == len(units), "blocks overlap"
+        return units
+
+    def largest_gap(self) -> int:
+        taken = set(self.units())
+        return max(map(len, "".join("x" if unit in taken else " " for unit in range(UNITS)).split("x")))
 
 
-@pytest.mark.parametrize("outer", ["claim", "release"])
-@pytest.mark.parametrize("inner", ["c", "r", "cr", "rc", "rrrrr", "rrrrrc"])
-def test_a_ring_is_whole_at_every_call(outer: str, inner: str) -> None:
-    """``inner`` are the inner claims and releases, in order."""
-    areas: list[Area] = []
-
-    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        area = Area()
-        areas.append(area)
-
-        def interfere() -> None:
-            for step in inner:
-                (area.claim if step == "c" else area.release)()
-
-        return (area.claim if outer == "claim" else area.release), interfere
-
-    for _ in at_each_call(ring.__file__, make):
-        areas.pop().check()
+AREAS = {
+    "empty": ((), ()),
+    "one block": ((2,), ()),
+    "gaps": ((2, 1, 3, 1, 2), (0, 2, 4)),
+    "cursor at the end": ((2, 1, 3, 1, 2, 3), (0, 2)),
+    "full": ((3, 3, 3, 3), ()),
+}
 
 
-@pytest.mark.parametrize("before", [0, 1, 2, 3])
-def test_a_message_ring_takes_an_inner_message_at_every_call(before: int) -> None:
-    """Both messages arrive, whole and once, wherever in the ring they are written."""
-    pairs: list[RingPair] = []
-
-    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        pairs.append(RingPair(60))
-        rings = pairs[-1]
-        for _ in range(before):  # so that records are written in other places, around the end too
-            assert rings.a.write(b"x" * 30)
-            assert rings.b.read() == b"x" * 30
-        return (lambda: rings.a.write(b"outer" * 3)), (lambda: rings.a.write(b"inner" * 4))
-
-    for _ in at_each_call(message_ring.__file__, make):
-        found = [pairs[-1].b.read() for _ in range(3)]
-        assert set(found) - {None} <= {b"outer" * 3, b"inner" * 4}
-        assert found.count(b"outer" * 3) == 1
-        assert found.count(b"inner" * 4) <= 1
-        pairs.pop().close()
+def _claim(area: Area) -> None:
+    area.claim(2)
 
 
-@pytest.mark.parametrize("before", [0, 1, 2, 3])
-def test_a_message_ring_gives_each_message_once_at_every_call(before: int) -> None:
-    """An inner reading takes what the outer one was about to take, which then takes the next."""
-    pairs: list[RingPair] = []
-    found: list[bytes | None] = []
-
-    def make() -> tuple[Callable[[], Any], Callable[[], Any]]:
-        pairs.append(RingPair(60))
-        rings = pairs[-1]
-        found.clear()
-        for _ in range(before):
-            assert rings.a.write(b"x" * 30)
-            assert rings.b.read() == b"x" * 30
-        assert rings.a.write(b"first" * 3)
-        assert rings.a.write(b"second" * 3)
-
-        def read() -> None:
-            found.append(rings.b.read())
-
-        return read, read
-
-    for _ in at_each_call(message_ring.__file__, make):
-        found.append(pairs[-1].b.read())
-        assert sorted(one for one in found if one is not None) == [b"first" * 3, b"second" * 3]
-        assert pairs[-1].a.write(b"y" * 60), "the room of both is free again"
-        pairs.pop().close()
+def _claim_and_release(area: Area) -> None:
+    if area.claim(2):
+        area.release(-1)
 
 
-def in_thread(work: Callable[[], Any]) -> threading.Thread:
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+def _claim_all_units(area: Area) -> None:
+    while area.claim(1):
+        pass
 
 
-def test_a_turn_that_was_called_before_it_is_waited_for_has_come() -> None:
-    """An inner call may come between: what it calls is not lost."""
-    turns = Turns()
-    with turns.lock:
-        turns._followers["mine"] = _Turn()
-        assert not turns.call("mine")
-        turns.follow("mine", 10.0)
-    assert not turns._followers
+def _release_first(area: Area) -> None:
+    if area.held:
+        area.release(0)
 
 
-def test_an_inner_call_receives_in_the_place_of_its_outer_one() -> None:
-    """For its own thread the receiver's place is free; for another it is taken."""
-    turns = Turns()
-    seen: list[bool] = []
-
-    def wait(_timeout_s: float) -> None:
-        with turns.lock:
-            seen.append(turns.taken())
-            turns.receive("inner", lambda _timeout_s: seen.append(turns.received_for == ["outer", "inner"]), 0.0)
-
-        def look() -> None:
-            with turns.lock:
-                seen.append(turns.taken())
-
-        in_thread(look).join(10.0)
-
-    with turns.lock:
-        turns.receive("outer", wait, 0.0)
-        assert not turns.received_for
-    assert seen == [False, True, True]
+def _release_all(area: Area) -> None:
+    while area.held:
+        area.release(-1)
 
 
-def test_who_has_followed_longest_takes_over_by_its_innermost_call() -> None:
-    """An outer call of that thread can't go on before the inner one has returned."""
-    turns = Turns()
-    inner_waits, woken = threading.Event(), []
-
-    def inner() -> None:
-        with turns.lock:
-            inner_waits.set()
-            turns.follow("inner", 10.0)
-            woken.append("inner")
-
-    def outer() -> None:
-        with turns.lock:
-            turns._followers["outer"] = _Turn()
-            inner()
-            del turns._followers["outer"]
-
-    first = in_thread(outer)
-    assert inner_waits.wait(10.0)
-    with turns.lock:
-        turns.hand_over()
-    first.join(10.0)
-    assert woken == ["inner"]
+INNER = [_claim, _claim_and_release, _claim_all_units, _release_first, _release_all]
 
 
-def test_the_receiver_is_waited_for_by_other_threads_alone() -> None:
-    """Who waits for it goes on when it has left; its own thread would wait for itself."""
-    turns = Turns()
-    may_leave, left = threading.Event(), threading.Event()
+@pytest.fixture(params=INNER, ids=lambda inner: inner.__name__.strip("_"))
+def inner(request: pytest.FixtureRequest) -> Callable[[Area], None]:
+    done: Callable[[Area], None] = request.param
+    return done
 
-    def receive() -> None:
-        with turns.lock:
-            turns.receive("key", lambda _timeout_s: may_leave.wait(10.0), 0.0)
-        left.set()
 
-    receiver = in_thread(receive)
-    while not turns.received_for:
-        left.wait(0.01)
-    threading.Timer(0.05, may_leave.set).start()
-    with turns.lock:
-        turns.wait_for_receiver()
-        assert not turns.received_for
-    receiver.join(10.0)
-    with turns.lock:
-        turns.receive("mine", lambda _timeout_s: turns.wait_for_receiver(), 0.0)
+@pytest.mark.parametrize("state", AREAS)
+@pytest.mark.parametrize("units", [1, 2, 3])
+def test_a_claim_stays_whole_whatever_is_done_within(state: str, units: int, inner: Callable[[Area], None]) -> None:
+    """At each place: nothing overlaps or gets lost, and it fails only if there was no room before or after that."""
+    for interruption in interruptions(ring):
+        area = Area(*AREAS[state])
+        had_room = area.largest_gap() >= units
+        block = interruption.during(
+            lambda area=area: area.ring.claim(units * BLOCK_ALIGNMENT),  # type: ignore[misc]
+            lambda area=area: inner(area),  # type: ignore[misc]
+        )
+        if block is None:
+            assert not had_room or area.largest_gap() < units, interruption.where
+        else:
+            area.held.append(block)
+        area.check()
+
+
+@pytest.mark.parametrize("state", [state for state, (sizes, _) in AREAS.items() if sizes])
+def test_a_release_stays_whole_whatever_is_done_within(state: str, inner: Callable[[Area], None]) -> None:
+    """At each place, and for each of the blocks."""
+    for index in range(len(Area(*AREAS[state]).held)):
+        for interruption in interruptions(ring):
+            area = Area(*AREAS[state])
+            block = area.held.pop(index)
+            interruption.during(
+                lambda area=area, block=block: area.ring.release(block),  # type: ignore[misc]
+                lambda area=area: inner(area),  # type: ignore[misc]
+            )
+            area.check()
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+LARGEST = 124  # four messages of ``SIZE`` fit
+SIZE = 60
+
+
+@pytest.fixture(params=range(0, 2 * record_bytes(LARGEST), 24))
+def rings(request: pytest.FixtureRequest) -> Iterator[Callable[[], RingPair]]:
+    """Make pairs that have come to some position, so that the next messages wrap or don't."""
+    made: list[RingPair] = []
+
+    def make() -> RingPair:
+        while made:
+            made.pop().close()
+        pair = RingPair(LARGEST)
+        for _ in range(request.param // 8):
+            assert pair.a.write(b"1234")
+            assert pair.b.read() == b"1234"
+        made.append(pair)
+        return pair
+
+    yield make
+    while made:
+        made.pop().close()
+
+
+def _message(number: int) -> bytes:
+    return bytes([number]) * SIZE
+
+
+def _rest(pair: RingPair) -> list[bytes]:
+    found = []
+    while (message := pair.b.read()) is not None:
+        found.append(message)
+    return found
+
+
+def test_a_write_stays_whole_whatever_is_written_within(rings: Callable[[], RingPair]) -> None:
+    """At each place: the inner messages arrive once and in order, the outer one before, between or after them."""
+    for interruption in interruptions(message_ring):
+        pair = rings()
+        assert pair.a.write(_message(1))
+
+        def write_two(pair: RingPair = pair) -> None:
+            assert pair.a.write(_message(3))
+            assert pair.a.write(b"")
+
+        assert interruption.during(lambda pair=pair: pair.a.write(_message(2)), write_two)  # type: ignore[misc]
+        if not interruption.where:
+            write_two()
+        found = _rest(pair)
+        assert found[0] == _message(1)
+        assert found.count(_message(2)) == 1, interruption.where
+        found.remove(_message(2))
+        assert found == [_message(1), _message(3), b""], interruption.where
+
+
+def test_a_write_for_which_an_inner_one_has_left_no_room_fails_whole(rings: Callable[[], RingPair]) -> None:
+    """It says that there is none; what was written before and within arrives."""
+    for interruption in interruptions(message_ring):
+        pair = rings()
+        for number in (1, 2, 3):
+            assert pair.a.write(_message(number))
+        inner: list[bool] = []
+        outer = interruption.during(
+            lambda pair=pair: pair.a.write(_message(4)),  # type: ignore[misc]
+            lambda pair=pair, inner=inner: inner.append(pair.a.write(_message(5))),  # type: ignore[misc]
+        )
+        if interruption.where:
+            assert [outer, *inner] in ([True, False], [False, True]), interruption.where
+        assert _rest(pair) == [*map(_message, (1, 2, 3)), _message(4 if outer else 5)]
+
+
+def test_a_read_stays_whole_whatever_is_read_and_written_within(rings: Callable[[], RingPair]) -> None:
+    """At each place: every message is read once, the inner reads in order, and the room is given back."""
+    for interruption in interruptions(message_ring):
+        pair = rings()
+        for number in (1, 2, 3):
+            assert pair.a.write(_message(number))
+        inner: list[bytes | None] = []
+
+        def read_two_and_write_one(pair: RingPair = pair, inner: list[bytes | None] = inner) -> None:
+            inner.extend((pair.b.read(), pair.b.read()))
+            assert pair.a.write(_message(4))
+            assert pair.b.write(b"back")
+
+        outer = interruption.during(pair.b.read, read_two_and_write_one)
+        numbers = [0 if message is None else message[0] for message in (outer, *inner)]
+        if interruption.where:
+            assert numbers in ([3, 1, 2], [1, 2, 3]), interruption.where
+            assert _rest(pair) == [_message(4)]
+            assert pair.a.read() == b"back"
+        for number in range(4 if interruption.where else 2):
+            assert pair.a.write(_message(number))
+        assert pair.b.read() == _message(0 if interruption.where else 2)
+
+
+def test_a_read_of_a_message_that_an_inner_one_has_taken_finds_none(rings: Callable[[], RingPair]) -> None:
+    """It is read once."""
+    for interruption in interruptions(message_ring):
+        pair = rings()
+        assert pair.a.write(_message(1))
+        inner: list[bytes | None] = []
+        outer = interruption.during(
+            pair.b.read,
+            lambda pair=pair, inner=inner: inner.append(pair.b.read()),  # type: ignore[misc]
+        )
+        assert [outer, *inner].count(_message(1)) == 1, interruption.where
+        assert _rest(pair) == []
