@@ -205,10 +205,10 @@ class Connecting:
             self._settle(channel, connection)
         except BaseException as error:
             handshake.close()
-            answered = not isinstance(error, (ConnectTimeout, _ServerLost))
-            if answered:  # the server counts this client as coming
+            lost = isinstance(error, _ServerLost)
+            if not lost:  # the server counts this client as coming, or will when it reads its Hello
                 say_goodbye(channel, "connecting failed")
-            channel.close(flush=answered, wait=True)
+            channel.close(flush=not lost, wait=True)
             raise
         return channel, connection
 
