@@ -166,7 +166,7 @@ class ZmqChannel(Channel):
 
     def _end_monitor(self) -> None:
         if self._monitor is not None:
-            self._socket.disable_monitor()  # first: libzmq's thread would wait for ever for an event to be taken
+            self._socket.disable_monitor()  # first: libzmq's thread would wait without end for an event to be taken
             self._monitor.close(0)
             self._monitor = None
 

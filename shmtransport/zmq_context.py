@@ -3,7 +3,7 @@
 Rules that it keeps:
 
 * it is never terminated while one of its sockets is open, so closing a socket never waits. That may happen inside a
-  garbage collection, where terminating would wait for ever;
+  garbage collection, where terminating would never return;
 * it holds every open socket, so the garbage collector never meets one: a channel closes its own;
 * what closed sockets still have to send is sent before the process exits, as far as that takes no longer than their
   linger period;

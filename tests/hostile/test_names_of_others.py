@@ -42,7 +42,7 @@ X = torch.arange(100, dtype=torch.uint8)
 
 
 class Scenery:
-    """Wires to servers; ``others`` is the address of one that nobody attacks."""
+    """Wires to servers; ``others`` is the address of one that is not attacked."""
 
     def __init__(self, others: str) -> None:
         self.others = others

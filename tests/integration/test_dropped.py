@@ -35,7 +35,7 @@ class Cycle:
 
 @contextlib.contextmanager
 def warned(times: int = 1) -> Iterator[None]:
-    """Within the block so many things are dropped, each with a warning."""
+    """Within the block this number of things is dropped, each with a warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
