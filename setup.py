@@ -1,3 +1,48 @@
-from setuptools import setup
+"""The compiled core, which the rest of the package can do without; all else stands in pyproject.toml.
 
-setup()
+Switches, read from the environment of the build:
+
+* ``SHMTRANSPORT_REQUIRE_CORE=1``: a build that can't compile the core fails, rather than warn and go on without it;
+* ``SHMTRANSPORT_STRICT_BUILD=1``: the compiler's warnings are errors; for our own builds, since the next compiler may
+  warn of something new;
+* ``SHMTRANSPORT_SANITIZE=1``: with AddressSanitizer and UndefinedBehaviorSanitizer, see ``make sanitize``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+NATIVE = Path("shmtransport/core/native")
+OLDEST_PYTHON = (3, 10)
+
+
+def _is_on(switch: str) -> bool:
+    return os.environ.get(switch, "0") not in ("", "0")
+
+
+def _compiler_options() -> list[str]:
+    options = ["-std=c11", "-O2", "-fvisibility=hidden"]
+    if _is_on("SHMTRANSPORT_STRICT_BUILD"):
+        options += ["-Wall", "-Wextra", "-Werror"]
+    if _is_on("SHMTRANSPORT_SANITIZE"):
+        options += ["-O1", "-g", "-fno-omit-frame-pointer", *_SANITIZERS]
+    return options
+
+
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+core = Extension(
+    "shmtransport.core._native",
+    sources=sorted(map(str, NATIVE.glob("*.c"))),
+    depends=sorted(map(str, NATIVE.glob("*.h"))),
+    define_macros=[("Py_LIMITED_API", f"0x{OLDEST_PYTHON[0]:02X}{OLDEST_PYTHON[1]:02X}0000")],
+    py_limited_api=True,
+    extra_compile_args=_compiler_options(),
+    extra_link_args=_SANITIZERS if _is_on("SHMTRANSPORT_SANITIZE") else [],
+    optional=not _is_on("SHMTRANSPORT_REQUIRE_CORE"),
+)
+
+setup(ext_modules=[core], options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}})

@@ -1,1 +1,1 @@
-"""Round trips of our transport beside others', each in fresh pairs of processes, all in one run."""
+"""Benchmarks: our transport beside others' and the machine's floors, in fresh pairs of processes, all in one run."""

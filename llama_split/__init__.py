@@ -1,7 +1,7 @@
-"""A Llama split between a trusted process and a worker, with tensors that travel through shared memory.
+"""A Llama split between a trusted process and a worker, with tensors that cross through shared memory.
 
-Names are imported when they are first used: importing torch and transformers takes seconds, and the command line must
-set thread policies before. Those that need transformers raise ``LlamaSplitError`` where its version was not tested.
+Names are imported on first use: importing torch and transformers takes seconds, and the command line must set thread
+policies before that. Names that need them raise ``LlamaSplitError`` if an installed version is not a tested one.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import missing_package
 
 if TYPE_CHECKING:
+    from .boundary.operations import Mode
     from .errors import (
         CheckpointError,
         LlamaSplitError,
@@ -18,14 +19,13 @@ if TYPE_CHECKING:
         WorkerFailed,
         WorkerMismatch,
     )
-    from .operations import Mode
     from .trusted.model import SplitLlamaForCausalLM
 
 _HOMES = {
     "CheckpointError": "errors",
     "LlamaSplitError": "errors",
     "MissingPackage": "errors",
-    "Mode": "operations",
+    "Mode": "boundary.operations",
     "SplitLlamaForCausalLM": "trusted.model",
     "UnsupportedBySplit": "errors",
     "WorkerFailed": "errors",
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         try:
             if _HOMES[name] != "errors":
-                import_module(".requirements", __name__).check_requirements()
+                import_module(".boundary.requirements", __name__).check_requirements()
             return getattr(import_module(f".{_HOMES[name]}", __name__), name)
         except ModuleNotFoundError as error:
             raise missing_package(error) or error from None

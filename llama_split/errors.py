@@ -1,14 +1,20 @@
-"""What llama_split itself raises; each message says what is wrong and what to do."""
+"""The errors of llama_split, and the exit codes of its command line.
+
+A message says what is wrong and, where there is a remedy, what to do.
+"""
 
 from __future__ import annotations
 
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
 
 class LlamaSplitError(Exception):
-    """Base of this package's errors."""
+    """Base class of this package's errors."""
 
 
 class MissingPackage(LlamaSplitError, ImportError):
-    """A package that llama_split needs, and that shmtransport alone does not, is not installed."""
+    """A package that llama_split needs, and shmtransport does not, is not installed."""
 
     @classmethod
     def named(cls, package: str) -> MissingPackage:
@@ -17,35 +23,35 @@ class MissingPackage(LlamaSplitError, ImportError):
 
 
 def missing_package(error: ModuleNotFoundError) -> MissingPackage | None:
-    """The same error in words with a remedy, if it is one of this project's extra that is missing."""
+    """The error with a remedy, if the missing package belongs to this project's ``llama`` extra; else None."""
     if error.name not in ("gguf", "rich", "safetensors", "transformers", "typer"):
         return None
     return MissingPackage.named(error.name)
 
 
 class CheckpointError(LlamaSplitError):
-    """The model's files are missing, incomplete, or of a kind that can't be split."""
+    """The model's files are missing, incomplete, or describe a model that can't be split."""
 
 
 class WorkerMismatch(LlamaSplitError):
-    """The worker serves another model, dtype or version than this side needs."""
+    """The worker serves another model or dtype than this side needs, or returned what the boundary does not allow."""
 
 
 class WorkerFailed(LlamaSplitError):
-    """A worker that this side started did not come up."""
+    """A worker that this side started did not become ready."""
 
 
 class UnsupportedBySplit(LlamaSplitError):
-    """The chosen split can't do what was asked."""
+    """The chosen split can't do this."""
 
 
 class InvalidInput(LlamaSplitError, ValueError):
-    """What a forward was given does not fit together."""
+    """The arguments of a forward don't fit together."""
 
 
 class SessionLost(LlamaSplitError):
-    """On the worker: the KV that a forward goes on from is not there (any more); the trusted side builds it again."""
+    """On the worker: the KV that a forward continues is missing or was dropped; the trusted side rebuilds it."""
 
 
 class SessionLimit(LlamaSplitError):
-    """On the worker: no room for the KV of one more session, or for a longer one."""
+    """On the worker: there is no room for another session, or for a session's KV."""

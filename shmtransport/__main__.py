@@ -1,4 +1,4 @@
-"""Entry point of the ``shmtransport`` script and of ``python -m shmtransport``; the commands are in ``commands``."""
+"""Runs the commands of ``diagnostics.cli``, by script or as ``python -m shmtransport``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _EXIT_ERROR = 2
 
 
 def main() -> None:
-    """Run the command line, or say in one line what it needs to be installed."""
+    """Run the command line, or print in one line which package it needs."""
     try:
-        from .commands import app
+        from .diagnostics.cli import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing not in ("typer", "rich"):
@@ -19,7 +19,7 @@ def main() -> None:
         print(f"error: the command line needs {missing}: pip install 'shmtransport[cli]'", file=sys.stderr)
         sys.exit(_EXIT_ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where its encoding has not all that is printed
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal gets replacements
     app()
 
 

@@ -1,32 +1,38 @@
-"""Every error that this package raises, by whose fault it is.
+"""Defines every error that this package raises, by whose fault it is.
 
 ::
 
     TransportError
-    ├── SegmentError          the machine: shared memory could not be had or mapped
+    ├── SegmentError          the machine: shared memory could not be obtained or mapped
     ├── OutOfResources        the machine: too few file descriptors or threads are left
     ├── AddressError          you: the address is malformed, unsafe or already served
     ├── ArenaFull             you: too much is held at once, or the arena is too small
     ├── TensorTooLarge        you: this tensor can never fit the arena
     ├── MessageTooLarge       you: plain values too large for a control message
-    ├── ConnectTimeout        nobody answered at the address   (also a TimeoutError)
-    ├── ConnectRefused        the server answered and said no  (also a ConnectionError)
-    ├── CallTimeout           the reply did not come in time   (also a TimeoutError)
-    ├── PeerDied              the other process is gone        (also a ConnectionError)
+    ├── ConnectTimeout        no server answered at the address  (also a TimeoutError)
+    ├── ConnectRefused        the server answered and refused    (also a ConnectionError)
+    ├── CallTimeout           the reply did not come in time     (also a TimeoutError)
+    ├── CallCancelled         you: this call was cancelled       (also concurrent.futures' CancelledError)
+    ├── PeerDied              the other process has ended        (also a ConnectionError)
     ├── Closed                you: this client or server was closed
     ├── RemoteError           the handler raised; only its type and message travel
     └── ProtocolError
-        ├── LocalProtocolError    you asked for something that the protocol has no room for
+        ├── LocalProtocolError    you asked for something that the protocol can't carry
         └── PeerProtocolError     the peer sent something invalid
 
-Each message says count, limit and remedy. All of them survive pickle and copy, so that a process pool can pass them on.
+Messages give count, limit and remedy. All errors survive pickle and copy, so that a process pool can pass them on.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 
 class TransportError(Exception):
     """Base of every error raised by shmtransport."""
+
+    sent = False
+    """Whether the call that it ended was sent, so that the server may have handled it."""
 
 
 class SegmentError(TransportError):
@@ -42,11 +48,11 @@ class AddressError(TransportError):
 
 
 class ArenaFull(TransportError):
-    """No gap of the arena is large enough now; releasing loans or results makes room."""
+    """No gap in the arena is large enough now; releasing loans or results makes room."""
 
 
 class TensorTooLarge(TransportError):
-    """A tensor is larger than the whole data area, so that waiting can't help."""
+    """A tensor is larger than the whole arena, so waiting can't help."""
 
 
 class MessageTooLarge(TransportError):
@@ -58,11 +64,15 @@ class ConnectTimeout(TransportError, TimeoutError):
 
 
 class ConnectRefused(TransportError, ConnectionError):
-    """The server refused the handshake; the message gives its figures."""
+    """The server refused the connection; the message gives its reason, with figures."""
 
 
 class CallTimeout(TransportError, TimeoutError):
-    """The reply did not arrive within ``timeout_s``; a late one is thrown away."""
+    """The reply did not arrive within ``timeout_s``."""
+
+
+class CallCancelled(TransportError, CancelledError):
+    """The call was cancelled by its own process."""
 
 
 class PeerDied(TransportError, ConnectionError):
@@ -76,16 +86,19 @@ class Closed(TransportError):
 class RemoteError(TransportError):
     """A handler raised on the server.
 
-    ``type_name`` is the exception's class name and ``message`` its text; neither traceback nor file paths travel.
+    ``type_name`` is the exception's class name and ``message`` its text. ``remote_traceback`` is empty unless the
+    server is in debug mode: a traceback shows the server's files.
     """
 
-    def __init__(self, type_name: str, message: str) -> None:
-        super().__init__(type_name, message)  # what pickle and copy make it from again
+    def __init__(self, type_name: str, message: str, remote_traceback: str = "") -> None:
+        super().__init__(type_name, message, remote_traceback)  # from which pickle and copy make it again
         self.type_name = type_name
         self.message = message
+        self.remote_traceback = remote_traceback
 
     def __str__(self) -> str:
-        return f"the server's handler raised {self.type_name}: {self.message}"
+        told = f"the server's handler raised {self.type_name}: {self.message}"
+        return f"{told}\n\nOn the server:\n{self.remote_traceback}" if self.remote_traceback else told
 
 
 class ProtocolError(TransportError):
@@ -97,4 +110,4 @@ class LocalProtocolError(ProtocolError):
 
 
 class PeerProtocolError(ProtocolError):
-    """The peer sent something invalid; its connection is not to be trusted any more."""
+    """The peer sent something invalid; the connection is not used any longer."""

@@ -1,4 +1,4 @@
-"""What one client or server has done: counters while it runs, a frozen ``Statistics`` to look at."""
+"""Counts what one client or server does, and gives the totals as a frozen ``Statistics``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ _UNSORTED_LIMIT = 4096
 
 @dataclass(frozen=True)
 class Statistics:
-    """Totals since the client or server was made; seconds are of the wall clock.
+    """Totals since the client or server was made. Seconds are of the wall clock.
 
-    On a client ``call_seconds`` runs from submitting a call to having its reply; on a server it is the time in
-    handlers. ``serialize_seconds`` and ``deserialize_seconds`` cover making and reading control messages, with the
-    copies into the arena that they needed. ``bytes_copied`` counts tensor bytes copied into an arena; tensors that
-    already lay in it add nothing, nor does a message that was refused, since it is too large say. ``waits`` is how
-    often this side blocked in the kernel for a message, ``stalls`` how often a claim or a message had to wait for room,
-    ``stall_seconds`` for how long, ``in_flight_peak`` the most calls that were under way at once.
-    ``latency_histogram`` has, for each range of call times that occurred, its upper bound in seconds and how many
-    calls fell into it; a range is 9 % wide.
+    * ``calls``, ``failures``: those that are done, and how many of them raised.
+    * ``call_seconds``: on a client, from submitting a call until its reply is there; on a server, the time in handlers.
+    * ``serialize_seconds``, ``deserialize_seconds``: making and reading messages, with the copies that they needed.
+    * ``tensors_sent``, ``tensor_bytes_sent``, ``tensor_bytes_received``: tensors, however they got into the arena.
+    * ``tensors_copied``, ``bytes_copied``: those of them that had to be copied into the arena first.
+    * ``control_bytes_sent``, ``control_bytes_received``: the messages themselves. One that is refused, for example
+      since it is too large, counts nothing, and neither do its tensors.
+    * ``waits``: how often this side blocked in the kernel for a message.
+    * ``stalls``, ``stall_seconds``: how often a claim or a message had to wait for room, and for how long.
+    * ``in_flight_peak``: the most calls that were in flight at once.
+    * ``latency_histogram``: for each range of call times that occurred, its upper bound in seconds and how many calls
+      fell into it; a range is 9 % wide.
     """
 
     calls: int = 0
@@ -48,11 +52,11 @@ class Statistics:
 
     @property
     def copies_avoided(self) -> int:
-        """How many tensors were sent from where they lay."""
+        """How many tensors were sent without a copy."""
         return self.tensors_sent - self.tensors_copied
 
     def latency_seconds(self, quantile: float) -> float:
-        """The time within which this part (0 to 1) of all calls was done, to within 9 %; 0 if there were none.
+        """The time within which this fraction (0 to 1) of all calls was done, to within 9 %; 0 if there were none.
 
         Raises:
             ValueError: the quantile is not between 0 and 1.
@@ -100,7 +104,12 @@ class Statistics:
 
 
 class Counters:
-    """The mutable totals behind a ``Statistics``."""
+    """The totals behind a ``Statistics``; each method says what has happened.
+
+    Any thread may call any method, and so may a signal handler or a finalizer in the middle of one, without a lock:
+    a total is read and written without calling anything in between, and CPython switches threads and runs handlers and
+    finalizers only at calls and loops. The attributes are for reading.
+    """
 
     def __init__(self) -> None:
         self.calls = 0
@@ -122,19 +131,74 @@ class Counters:
         self._latencies = np.zeros(_LATENCY_OCTAVES * _RANGES_PER_OCTAVE, int)
         self._unsorted: list[float] = []
 
-    def count_call(self, seconds: float) -> None:
-        """One call is done."""
+    def count_sent(
+        self,
+        control_bytes: int,
+        seconds: float = 0.0,
+        tensors: int = 0,
+        tensor_bytes: int = 0,
+        copied: int = 0,
+        copied_bytes: int = 0,
+    ) -> None:
+        """A message was made.
+
+        Args:
+            control_bytes: its size.
+            seconds: how long making it took, with the copies into the arena.
+            tensors: how many tensors it carries.
+            tensor_bytes: the size of all of them.
+            copied: how many of them were copied into the arena.
+            copied_bytes: the size of those.
+        """
+        self.control_bytes_sent += control_bytes
+        self.serialize_seconds += seconds
+        if tensors:
+            self.tensors_sent += tensors
+            self.tensor_bytes_sent += tensor_bytes
+            self.tensors_copied += copied
+            self.bytes_copied += copied_bytes
+
+    def count_received(self, control_bytes: int, tensor_bytes: int, seconds: float) -> None:
+        """A message was read.
+
+        Args:
+            control_bytes: its size.
+            tensor_bytes: the size of its tensors.
+            seconds: how long reading it took, with the copies for a snapshot.
+        """
+        self.control_bytes_received += control_bytes
+        self.tensor_bytes_received += tensor_bytes
+        self.deserialize_seconds += seconds
+
+    def count_call(self, seconds: float, failed: bool = False) -> None:
+        """A call is done."""
         self.calls += 1
+        self.failures += failed
         self.call_seconds += seconds
         self._unsorted.append(seconds)  # sorting each at once would cost every call
         if len(self._unsorted) >= _UNSORTED_LIMIT:
             self._sort()
 
-    def _sort(self) -> None:
-        unsorted, self._unsorted = self._unsorted, []
-        octaves = np.log2(np.maximum(unsorted, _SHORTEST_S) / _SHORTEST_S)
-        index = np.minimum((octaves * _RANGES_PER_OCTAVE).astype(int), len(self._latencies) - 1)
-        self._latencies += np.bincount(index, minlength=len(self._latencies))
+    def count_failure(self) -> None:
+        """A call that is counted elsewhere has failed."""
+        self.failures += 1
+
+    def count_in_flight(self, calls: int) -> None:
+        """This many calls are in flight at once."""
+        if calls > self.in_flight_peak:
+            self.in_flight_peak = calls
+
+    def count_wait(self) -> None:
+        """This side blocked in the kernel for a message."""
+        self.waits += 1
+
+    def count_stall(self) -> None:
+        """A claim or a message has begun to wait for room."""
+        self.stalls += 1
+
+    def count_stalled(self, seconds: float) -> None:
+        """A claim or a message has waited this long for room."""
+        self.stall_seconds += seconds
 
     @property
     def latency_histogram(self) -> tuple[tuple[float, int], ...]:
@@ -147,4 +211,14 @@ class Counters:
         )
 
     def snapshot(self) -> Statistics:
+        """All totals as they are now."""
         return Statistics(**{field.name: getattr(self, field.name) for field in fields(Statistics)})
+
+    def _sort(self) -> None:
+        fresh: list[float] = []
+        unsorted = self._unsorted
+        self._unsorted = fresh
+        octaves = np.log2(np.maximum(unsorted, _SHORTEST_S) / _SHORTEST_S)
+        index = np.minimum((octaves * _RANGES_PER_OCTAVE).astype(int), len(self._latencies) - 1)
+        counts = np.bincount(index, minlength=len(self._latencies))
+        self._latencies += counts  # in place, and too few for numpy to give the interpreter away

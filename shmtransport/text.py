@@ -1,7 +1,8 @@
-"""Makes text that this process did not write safe to show: a peer's words, or those of a file.
+"""Makes text that this process did not write, such as a peer's or a file's, safe to show.
 
 Such text may hold escape sequences that drive a terminal, line breaks that forge lines of a log, and characters that
-are invisible or reorder their neighbours. Whatever is shown, logged or put into an exception goes through here.
+are invisible or reorder their neighbours. All of it goes through here before it is shown, logged or put into an
+exception.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import traceback
 from collections.abc import Iterator
 
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
-"""What Unicode calls ignorable by default and Python calls printable: it shows nothing."""
+"""Characters that show nothing: Unicode calls them ignorable by default, Python calls them printable."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Make a foreign text one line that shows all that is in it.
+    r"""Make a foreign text one line in which every character can be seen.
 
     Line breaks, tabs and other white space become spaces. Control, format and bidirectional characters, lone
-    surrogates and all else that can't be seen are escaped as in Python, ``\x1b``.
+    surrogates and all others that can't be seen are escaped as in Python, for example ``\x1b``.
 
     Args:
         text: what a peer or a file says.
@@ -40,7 +41,7 @@ def _visible(one: str) -> str:
 
 
 def traceback_text(error: BaseException) -> str:
-    """An exception with its causes and where they were raised, as Python prints it, but each text on one line."""
+    """An exception with its causes and their tracebacks, as Python prints it, but with each text on one line."""
     return "".join(_told(error)).rstrip("\n")
 
 
@@ -62,7 +63,7 @@ def _str(thing: object) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what it was raised from or while handling, and those that it is a group of; each once."""
+    """An exception, those that it was raised from or while handling, and those that it is a group of; each once."""
     left, seen = [error], set()
     while left:
         one = left.pop()
@@ -80,9 +81,9 @@ _MAY_WAIT = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENER
 
 
 def forget_frames(error: BaseException) -> None:
-    """Empty the frames that an exception was raised in, which hold borrowed tensors for as long as it is kept.
+    """Clear the frames that an exception was raised in: they hold borrowed tensors for as long as it is kept.
 
-    Not those of generators and coroutines: such a frame may be waiting to go on, and would be ended.
+    Not those of generators and coroutines: such a frame may be waiting to continue, and clearing would end it.
     """
     for one in _chain(error):
         for frame, _ in traceback.walk_tb(one.__traceback__):

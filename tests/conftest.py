@@ -6,45 +6,71 @@ import contextlib
 import gc
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 import zmq
 
-from llama_split.launcher import temporary_directory
-from shmtransport import Server
-from shmtransport.bell import is_owned, remove_if_dead
-from shmtransport.liveness import holder
-from shmtransport.zmq_context import close_socket, open_socket
+from llama_split.placement.local import temporary_directory
+from shmtransport import AsyncClient, Client, Server
+from shmtransport.channels.zmq_context import close_socket, open_socket
+from shmtransport.endpoints.options import DEFAULT_ARENA_BYTES
+from shmtransport.memory.bell import BELLS
+from shmtransport.memory.owner_lock import holder
+from shmtransport.protocol.messages import ChannelKind
+from shmtransport.units import MIB
+from tests.support.children import Child, Mother
+from tests.support.private_memory import take_private_memory
+from tests.support.process import Process, bells_of, started_processes
 
-ROOT = Path(__file__).parent.parent
 _OURS_IN_SHM = "shmtransport-"
-_OUR_BELLS = "sem.shmtransport-bell-"
-_started: set[int] = {os.getpid()}
-"""The processes of this run, dead or alive."""
-
-# All temporary files of this run, its children's too, go here: other runs on the machine are none of its business.
-_TEMPORARY = tempfile.mkdtemp(prefix="shmt-", dir=temporary_directory(room=80))
+_MOST_WORKERS = 4  # each imports torch, and starts processes of its own
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+# Each run and each worker of pytest-xdist has a /dev/shm of its own; a worker's was made before it was started.
+_IS_PRIVATE = bool(_WORKER) or take_private_memory()
+# All temporary files of this run, its children's too, go here.
+if _WORKER:
+    _TEMPORARY = os.path.join(os.environ["TMPDIR"], _WORKER)
+    os.mkdir(_TEMPORARY)
+else:
+    _TEMPORARY = tempfile.mkdtemp(prefix="shmt-", dir=temporary_directory(room=80))
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
+
+# Most tests move little, and to have the kernel zero two arenas of the default size takes a twentieth of a second.
+_DEFAULTS = [client.__init__.__kwdefaults__ for client in (Client, AsyncClient)]
+for _defaults in _DEFAULTS:
+    _defaults["arena_bytes"] = 2 * MIB
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, since tests wait, too; none where they would see each other's segments."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) + 1) if _IS_PRIVATE else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_newgateway() -> None:
+    """A worker was started: the next one gets another /dev/shm."""
+    take_private_memory()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what needs the demo model, so that one worker has it all: loading it takes many seconds."""
+
+    def needs_no_demo_model(item: pytest.Item) -> bool:
+        names = getattr(item, "fixturenames", ())
+        return not {"unsplit_smollm2", "smollm2_starting"} & set(names)
+
+    items.sort(key=needs_no_demo_model)
 
 
 def pytest_sessionfinish() -> None:
     """Remove the run's own temporary directory."""
     shutil.rmtree(_TEMPORARY, ignore_errors=True)
-
-
-def _bells(pids: set[int]) -> list[str]:
-    """The files of these processes' bells."""
-    prefixes = {f"{_OUR_BELLS}{pid}" for pid in pids}
-    return [name for name in os.listdir("/dev/shm") if name.rpartition("-")[0] in prefixes]
 
 
 def _traces() -> set[str]:
@@ -58,10 +84,10 @@ def _traces() -> set[str]:
                 if holder(segment) is None:
                     traces.add(name)
                 os.close(segment)
-    traces.update(_bells({os.getpid()}))
-    for name in _bells(_started):
+    traces.update(bells_of({os.getpid()}))
+    for name in bells_of(started_processes):
         with contextlib.suppress(FileNotFoundError):
-            if not is_owned(f"/dev/shm/{name}"):
+            if BELLS.owner_of("/" + name.removeprefix("sem.")) is None:
                 traces.add(name)
     return traces
 
@@ -73,9 +99,9 @@ def zmq_has_started() -> None:
     time.sleep(0.2)  # libzmq's own thread closes it
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def collect_quickly() -> None:
-    """Take what the imports have made out of every later collection: they cost seconds in all otherwise."""
+    """Take what there is already out of the collections after each test: they cost minutes in all otherwise."""
     gc.collect()
     gc.freeze()
 
@@ -90,6 +116,13 @@ def leaves_nothing_behind() -> Iterator[None]:
     while (left := _traces() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not left
+
+
+@pytest.fixture
+def default_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of this test have arenas as large as users' have, unless they say otherwise."""
+    for defaults in _DEFAULTS:
+        monkeypatch.setitem(defaults, "arena_bytes", DEFAULT_ARENA_BYTES)
 
 
 @pytest.fixture
@@ -128,74 +161,31 @@ def serve(address: str) -> Iterator[Callable[..., Server]]:
         server.close()
 
 
-class Process:
-    """A Python child process that prints "ready" once it is."""
+@pytest.fixture(params=["zmq", "doorbell"])
+def channel(request: pytest.FixtureRequest) -> ChannelKind:
+    """Both kinds of channel, in turn."""
+    kind: ChannelKind = request.param
+    return kind
 
-    def __init__(self, script: str | Path, *arguments: str) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=self.environment(),
-        )
-        self.remember()
 
-    @staticmethod
-    def environment() -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-
-    def remember(self) -> None:
-        """It has started."""
-        _started.add(self.pid)
-
-    @property
-    def pid(self) -> int:
-        return self.popen.pid
-
-    @property
-    def output(self) -> IO[str]:
-        """What it prints, errors too."""
-        assert self.popen.stdout is not None
-        return self.popen.stdout
-
-    def wait_until_ready(self) -> None:
-        line = self.output.readline()
-        assert line.startswith("ready"), f"the process said {line!r}, not ready"
-
-    def readline(self) -> str:
-        return self.output.readline().rstrip("\n")
-
-    def wait(self, timeout_s: float = 30.0) -> int:
-        return self.popen.wait(timeout_s)
-
-    def signal(self, number: int) -> None:
-        self.popen.send_signal(number)
-
-    def end(self) -> None:
-        if self.popen.poll() is None:
-            self.popen.kill()
-        self.forget(self.popen.wait())
-
-    def forget(self, code: int) -> None:
-        """It has ended with this exit code. A killed one may leave its bell, for the next server to remove."""
-        self.output.close()
-        if code == -signal.SIGKILL:
-            for name in _bells({self.pid}):
-                remove_if_dead(f"/dev/shm/{name}")
+@pytest.fixture(scope="session")
+def mother() -> Iterator[Mother]:
+    """What the tests' processes are forked from."""
+    mother = Mother()
+    yield mother
+    mother.end()
 
 
 @pytest.fixture
-def spawn() -> Iterator[Callable[..., Process]]:
-    """Start scripts as processes of their own; what still runs at the test's end is killed."""
+def spawn(mother: Mother) -> Iterator[Callable[..., Process]]:
+    """Start scripts as processes of their own, quickly; what still runs at the test's end is killed."""
     started: list[Process] = []
 
     def start(script: str | Path, *arguments: str, ready: bool = True) -> Process:
-        process = Process(script, *arguments)
-        started.append(process)
+        started.append(Child(mother, script, *arguments))
         if ready:
-            process.wait_until_ready()
-        return process
+            started[-1].wait_until_ready()
+        return started[-1]
 
     yield start
     for process in started:

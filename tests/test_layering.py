@@ -10,63 +10,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# A module imports only from levels below its own. A new module must be given its place here.
-LEVELS: dict[str, int] = {
-    "errors": 0,
-    "version": 0,
-    "units": 0,
-    "text": 0,
-    "dtypes": 0,
-    "uncompiled": 0,
-    "statistics": 1,
-    "layout": 1,
-    "address": 1,
-    "open_files": 1,
-    "zmq_context": 2,
-    "listener": 2,
-    "fences": 1,
-    "forks": 1,
-    "threads": 1,
-    "turns": 1,
-    "liveness": 1,
-    "opening": 1,
-    "bell": 2,
-    "alarm": 1,
-    "backlog": 1,
-    "segment": 2,
-    "ring": 2,
-    "descriptor": 1,
-    "plain": 2,
-    "views": 1,
-    "receive_arena": 3,
-    "send_arena": 3,
-    "message": 3,
-    "options": 4,
-    "protocol": 4,
-    "channel": 4,
-    "zmq_channel": 5,
-    "message_ring": 3,
-    "connection": 5,
-    "doorbell": 6,
-    "handshake": 6,
-    "link": 7,
-    "hosted": 7,
-    "host": 8,
-    "client": 8,
-    "server": 9,
-    "aio": 9,
-    "aio_server": 9,
-    "leftovers": 3,
-    "facts": 4,
-    "metrics": 9,
-    "measure": 9,
-    "__init__": 10,
-    "doctor": 11,
-    "commands": 12,
-    "__main__": 13,
+# The wings of each package, from the ground up: a wing imports only wings that stand before it. Modules beside the
+# wings are either the ground that all stand on or the face above them; within one wing, modules form no circle.
+WINGS: dict[str, tuple[str, ...]] = {
+    "shmtransport": ("core", "memory", "protocol", "channels", "endpoints", "diagnostics"),
+    "llama_split": ("boundary", "model", "checkpoint", "trusted", "worker", "placement", "serving", "commands"),
+    "bench": ("harness", "contenders", "baseline", "engine", "reports", "commands"),
 }
-PURE = ("protocol", "ring")
-IMPURE_PACKAGES = {"zmq", "mmap", "posix_ipc"}
+GROUND = {
+    "shmtransport": {"channel_kinds", "errors", "units", "text", "statistics", "version"},
+    "llama_split": {"errors"},
+    "bench": set(),
+}
+FACE = {"__init__", "__main__"}
+NOT_IMPORTED = {
+    "shmtransport.core": {"torch", "numpy", "zmq", "mmap", "posix_ipc", "socket", "select", "fcntl", "pathlib"},
+    "shmtransport.protocol": {"zmq", "mmap", "posix_ipc", "socket", "select", "fcntl", "pathlib"},
+}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec"}
 
@@ -99,17 +59,50 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def siblings(path: Path) -> set[str]:
-    """The modules of shmtransport that a module of it imports."""
-    known = {source.stem for source in sources("shmtransport")} - {"__init__"}
-    parts = [name.split(".") for name in imported(path)]
-    return {name[1] for name in parts if name[0] == "shmtransport" and len(name) > 1 and name[1] in known}
+def wing_of(name: str) -> str | None:
+    """The wing that a dotted name is in; None for what stands beside the wings."""
+    package, _, rest = name.partition(".")
+    first = rest.split(".")[0]
+    return first if (ROOT / package / first).is_dir() else None
+
+
+def height(name: str) -> int:
+    """Where a module stands: the ground is 0, then the wings in their order, and the face is above all."""
+    package, _, rest = name.partition(".")
+    first = rest.split(".")[0]
+    if first in WINGS[package]:
+        return 1 + WINGS[package].index(first)
+    return 0 if first in GROUND[package] else 99
+
+
+def modules(package: str) -> dict[str, Path]:
+    """All modules of a package, by dotted name."""
+    return {module_name(path): path for path in sources(package)}
+
+
+def imports_between(package: str) -> dict[str, set[str]]:
+    """Each module of a package, and the modules of it that it imports; an import of a wing is one of its face."""
+    known = modules(package)
+    found: dict[str, set[str]] = {}
+    for name, path in known.items():
+        targets = {target for full in imported(path) for target in (full, full + ".__init__") if target in known}
+        found[name] = targets - {name, f"{package}.__init__"}
+    return found
+
+
+def circle_in(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that lie on a circle of imports, or lead to one."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    return set(left)
 
 
 def test_shmtransport_never_imports_llama_split() -> None:
-    """The transport knows nothing of what is built on it."""
+    """The transport knows nothing of what is built on it: it neither imports nor mentions it."""
     found = [(str(p), n) for p in sources("shmtransport") for n in imported(p) if is_within(n, "llama_split")]
     assert not found
+    assert not [path for path in sources("shmtransport") if "llama" in path.read_text(encoding="utf-8").lower()]
 
 
 def test_the_trusted_side_never_imports_the_worker() -> None:
@@ -143,24 +136,39 @@ def test_the_worker_never_imports_the_trusted_side() -> None:
     assert not found
 
 
-def test_every_module_of_shmtransport_has_its_level() -> None:
-    """An unknown module fails: whoever adds one decides where it stands."""
-    assert {path.stem for path in sources("shmtransport")} <= LEVELS.keys()
+@pytest.mark.parametrize("package", WINGS)
+def test_every_module_stands_in_a_wing(package: str) -> None:
+    """Beside the wings there are only the ground that all stand on and the package's face."""
+    beside = {path.stem for path in (ROOT / package).glob("*.py")}
+    assert beside <= GROUND[package] | FACE
+    assert {path.parent.name for path in (ROOT / package).glob("*/__init__.py")} <= set(WINGS[package])
 
 
-@pytest.mark.parametrize("path", sources("shmtransport"), ids=lambda path: path.stem)
-def test_imports_within_shmtransport_run_downwards(path: Path) -> None:
-    """A module imports only modules of lower levels."""
-    level = LEVELS[path.stem]
-    upward = {name for name in siblings(path) if LEVELS.get(name, 99) >= level}
-    assert not upward, f"{path.stem} (level {level}) imports {upward}"
+@pytest.mark.parametrize("package", WINGS)
+def test_imports_run_downwards(package: str) -> None:
+    """A module imports from its own wing, from wings below it, and from the ground."""
+    upward = {
+        (name, target)
+        for name, targets in imports_between(package).items()
+        for target in targets
+        if height(target) > height(name) or (height(target) == height(name) and wing_of(target) != wing_of(name))
+    }
+    assert not upward
 
 
-@pytest.mark.parametrize("name", PURE)
-def test_pure_modules_import_no_input_or_output(name: str) -> None:
-    """Protocol and ring decide; they neither send nor map."""
-    roots = {found.split(".")[0] for found in imported(ROOT / "shmtransport" / f"{name}.py")}
-    assert not roots & IMPURE_PACKAGES
+@pytest.mark.parametrize("package", WINGS)
+def test_no_imports_run_in_a_circle(package: str) -> None:
+    """A reader can read a module's imports before the module itself."""
+    graph = {name: targets for name, targets in imports_between(package).items() if not name.endswith("__init__")}
+    assert not circle_in(graph)
+
+
+@pytest.mark.parametrize("wing", NOT_IMPORTED)
+def test_pure_wings_import_no_input_or_output(wing: str) -> None:
+    """The core computes with integers and bytes, the protocol decides what bytes mean; neither sends or maps."""
+    paths = sources(wing.replace(".", "/"))
+    assert paths
+    assert not [(path, name) for path in paths for name in imported(path) if name.split(".")[0] in NOT_IMPORTED[wing]]
 
 
 @pytest.mark.parametrize("path", [*sources("shmtransport"), *sources("llama_split")], ids=module_name)
@@ -180,14 +188,27 @@ def test_no_module_can_run_what_a_peer_or_a_file_says(path: Path) -> None:
             assert node.value != "trust_remote_code", f"line {node.lineno}"
 
 
-def test_the_check_sees_an_upward_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checks_see_a_breach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules above would fail on a breach, in each way of writing it."""
     monkeypatch.setattr("tests.test_layering.ROOT", tmp_path)
-    package = tmp_path / "shmtransport"
-    package.mkdir()
-    (package / "client.py").write_text("")
-    for text in ("from .client import Client", "from . import client", "import shmtransport.client"):
-        (package / "ring.py").write_text(f"def f():\n    {text}\n")
-        assert siblings(package / "ring.py") == {"client"}
-    (package / "ring.py").write_text("from llama_split.worker import kernels")
-    assert "llama_split.worker.kernels" in set(imported(package / "ring.py"))
+    for wing in ("core", "endpoints"):
+        (tmp_path / "shmtransport" / wing).mkdir(parents=True)
+    (tmp_path / "shmtransport/endpoints/client.py").write_text("from ..core import ring")
+    ring = tmp_path / "shmtransport/core/ring.py"
+    for text in (
+        "from ..endpoints.client import Client",
+        "from ..endpoints import client",
+        "import shmtransport.endpoints.client",
+    ):
+        ring.write_text(f"def f():\n    {text}\n")
+        with pytest.raises(AssertionError):
+            test_imports_run_downwards("shmtransport")
+        with pytest.raises(AssertionError):
+            test_no_imports_run_in_a_circle("shmtransport")
+    ring.write_text("from llama_split.worker import weights\nimport torch")
+    assert "llama_split.worker.weights" in set(imported(ring))
+    with pytest.raises(AssertionError):
+        test_pure_wings_import_no_input_or_output("shmtransport.core")
+    (tmp_path / "shmtransport/loose.py").write_text("")
+    with pytest.raises(AssertionError):
+        test_every_module_stands_in_a_wing("shmtransport")

@@ -1,6 +1,6 @@
-"""Floors: what the machine takes to tell another process something, and to copy a tensor's bytes.
+"""Floors: how long the machine takes to wake another process, or to copy a tensor's bytes.
 
-None of them is a way to call; they say what the contenders' figures consist of.
+None of them is a way to call; they show what the contenders' figures consist of.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import posix_ipc
 import torch
 import zmq
 
-from ..content import respond, words
-from .base import Contender, PrivateTensors
+from ..harness.contender import Contender, PrivateTensors
+from ..harness.content import respond, words
 from .sockets import Sockets
 
 REQUEST_BYTES, REPLY_BYTES = 35, 27
-"""What a call of ours with a tensor each way takes; a test compares them with what is really sent."""
+"""The control messages of our call with one tensor each way; a test compares them with what is sent."""
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
-_LINE_WORDS = 16  # two cache lines: neighbours are fetched in pairs
-_WAIT_S = 0.25  # a signal doesn't end it
-_LOOKS = 1 << 20  # then see whether the other side is still there
+_LINE_WORDS = 16  # two cache lines, since processors fetch neighbours in pairs
+_WAIT_S = 0.25  # then Python handles signals, which don't end a wait
+_LOOKS = 1 << 20  # between checks that the client still runs
 
 
 class _Signal(Contender):
-    """A floor without a tensor."""
+    """A floor that carries no tensor."""
 
     group = "floor"
     copies = "–"
@@ -45,7 +45,7 @@ class _Signal(Contender):
         return _NOTHING
 
     def wait(self) -> None:
-        """Until the other side has answered."""
+        """Wait until the other side has answered."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -58,14 +58,14 @@ class SemaphorePingPong(_Signal):
     name = "semaphore ping-pong"
     how = "posix_ipc, two semaphores, both sides block"
 
-    def link(self) -> Any:
+    def make_endpoint(self) -> Any:
         stem = "/" + self.directory.rpartition("/")[2]
         names = f"{stem}-there", f"{stem}-back"
         self._there, self._back = (posix_ipc.Semaphore(name, posix_ipc.O_CREX) for name in names)
         return names
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
-        there, back = (posix_ipc.Semaphore(name) for name in link)
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
+        there, back = (posix_ipc.Semaphore(name) for name in endpoint)
         ready()
         while True:
             with contextlib.suppress(posix_ipc.BusyError):
@@ -84,12 +84,12 @@ class SemaphorePingPong(_Signal):
 
 
 class CacheLinePingPong(_Signal):
-    """Two cells in shared memory: each side looks at one until it changes, and writes the other."""
+    """Two cells in shared memory: each side spins on one until it changes, and writes the other."""
 
     name = "cache-line ping-pong"
     how = "two cells in shared memory, both sides spin in Python"
 
-    def link(self) -> str:
+    def make_endpoint(self) -> str:
         path = f"{self.directory}/cells"
         with open(path, "wb") as file:
             file.write(bytes(mmap.PAGESIZE))
@@ -100,8 +100,8 @@ class CacheLinePingPong(_Signal):
         with open(path, "r+b") as file:
             return memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
-        cells = self._cells(link)
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
+        cells = self._cells(endpoint)
         parent = os.getppid()
         seen = 0
         ready()
@@ -125,7 +125,7 @@ class CacheLinePingPong(_Signal):
 
 
 class _BareSockets(Sockets, _Signal):
-    """A bare round trip of the bytes that one of our calls takes."""
+    """A round trip of as many bytes as one of our calls sends."""
 
     packages = (("zmq", "pyzmq"),)
     request: ClassVar[bytes] = bytes(REQUEST_BYTES)
@@ -138,7 +138,7 @@ class _BareSockets(Sockets, _Signal):
 
 
 class RequestReplyFloor(_BareSockets):
-    """The sockets that the original uses."""
+    """The socket types that the original uses."""
 
     name = "pyzmq REQ/REP, no tensor"
     how = f"{REQUEST_BYTES} bytes there, {REPLY_BYTES} back, over ipc"
@@ -148,30 +148,30 @@ class RequestReplyFloor(_BareSockets):
 
 
 class DealerRouterFloor(_BareSockets):
-    """The sockets that we use."""
+    """The socket types that our zmq channel uses."""
 
     name = "pyzmq DEALER/ROUTER, no tensor"
     how = f"{REQUEST_BYTES} bytes there, {REPLY_BYTES} back, over ipc"
-    client_kind = zmq.DEALER
-    server_kind = zmq.ROUTER
+    client_socket_type = zmq.DEALER
+    server_socket_type = zmq.ROUTER
 
     def answer(self, socket: zmq.Socket[bytes]) -> None:
-        identity, request = socket.recv_multipart()
-        socket.send_multipart((identity, request[:REPLY_BYTES]))
+        client_key, request = socket.recv_multipart()
+        socket.send_multipart((client_key, request[:REPLY_BYTES]))
 
 
 class MemcpyFloor(Contender):
-    """The two copies that copying in must make: private tensors into faulted shared memory, in one process."""
+    """The two copies that copying in needs: private tensors into mapped shared memory, in one process."""
 
     name = "memcpy there and back"
     group = "floor"
-    how = "two memcpys into shared memory whose pages are mapped already, in one process, nobody told"
+    how = "two memcpys into mapped shared memory, in one process, without a message"
     copies = "2"
     reply = "overwritten by the next call"
     has_server = False
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
-        raise NotImplementedError("nobody answers")
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
+        raise NotImplementedError("the memcpy floor has no server")
 
     def connect(self) -> None:
         self._places = [faulted_memory(self.max_nbytes) for _ in range(2)]
@@ -197,7 +197,7 @@ class MemcpyFloor(Contender):
 
 
 def faulted_memory(nbytes: int) -> np.ndarray[Any, Any]:
-    """Shared memory as words, all of its pages mapped."""
-    array = np.frombuffer(mmap.mmap(-1, nbytes), np.int64)  # anonymous and shared: the kernel's tmpfs, as POSIX memory
+    """Shared memory as an array of words, with every page mapped."""
+    array = np.frombuffer(mmap.mmap(-1, nbytes), np.int64)  # the kernel's tmpfs, as POSIX shared memory is
     array[:] = 0
     return array

@@ -1,4 +1,4 @@
-"""gRPC over a Unix socket, tensors as the raw bytes of its messages."""
+"""gRPC over a Unix socket, with the raw bytes of a tensor as a message."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..content import respond, view
-from .base import Contender, PrivateTensors
+from ..harness.contender import Contender, PrivateTensors
+from ..harness.content import respond, view
 
 _METHOD = "/bench.Tensor/Answer"
 _UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 
 class GrpcUnary(Contender):
-    """A unary method without protobuf: the message is the tensor's bytes."""
+    """A unary method without protobuf: a message is the tensor's bytes."""
 
     name = "grpcio"
     how = "unary method over unix:, raw bytes instead of protobuf, message limits lifted, one handler thread"
@@ -27,11 +27,11 @@ class GrpcUnary(Contender):
     packages = (("grpc", "grpcio"),)
     in_flight = 3
 
-    def link(self) -> str:
+    def make_endpoint(self) -> str:
         self._address = f"unix:{self.directory}/s"
         return self._address
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
         import grpc
 
         tensors = PrivateTensors(1)
@@ -45,7 +45,7 @@ class GrpcUnary(Contender):
         handler = grpc.unary_unary_rpc_method_handler(answer, response_serializer=lambda array: array.tobytes())
         service = grpc.method_handlers_generic_handler("bench.Tensor", {"Answer": handler})
         server = grpc.server(ThreadPoolExecutor(1), handlers=(service,), options=_UNLIMITED)
-        server.add_insecure_port(link)
+        server.add_insecure_port(endpoint)
         server.start()
         try:
             ready()
@@ -59,18 +59,18 @@ class GrpcUnary(Contender):
         self._channel = grpc.insecure_channel(self._address, options=_UNLIMITED)
         grpc.channel_ready_future(self._channel).result(timeout=10)
         self._call = self._channel.unary_unary(_METHOD, request_serializer=lambda array: array.tobytes())
-        self._tensors = PrivateTensors(1)  # serialised while it is sent
-        self._under_way: deque[Any] = deque()
+        self._tensors = PrivateTensors(1)  # sending serialises it at once
+        self._pending: deque[Any] = deque()
 
     def prepare(self, nbytes: int) -> torch.Tensor:
         self._request = self._tensors.next(nbytes)
         return self._request
 
     def send(self) -> None:
-        self._under_way.append(self._call.future(self._request.numpy()))
+        self._pending.append(self._call.future(self._request.numpy()))
 
     def receive(self) -> torch.Tensor:
-        return view(self._under_way.popleft().result())
+        return view(self._pending.popleft().result())
 
     def close(self) -> None:
         self._channel.close()

@@ -1,6 +1,6 @@
 """kickmsg: slots in shared memory, published to one subscriber each way.
 
-*Polling* asks the subscriber again and again; *waiting* blocks in its ``receive_view``.
+*Polling* calls ``try_receive_view`` in a loop; *waiting* blocks in ``receive_view``.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..content import respond, view
-from .base import Contender, PrivateTensors
+from ..harness.contender import Contender, PrivateTensors
+from ..harness.content import respond, view
 
 _IN_FLIGHT = 2
-_RING_SLOTS = 2  # a power of two; a slot stays taken while the ring names it
-_SLOTS = _RING_SLOTS + _IN_FLIGHT + 2  # one that is being read and one that is being written: few, to stay in cache
-_WAIT = datetime.timedelta(seconds=0.25)  # after which Python sees its signals
+_RING_SLOTS = 2  # of kickmsg's subscriber ring, a power of two; a slot stays taken while the ring refers to it
+_SLOTS = _RING_SLOTS + _IN_FLIGHT + 2  # one being read and one being written; few, so that they stay in cache
+_WAIT = datetime.timedelta(seconds=0.25)  # then Python handles signals
 
 
-class _End:
-    """One side: a publisher and a subscriber. The client makes both topics."""
+class _Side:
+    """One side: a publisher and a subscriber; whichever side comes first creates the topics."""
 
     def __init__(self, directory: str, max_nbytes: int, mine: str, theirs: str, waits: bool) -> None:
         import kickmsg
@@ -38,10 +38,14 @@ class _End:
         self._waits = waits
 
     def allocate(self, nbytes: int) -> tuple[Any, torch.Tensor]:
-        """A slot to write, and a tensor over the part of it that will be sent."""
+        """A slot to write, and a tensor over the part of it that will be sent.
+
+        Raises:
+            RuntimeError: All slots are taken.
+        """
         slot = self._publisher.allocate()
         if slot is None:
-            raise RuntimeError("kickmsg has no free slot")
+            raise RuntimeError(f"all {_SLOTS} slots of kickmsg's pool are taken: a sample was not released")
         return slot, view(memoryview(slot)[:nbytes])
 
     def take(self) -> tuple[Any, torch.Tensor]:
@@ -64,22 +68,22 @@ class _End:
 
 
 class Kick(Contender):
-    """What all four share."""
+    """What the four variants share."""
 
     packages = (("kickmsg", "kickmsg"),)
     in_flight = _IN_FLIGHT
-    reply = "read-only view of a slot, valid until that is released"
+    reply = "read-only view of a slot, valid until the slot is released"
     waits: ClassVar[bool] = False
     in_place: ClassVar[bool] = True
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
-        end = _End(self.directory, self.max_nbytes, "replies", "requests", self.waits)
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
+        side = _Side(self.directory, self.max_nbytes, "replies", "requests", self.waits)
         tensors = PrivateTensors(1)
         ready()
         while True:
-            received, request = end.take()
+            received, request = side.take()
             nbytes = request.nbytes
-            slot, place = end.allocate(nbytes)
+            slot, place = side.allocate(nbytes)
             reply = place if self.in_place else tensors.next(nbytes)
             respond(request, reply)
             if not self.in_place:
@@ -88,13 +92,13 @@ class Kick(Contender):
             received.release()
 
     def connect(self) -> None:
-        self._end = _End(self.directory, self.max_nbytes, "requests", "replies", self.waits)
+        self._side = _Side(self.directory, self.max_nbytes, "requests", "replies", self.waits)
         self._tensors = PrivateTensors(1)
         self._received: Any = None
 
     def prepare(self, nbytes: int) -> torch.Tensor:
         if self.in_place:
-            self._slot, self._request = self._end.allocate(nbytes)
+            self._slot, self._request = self._side.allocate(nbytes)
         else:
             self._request = self._tensors.next(nbytes)
         return self._request
@@ -102,24 +106,24 @@ class Kick(Contender):
     def send(self) -> None:
         nbytes = self._request.nbytes
         if not self.in_place:
-            self._slot, place = self._end.allocate(nbytes)
+            self._slot, place = self._side.allocate(nbytes)
             place.numpy()[:] = self._request.numpy()
         self._slot.publish(nbytes)
 
     def receive(self) -> torch.Tensor:
         if self._received is not None:
             self._received.release()
-        self._received, reply = self._end.take()
+        self._received, reply = self._side.take()
         return reply
 
     def close(self) -> None:
         if self._received is not None:
             self._received.release()
-        self._end.unlink()
+        self._side.unlink()
 
 
 class KickPollingInPlace(Kick):
-    """Both sides poll; the tensors are made in slots."""
+    """Both sides poll; tensors are made in slots."""
 
     name = "kickmsg polling, in place"
     how = "a topic each way, allocate and publish, try_receive_view in a loop"
@@ -127,28 +131,28 @@ class KickPollingInPlace(Kick):
 
 
 class KickPollingCopyIn(Kick):
-    """Both sides poll; the tensors are copied into slots."""
+    """Both sides poll; tensors are copied into slots."""
 
     name = "kickmsg polling, copy in"
-    how = "the same, tensors copied into the allocated slots"
+    how = "the same, tensors copied into allocated slots"
     copies = "2: into each slot"
     in_place = False
 
 
 class KickWaitingInPlace(Kick):
-    """Both sides block; the tensors are made in slots."""
+    """Both sides block; tensors are made in slots."""
 
     name = "kickmsg waiting, in place"
-    how = "the same as polling, in place, with receive_view, which blocks"
+    how = 'as "kickmsg polling, in place", but with receive_view, which blocks'
     copies = "0"
     waits = True
 
 
 class KickWaitingCopyIn(Kick):
-    """Both sides block; the tensors are copied into slots."""
+    """Both sides block; tensors are copied into slots."""
 
     name = "kickmsg waiting, copy in"
-    how = "the same, tensors copied into the allocated slots"
+    how = "the same, tensors copied into allocated slots"
     copies = "2: into each slot"
     waits = True
     in_place = False

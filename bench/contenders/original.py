@@ -1,4 +1,4 @@
-"""What the transport replaces: tensors as bytes in MessagePack over REQ/REP."""
+"""What this project replaces: the bytes of tensors in MessagePack over ZeroMQ's REQ/REP."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import numpy as np
 import torch
 import zmq
 
-from ..content import respond
-from .base import PrivateTensors
+from ..harness.contender import PrivateTensors
+from ..harness.content import respond
 from .sockets import Sockets
 
 
 def dump(tensor: torch.Tensor) -> bytes:
-    """The bytes that the original sends for a tensor. bfloat16, which numpy has not, travels as int16."""
+    """The bytes that the original sends for a tensor; bfloat16, which numpy lacks, travels as int16."""
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.int16)
     array = tensor.numpy()
@@ -22,14 +22,14 @@ def dump(tensor: torch.Tensor) -> bytes:
 
 
 def load(data: bytes) -> torch.Tensor:
-    """The tensor that was dumped."""
+    """The tensor that ``dump`` encoded, as a private copy."""
     message = msgpack.unpackb(data)
     array = np.frombuffer(message["data"], dtype=message["dtype"]).reshape(message["shape"])
     return torch.from_numpy(array.copy())
 
 
 class Original(Sockets):
-    """msgpack and ``tobytes``, as in the system that this project started from."""
+    """``tobytes`` and msgpack, as in the original system."""
 
     name = "pyzmq + msgpack"
     how = "the original's way: tobytes, msgpack, REQ/REP over ipc, unpack, copy"

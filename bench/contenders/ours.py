@@ -1,7 +1,7 @@
-"""This project's transport, over its channels.
+"""This project's transport, over each of its channels.
 
-In place, the client's ``empty`` is where the request is made and the server's where the result is. Copied in, both are
-made elsewhere, and the transport copies each into an arena.
+*In place* makes the request in ``Client.empty`` and the reply in ``Server.empty``. *Copy in* makes both elsewhere, and
+the transport copies them into its arenas.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ import torch
 
 from shmtransport import ChannelKind, Client, PendingReply, Server
 
-from ..content import respond, words
-from .base import Contender, PrivateTensors
+from ..harness.contender import Contender, PrivateTensors
+from ..harness.content import respond, words
 
-_ROOM = 4  # of the largest tensors in each arena
+_LARGEST_TENSORS = 4  # that fit into each arena
 _SMALLEST_ARENA_BYTES = 4 << 20
 SPIN_US = 2000.0
 
 
 def arena_bytes(max_nbytes: int) -> int:
-    """The size of an arena for tensors of up to ``max_nbytes``."""
-    return max(_ROOM * max_nbytes, _SMALLEST_ARENA_BYTES)
+    """The size of an arena for tensors of at most ``max_nbytes``."""
+    return max(_LARGEST_TENSORS * max_nbytes, _SMALLEST_ARENA_BYTES)
 
 
 class Ours(Contender):
-    """What all channels share."""
+    """What all variants share."""
 
     group = "ours"
-    in_flight = _ROOM - 1
+    in_flight = _LARGEST_TENSORS - 1
     channel: ClassVar[ChannelKind] = "zmq"
     spin_us: ClassVar[float] = 0.0
-    reply = "view, valid for as long as it is held"
+    reply = "view, valid while it is held"
 
-    def link(self) -> str:
+    def make_endpoint(self) -> str:
         self._address = f"ipc://{self.directory}/s"
         return self._address
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
         server = Server(
-            link, spin_us=self.spin_us, prefault=True, max_arena_bytes=2 * arena_bytes(self.max_nbytes) + (1 << 20)
+            endpoint, spin_us=self.spin_us, prefault=True, max_arena_bytes=2 * arena_bytes(self.max_nbytes) + (1 << 20)
         )
         server.register("answer", self._handler(server))
         with server:
@@ -76,7 +76,7 @@ class Ours(Contender):
 
 
 class InPlace(Ours):
-    """Argument and result are made in the arenas."""
+    """Request and reply are made in the arenas."""
 
     copies = "0"
 
@@ -94,7 +94,7 @@ class InPlace(Ours):
 
 
 class CopyIn(Ours):
-    """Argument and result are made elsewhere."""
+    """Request and reply are made in private memory."""
 
     copies = "2: into each arena"
 
@@ -110,7 +110,7 @@ class CopyIn(Ours):
 
     def connect(self) -> None:
         super().connect()
-        self._tensors = PrivateTensors(1)  # it is copied while it is sent
+        self._tensors = PrivateTensors(1)  # sending copies it at once
 
     def prepare(self, nbytes: int) -> torch.Tensor:
         self._request = self._tensors.next(nbytes)
@@ -118,21 +118,21 @@ class CopyIn(Ours):
 
 
 class ZmqInPlace(InPlace):
-    """The default channel."""
+    """The default channel, in place."""
 
     name = "zmq, in place"
     how = "Client.empty, Server.empty, Client.submit; the default channel"
 
 
 class ZmqCopyIn(CopyIn):
-    """The default channel."""
+    """The default channel, copying in."""
 
     name = "zmq, copy in"
-    how = "Client.submit of a tensor outside; the default channel"
+    how = "Client.submit of a private tensor; the default channel"
 
 
 class DoorbellInPlace(InPlace):
-    """The doorbell, blocking at once."""
+    """The doorbell, which blocks at once; in place."""
 
     name = "doorbell, in place"
     how = 'as "zmq, in place", channel="doorbell"'
@@ -140,7 +140,7 @@ class DoorbellInPlace(InPlace):
 
 
 class DoorbellCopyIn(CopyIn):
-    """The doorbell, blocking at once."""
+    """The doorbell, which blocks at once; copying in."""
 
     name = "doorbell, copy in"
     how = 'as "zmq, copy in", channel="doorbell"'
@@ -148,7 +148,7 @@ class DoorbellCopyIn(CopyIn):
 
 
 class SpinInPlace(DoorbellInPlace):
-    """The doorbell, looking for a while before it blocks."""
+    """The doorbell, which spins before it blocks; in place."""
 
     name = "doorbell + spin, in place"
     how = f'as "doorbell, in place", spin_us={SPIN_US:g} on both sides'
@@ -156,7 +156,7 @@ class SpinInPlace(DoorbellInPlace):
 
 
 class SpinCopyIn(DoorbellCopyIn):
-    """The doorbell, looking for a while before it blocks."""
+    """The doorbell, which spins before it blocks; copying in."""
 
     name = "doorbell + spin, copy in"
     how = f'as "doorbell, copy in", spin_us={SPIN_US:g} on both sides'

@@ -8,31 +8,31 @@ from typing import Any
 
 import torch
 
-from ..content import respond
-from .base import Contender, PrivateTensors
+from ..harness.contender import Contender, PrivateTensors
+from ..harness.content import respond
 
 
 class Pipe(Contender):
-    """``multiprocessing.Pipe``: bytes sent from the tensor's memory, received into memory that is kept."""
+    """``multiprocessing.Pipe``: sends from the tensor's memory and receives into memory that it keeps."""
 
     name = "multiprocessing.Pipe"
-    how = "send_bytes of the tensor's memory, recv_bytes_into a tensor that is kept"
+    how = "send_bytes of the tensor's memory, recv_bytes_into a tensor that it keeps"
     copies = "6: kernel in, kernel out and out of the reader's buffer, each way"
     reply = "overwritten by the next call"
 
-    def link(self) -> Any:
+    def make_endpoint(self) -> Any:
         self._end, other = multiprocessing.Pipe()
         return other
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
         landing = torch.zeros(self.max_nbytes // 8, dtype=torch.int64)
         tensors = PrivateTensors(1)
         ready()
         while True:
-            nbytes = link.recv_bytes_into(landing.numpy())
+            nbytes = endpoint.recv_bytes_into(landing.numpy())
             reply = tensors.next(nbytes)
             respond(landing[: nbytes // 8], reply)
-            link.send_bytes(reply.numpy().data)
+            endpoint.send_bytes(reply.numpy().data)
 
     def connect(self) -> None:
         self._landing = torch.zeros(self.max_nbytes // 8, dtype=torch.int64)

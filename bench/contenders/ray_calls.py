@@ -1,4 +1,4 @@
-"""Ray: calls of an actor, and the same actor in a compiled graph."""
+"""Ray: calls to an actor, and the same actor in a compiled graph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..content import respond, words
-from .base import Contender, PrivateTensors
+from ..harness.contender import Contender, PrivateTensors
+from ..harness.content import respond, words
 
 _STORE_TENSORS = 8
 _SMALLEST_STORE_BYTES = 256 << 20
@@ -18,17 +18,17 @@ _SLACK_BYTES = 1 << 20
 
 
 class RayActor(Contender):
-    """``actor.answer.remote(array)``: numpy arrays, which Ray puts into its store and maps without a copy."""
+    """``actor.answer.remote(array)`` with numpy arrays, which Ray copies into its store and then maps."""
 
     name = "Ray, actor call"
     how = "actor method with a numpy array, which Ray maps from its store (a torch tensor would be pickled)"
     copies = "2: into the store, each way (small ones inline)"
-    reply = "read-only view of the store, valid for as long as it is held"
+    reply = "read-only view of the store, valid while it is held"
     packages = (("ray", "ray"),)
     has_server = False
     in_flight = 2
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
         raise NotImplementedError("Ray starts its own processes")
 
     def connect(self) -> None:
@@ -45,20 +45,20 @@ class RayActor(Contender):
             _temp_dir=self.directory,
         )
         self._actor = self._ray.remote(_Answerer).remote()
-        self._ray.get(self._actor.pid.remote())  # it is there
+        self._ray.get(self._actor.pid.remote())  # the actor runs
         self._pids = _descendants(os.getpid())
         self._tensors = PrivateTensors(1)
-        self._under_way: deque[Any] = deque()
+        self._pending: deque[Any] = deque()
 
     def prepare(self, nbytes: int) -> torch.Tensor:
         self._request = self._tensors.next(nbytes)
         return self._request
 
     def send(self) -> None:
-        self._under_way.append(self._actor.answer.remote(self._request.numpy()))
+        self._pending.append(self._actor.answer.remote(self._request.numpy()))
 
     def receive(self) -> torch.Tensor:
-        return torch.from_numpy(self._ray.get(self._under_way.popleft()))
+        return torch.from_numpy(self._ray.get(self._pending.popleft()))
 
     def close(self) -> None:
         self._ray.shutdown()
@@ -68,14 +68,14 @@ class RayActor(Contender):
 
 
 class RayGraph(RayActor):
-    """The actor's method in a compiled graph, whose channels are shared memory that is kept."""
+    """The actor's method in a compiled graph, whose channels keep their shared memory."""
 
     name = "Ray, compiled graph"
     how = "the same method, experimental_compile with buffers of the largest size"
     copies = "2: into a channel, each way"
-    reply = "read-only view of a channel, valid until it is given back"
-    warm_up_calls = 20  # the first dozen of the largest take 0.3 s each, later ones 0.02 s
-    in_flight = 1  # a view of the last reply keeps the channel from taking the next
+    reply = "read-only view of a channel, valid until it is freed"
+    warm_up_calls = 20  # of the largest, the first dozen take 0.3 s each, later ones 0.02 s
+    in_flight = 1  # a view of the last reply blocks the channel
 
     def connect(self) -> None:
         super().connect()
@@ -86,7 +86,7 @@ class RayGraph(RayActor):
         self._graph = node.experimental_compile(_buffer_size_bytes=self.max_nbytes + _SLACK_BYTES)
 
     def send(self) -> None:
-        self._under_way.append(self._graph.execute(self._request.numpy()))
+        self._pending.append(self._graph.execute(self._request.numpy()))
 
     def close(self) -> None:
         self._graph.teardown()
@@ -94,7 +94,7 @@ class RayGraph(RayActor):
 
 
 class _Answerer:
-    """The actor."""
+    """The actor, which answers in a process of Ray's."""
 
     def __init__(self) -> None:
         self._tensors = PrivateTensors(1)
@@ -109,7 +109,7 @@ class _Answerer:
 
 
 def _descendants(pid: int) -> list[int]:
-    """All processes that a process has started, and they."""
+    """All children of a process, their children, and so on."""
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{task}/children", encoding="ascii") as file:

@@ -1,4 +1,4 @@
-"""What one writes by hand with the standard library: two shared-memory blocks, and a pipe that tells of a call."""
+"""What one writes by hand with the standard library: two blocks of shared memory, and a pipe to announce calls."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 import torch
 
-from ..content import respond, words
-from .base import Contender
+from ..harness.contender import Contender
+from ..harness.content import respond, words
 
 
 class SharedMemoryPipe(Contender):
     """``multiprocessing.shared_memory`` for the tensors, ``multiprocessing.Pipe`` for their sizes."""
 
     name = "shared_memory + Pipe"
-    how = "one block each way, written in place and used again by each call; 8 bytes through a Pipe"
+    how = "one block each way, written in place and reused by every call; 8 bytes through a Pipe"
     copies = "0"
     reply = "overwritten by the next call"
 
-    def link(self) -> Any:
+    def make_endpoint(self) -> Any:
         self._end, other = multiprocessing.Pipe()
         self._blocks = [SharedMemory(create=True, size=self.max_nbytes) for _ in range(2)]
         return other, self._blocks
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
-        end, blocks = link
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
+        end, blocks = endpoint
         requests, replies = (torch.frombuffer(block.buf, dtype=torch.int64) for block in blocks)
-        requests.numpy().max()  # maps every page now
+        requests.numpy().max()  # maps every page
         replies.zero_()
         ready()
         while True:

@@ -1,4 +1,4 @@
-"""Eclipse Zenoh with its shared memory, published each way as in its own ping-pong example."""
+"""Eclipse Zenoh with shared memory: publish-subscribe each way, as in its own ping-pong example."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from ..content import respond, view, words
-from .base import Contender
+from ..harness.contender import Contender
+from ..harness.content import respond, view, words
 
-_THRESHOLD_BYTES = 3072  # below it Zenoh itself finds shared memory not worth while
+_THRESHOLD_BYTES = 3072  # below it, Zenoh itself doesn't use shared memory
 _SEGMENT_TENSORS = 4
 _SMALLEST_SEGMENT_BYTES = 16 << 20
 _DISCOVERY_S = 10.0
 
 
-class _End:
-    """One side: a session, a publisher and a subscriber. Its Python binding gives no view of shared memory."""
+class _Side:
+    """One side: a session, a publisher and a subscriber; the Python binding gives no view of shared memory."""
 
     def __init__(self, directory: str, max_nbytes: int, mine: str, theirs: str, listens: bool) -> None:
-        zenoh: Any = importlib.import_module("zenoh")  # its stubs don't fit all that it does
+        zenoh: Any = importlib.import_module("zenoh")  # its type stubs are incomplete
         config = zenoh.Config()
         config.insert_json5("mode", json.dumps("peer"))
         config.insert_json5("scouting/multicast/enabled", "false")
@@ -48,16 +48,20 @@ class _End:
         )
         self._private: dict[int, tuple[bytearray, torch.Tensor]] = {}
 
-    def wait_for_the_other(self) -> None:
-        """Publishers and subscribers find each other only after a while."""
+    def wait_for_peer(self) -> None:
+        """Wait until publisher and subscriber have discovered each other.
+
+        Raises:
+            RuntimeError: They have not within ten seconds.
+        """
         deadline = time.monotonic() + _DISCOVERY_S
         while not self._publisher.matching_status.matching:
             if time.monotonic() > deadline:
-                raise RuntimeError("zenoh: nobody subscribes")
+                raise RuntimeError(f"zenoh: the server did not subscribe within {_DISCOVERY_S:g} s")
             time.sleep(0.01)
 
     def tensor(self, nbytes: int) -> torch.Tensor:
-        """A private tensor over a bytearray, the only memory besides bytes that the binding copies from."""
+        """A private tensor over a bytearray; the binding copies from bytearray and bytes only."""
         if nbytes not in self._private:
             memory = bytearray(words(nbytes) * 8)
             self._private = {nbytes: (memory, torch.frombuffer(memory, dtype=torch.int64))}
@@ -78,55 +82,55 @@ class _End:
         return view(self._subscriber.recv().payload.to_bytes())
 
     def close(self) -> None:
-        """Leave, and give the shared memory back."""
+        """Close the session and free the shared memory."""
         self._session.close()
         del self._provider, self._publisher, self._subscriber
 
 
 class ZenohSharedMemory(Contender):
-    """A session each side over a Unix socket, payloads in its shared memory."""
+    """A session on each side over a Unix socket, payloads in Zenoh's shared memory."""
 
     name = "eclipse-zenoh, shared memory"
-    how = "peers over unixsock-stream, put of an allocated ZShmMut from 3 KiB on (bytes below), real-time, express"
+    how = "peers over unixsock-stream, put of an allocated ZShmMut from 3 KiB on (of bytes below), real-time, express"
     copies = "4: into shared memory and to_bytes, each way; the binding gives no view"
     reply = "view of private bytes"
     packages = (("zenoh", "eclipse-zenoh"),)
     in_flight = 2
 
-    def serve(self, link: Any, ready: Callable[[], None]) -> None:
-        end = _End(self.directory, self.max_nbytes, "bench/replies", "bench/requests", listens=True)
+    def serve(self, endpoint: Any, ready: Callable[[], None]) -> None:
+        side = _Side(self.directory, self.max_nbytes, "bench/replies", "bench/requests", listens=True)
         try:
             ready()
             while True:
-                request = end.take()
-                respond(request, end.tensor(request.nbytes))
-                end.put(request.nbytes)
+                request = side.take()
+                respond(request, side.tensor(request.nbytes))
+                side.put(request.nbytes)
         finally:
-            end.close()
+            side.close()
 
     def connect(self) -> None:
-        self._end = _End(self.directory, self.max_nbytes, "bench/requests", "bench/replies", listens=False)
-        self._end.wait_for_the_other()
+        self._side = _Side(self.directory, self.max_nbytes, "bench/requests", "bench/replies", listens=False)
+        self._side.wait_for_peer()
 
     def prepare(self, nbytes: int) -> torch.Tensor:
         self._nbytes = nbytes
-        return self._end.tensor(nbytes)
+        return self._side.tensor(nbytes)
 
     def send(self) -> None:
-        self._end.put(self._nbytes)
+        self._side.put(self._nbytes)
 
     def receive(self) -> torch.Tensor:
-        return self._end.take()
+        return self._side.take()
 
     def close(self) -> None:
-        self._end.close()
+        self._side.close()
 
     @classmethod
     def clean(cls, directory: str) -> None:
-        """Zenoh's segments have names of its own choice and outlive its sessions: remove what no other process maps."""
+        """Zenoh names its segments itself, and they outlive its sessions: remove those that no other process maps."""
         mapped: set[str] = set()
         for path in glob.glob("/proc/[0-9]*/maps"):
-            if path == f"/proc/{os.getpid()}/maps":  # its session is closed
+            if path == f"/proc/{os.getpid()}/maps":  # this process's session is closed
                 continue
             with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
                 mapped.update(line.split()[-1] for line in file if line.rstrip().endswith(".zenoh"))

@@ -1,7 +1,7 @@
 """Computes while calls are in flight: ``python examples/pipeline/client.py ipc:///tmp/pipeline.ipc``.
 
-Each chunk takes a call and then work of our own. One after the other, each side waits while the other works. With all
-calls in flight the server has the next chunk at hand while we work on the last one's result.
+Each chunk takes a call, and then work of our own. One after the other, each side waits while the other works. With all
+calls in flight, the server works on the next chunk while we work on the last result.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 async def handle(client: AsyncClient, chunk: torch.Tensor) -> float:
     y = await client.call("project", chunk)
-    return torch.mm(y, y.T).diagonal().sum().item()  # our own work; meanwhile the server goes on with other chunks
+    return torch.mm(y, y.T).diagonal().sum().item()  # our own work, while the server goes on with other chunks
 
 
 async def main(address: str) -> None:

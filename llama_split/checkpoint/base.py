@@ -1,9 +1,8 @@
-"""What every kind of checkpoint can do: name its tensors, give rows of them, load them, and be told from others."""
+"""What every checkpoint can do: name its tensors, return rows of them, load them, and identify itself."""
 
 from __future__ import annotations
 
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,67 +11,53 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
+from ..boundary.geometry import Geometry
 from ..errors import CheckpointError
-from ..operations import Geometry
 from .files import one_line
 from .generation import check_generation_config
+from .outline import EMBEDDING, FOREIGN, LAYER_PREFIX, LM_HEAD, Outline, parameter_shape
 from .soundness import check_config, check_rotary
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-LM_HEAD = "lm_head.weight"
-LAYER_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
-_ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
-_MLP = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
-
 BLOCK_NUMBERS = 1 << 20
-"""How many numbers are read and converted at a time: 4 MiB in float32, however large the tensor is.
+"""How many numbers are read and converted at a time, however large the tensor is: 4 MiB in float32.
 
-torch joins its threads after each block, which is slow where they spin on busy cores: hence none much smaller.
+Blocks are not smaller because torch joins its threads after each one, which is slow where they spin on busy cores.
 """
 
 SAMPLED_ROWS = 16
 SAMPLED_NUMBERS = 1 << 15
-"""What a fingerprint reads of each matrix: so many rows, or as many as have so many numbers, if these are more."""
-
-_LAYER_PREFIX = re.compile(r"^model\.layers\.(0|[1-9][0-9]{0,9})\.")
-# What a linear layer or the embedding has beside its weight and bias: scales of a quantisation, parts of an adapter.
-_FOREIGN_PART = re.compile(
-    r"^(model\.embed_tokens|lm_head|model\.layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj)"
-    r"\.(?!weight$|bias$)"
-)
+"""A fingerprint reads this many rows of each matrix, or as many as hold this many numbers, whichever is more."""
 
 Key = TypeVar("Key")
 
 Progress = Callable[[int, int], None]
-"""Called with how many tensors are loaded, of how many."""
-
-
-def layer_name(index: int, rest: str) -> str:
-    """The full name of a layer's parameter."""
-    return f"model.layers.{index}.{rest}"
+"""Called with the number of tensors loaded and their total."""
 
 
 class Checkpoint(ABC):
-    """A model's files, found to hold all that their configuration asks for.
+    """A model's files, checked to hold everything that their configuration asks for.
 
-    A subclass must be able to describe its tensors before it calls this ``__init__``.
+    ``names`` and ``stored_shape`` of a subclass must work before it calls this ``__init__``, once ``config`` and
+    ``geometry`` are set.
+
+    Args:
+        path: where the model is; for messages.
+        config: its configuration.
 
     Raises:
-        CheckpointError: the configuration describes no Llama that can be computed; or a tensor is missing, of another
-            shape than the configuration says, or stored in a way that can't be read.
+        CheckpointError: the configuration describes no Llama that can be computed; or a tensor is missing, has another
+            shape than the configuration says, or is stored in a way that can't be read.
     """
 
     def __init__(self, path: Path, config: LlamaConfig) -> None:
         self.path = path
         self.config = config
         check_config(path, config)
-        # transformers' own name for this public choice. A split attends by its own steps, whatever the file names.
+        # transformers' name for this public choice. A split has its own attention, whatever the file says.
         config._attn_implementation = "sdpa"  # noqa: SLF001
         self.geometry = Geometry.of(config)
         self._check_layers()
-        self._check_parts()
+        self._refuse_foreign()
         self._check(self.parameters())
         check_rotary(path, config)
         self.dtype = self._stored_dtype() if config.dtype is None else config.dtype
@@ -80,36 +65,42 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def names(self) -> frozenset[str]:
-        """The parameters that are in the files."""
+        """The names of the parameters in the files."""
 
     @abstractmethod
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """The shape that a parameter has in the files; nothing of it is read."""
+        """The shape of a parameter in the files; reads nothing of it."""
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int, step: int = 1) -> torch.Tensor:
-        """Rows (of a vector: elements) of one parameter as they are stored (float32 if that was quantised).
+        """Rows of one parameter (elements, for a vector) as they are stored, or in float32 if it is quantised.
 
-        The result may be a view of the file: whoever keeps it copies it.
+        The result may be a view of the file; copy it to keep it.
+
+        Args:
+            name: the parameter.
+            start: the first row.
+            stop: the row after the last.
+            step: the distance between rows.
         """
 
     @abstractmethod
     def _unreadable(self, name: str) -> str | None:
-        """Why a stored parameter can't be read as the numbers that the model was made with; None if it can."""
+        """Why a stored parameter can't be read as the numbers of the model; None if it can."""
 
     @abstractmethod
     def _stored_dtype(self) -> torch.dtype:
-        """The dtype of the weights in the files, where the configuration names none."""
+        """The dtype of the weights in the files, for configurations that name none."""
 
     @abstractmethod
     def _load_tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole parameter as it is stored (float32 if that was quantised)."""
+        """One whole parameter as it is stored, or in float32 if it is quantised."""
         return self.rows(name, 0, self.stored_shape(name)[0])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, through transformers.
+        """Load the model's tokenizer with transformers.
 
         Raises:
             CheckpointError: there is none, or it can't be used.
@@ -120,16 +111,22 @@ class Checkpoint(ABC):
             raise
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # whatever a wrong file leads transformers to; a panic of Rust is no Exception
+        except BaseException as error:  # a wrong file may raise anything; a panic in Rust is no Exception
             raise CheckpointError(f"the tokenizer of {self.path} can't be used: {one_line(error)}") from error
 
     def load(
         self, names: Iterable[str], dtype: torch.dtype, device: torch.device, progress: Progress | None = None
     ) -> dict[str, torch.Tensor]:
-        """The named parameters, converted and in contiguous memory of their own; as ``load_stacked`` does it.
+        """Load parameters, each into contiguous memory of its own; see ``load_stacked``.
+
+        Args:
+            names: the parameters.
+            dtype: of the results.
+            device: of the results.
+            progress: called with the number of parameters loaded and their total.
 
         Raises:
-            CheckpointError: one is missing, or not of the shape that the configuration says.
+            CheckpointError: a parameter is missing, or has another shape than the configuration says.
         """
         return self.load_stacked({name: (name,) for name in names}, dtype, device, progress)
 
@@ -140,15 +137,21 @@ class Checkpoint(ABC):
         device: torch.device,
         progress: Progress | None = None,
     ) -> dict[Key, torch.Tensor]:
-        """Groups of parameters, each group stacked by rows into one contiguous tensor under the group's name.
+        """Load groups of parameters, each group stacked by rows into one contiguous tensor.
 
-        ``{"qkv": [q, k, v]}`` gives ``{"qkv": [rows of q, of k and of v, width]}``; vectors follow one another. Rows
-        are converted in blocks, straight into the result: beside it a few blocks of ``BLOCK_NUMBERS`` are held, never
-        a whole parameter. ``progress`` counts parameters, not groups.
+        ``{"qkv": [q, k, v]}`` returns ``{"qkv": [rows of q, then k, then v; width]}``; vectors are concatenated. Rows
+        are converted in blocks, straight into the result, so memory holds a few blocks of ``BLOCK_NUMBERS`` besides it,
+        never a whole parameter.
+
+        Args:
+            groups: the parameters of each group, by the group's key.
+            dtype: of the results.
+            device: of the results.
+            progress: called with the number of parameters (not groups) loaded and their total.
 
         Raises:
-            CheckpointError: a parameter is missing, or not of the shape that the configuration says; nothing was read.
-            ValueError: a group is empty, or its parameters are not of one width.
+            CheckpointError: a parameter is missing, or has another shape than the configuration says; nothing was read.
+            ValueError: a group is empty, or its parameters have different widths.
         """
         self._check(name for group in groups.values() for name in group)
         total, count = sum(map(len, groups.values())), 0
@@ -166,15 +169,15 @@ class Checkpoint(ABC):
         return loaded
 
     def _check_layers(self) -> None:
-        """Compare numbers of layers before a list of as many names is made."""
-        found = {match[1] for match in map(_LAYER_PREFIX.match, self.names) if match}
+        """Compare the number of layers before a list of that many names is built."""
+        found = {match[1] for match in map(LAYER_PREFIX.match, self.names) if match}
         if len(found) < self.geometry.layers:
             raise CheckpointError(
                 f"{self.path} holds {len(found)} layers; by its configuration there are {self.geometry.layers}"
             )
 
-    def _check_parts(self) -> None:
-        foreign = min(filter(_FOREIGN_PART.match, self.names), default=None)
+    def _refuse_foreign(self) -> None:
+        foreign = min(filter(FOREIGN.match, self.names), default=None)
         if foreign is not None:
             raise CheckpointError(
                 f"{self.path} holds {foreign}, a part of a quantised weight or of an adapter, and these are not "
@@ -211,90 +214,64 @@ class Checkpoint(ABC):
             stop = min(start + step, rows)
             destination[start:stop].copy_(self.rows(name, start, stop))
 
+    @property
+    def outline(self) -> Outline:
+        """The names and shapes of the parameters, as the configuration gives them."""
+        config = self.config
+        return Outline(self.geometry, config.attention_bias, config.mlp_bias, self.lm_head_name())
+
     def lm_head_name(self) -> str:
-        """The output matrix's name: the embedding's if the two are tied and the files hold no matrix of its own."""
+        """The name of the output matrix: the embedding's if the two are tied and the files hold no other."""
         return EMBEDDING if self.config.tie_word_embeddings and LM_HEAD not in self.names else LM_HEAD
 
-    def matrices(self) -> list[str]:
-        """Every matrix that the model computes with, and every bias; a tied output matrix is the embedding again."""
-        biased = [*(_ATTENTION if self.config.attention_bias else ()), *(_MLP if self.config.mlp_bias else ())]
-        parts = [*(f"{part}.weight" for part in (*_ATTENTION, *_MLP)), *(f"{part}.bias" for part in biased)]
-        return [
-            EMBEDDING,
-            self.lm_head_name(),
-            *(layer_name(index, part) for index in range(self.geometry.layers) for part in parts),
-        ]
-
-    def norms(self) -> list[str]:
-        """The weights of every norm."""
-        return [FINAL_NORM, *(layer_name(index, norm) for index in range(self.geometry.layers) for norm in LAYER_NORMS)]
-
     def parameters(self) -> list[str]:
-        """Every parameter of the model."""
-        return [*self.matrices(), *self.norms()]
+        """All parameters of the model."""
+        return self.outline.parameters()
 
     def generation_config(self) -> GenerationConfig:
-        """How the model's makers want it to generate: its end tokens, above all.
+        """The generation settings that come with the model, most importantly its end tokens.
 
         Raises:
-            CheckpointError: what says so can't be used.
+            CheckpointError: they can't be used.
         """
         return check_generation_config(self.path, self._load_generation_config(), self.geometry.vocab)
 
     def _load_generation_config(self) -> GenerationConfig:
         try:
             return GenerationConfig.from_model_config(self.config)
-        except Exception as error:  # transformers raises whatever wrong values lead it to
+        except Exception as error:  # wrong values may raise anything in transformers
             raise CheckpointError(
                 f"the configuration of {self.path} can't be used for generation: {one_line(error)}"
             ) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape that a parameter must have by the configuration."""
-        g = self.geometry
-        shapes: dict[str, tuple[int, ...]] = {
-            EMBEDDING: (g.vocab, g.hidden),
-            LM_HEAD: (g.vocab, g.hidden),
-            FINAL_NORM: (g.hidden,),
-            "input_layernorm.weight": (g.hidden,),
-            "post_attention_layernorm.weight": (g.hidden,),
-            "self_attn.q_proj.weight": (g.query_width, g.hidden),
-            "self_attn.k_proj.weight": (g.kv_width, g.hidden),
-            "self_attn.v_proj.weight": (g.kv_width, g.hidden),
-            "self_attn.o_proj.weight": (g.hidden, g.query_width),
-            "mlp.gate_proj.weight": (g.intermediate, g.hidden),
-            "mlp.up_proj.weight": (g.intermediate, g.hidden),
-            "mlp.down_proj.weight": (g.hidden, g.intermediate),
-        }
-        within_layer = _LAYER_PREFIX.sub("", name)
-        if within_layer.endswith(".bias"):
-            return shapes[within_layer.removesuffix("bias") + "weight"][:1]
-        return shapes[within_layer]
+        """The shape that the configuration gives a parameter."""
+        return parameter_shape(self.geometry, name)
 
     def fingerprint(self) -> str:
-        """Names the model whatever its file format: a digest of its sizes, its norms and rows of every matrix.
+        """Identify the model, whatever its file format: a digest of its sizes, its norms and rows of every matrix.
 
-        Norms, biases and small matrices count whole, of a larger matrix rows at equal distances, the last one among
-        them. So what changes a whole matrix is seen, as fine-tuning and merging an adapter do. A change to rows between
-        these is not seen. Two checkpoints of one model at different quantisations differ, and so do two that describe
-        the same scaling of rotary positions in different terms.
+        Norms, biases and small matrices count as a whole; of a larger matrix, rows at equal distances do, including the
+        last one. This notices whatever changes a whole matrix, such as fine-tuning or a merged adapter, but not a
+        change to rows in between. Two quantisations of one model have different fingerprints, and so have two
+        checkpoints that describe the same scaling of rotary positions in different terms.
         """
         digest = hashlib.sha256(repr((self.geometry, self._arithmetic())).encode())
-        for name in self.norms():
+        for name in self.outline.norms():
             digest.update(self.read(name).to(torch.float32).numpy().tobytes())
-        for name in self.matrices():
+        for name in self.outline.matrices():
             digest.update(self._sample(name).to(torch.float32).numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def _sample(self, name: str) -> torch.Tensor:
-        """Rows of a matrix at equal distances, up to the last one; all of a vector."""
+        """Rows of a matrix at equal distances, including the last one; all of a vector."""
         rows, *width = self.shape(name)
         wanted = max(SAMPLED_ROWS, SAMPLED_NUMBERS // width[0]) if width else rows
         step = -(-rows // wanted)
         return self.rows(name, (rows - 1) % step, rows, step)
 
     def _arithmetic(self) -> list[tuple[str, str]]:
-        """What the configuration says beside sizes, with numbers as exact as every file format keeps them."""
+        """What the configuration says besides sizes, with the precision that every file format keeps."""
         rope = self.config.rope_parameters
         values = {"act": self.config.hidden_act, "eps": self.config.rms_norm_eps, **rope}
         return [(key, _rounded(value)) for key, value in sorted(values.items())]

@@ -1,4 +1,4 @@
-"""What is known of a model's file before it is opened: that it is a file, and not a stand-in for one."""
+"""Checks a model's file before it is opened: that it is a regular file, and not a stand-in for one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 
 _POINTER_START = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
-"""Git LFS keeps its pointers below this size."""
+"""The files that Git LFS uses as pointers are smaller than this."""
 
 _LONGEST_CAUSE = 400
 
@@ -20,16 +20,16 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length; its type if it says nothing."""
+    """The text of an error as one line of bounded length; its type if it has no text."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST_CAUSE else text[:_LONGEST_CAUSE] + " …"
 
 
 def check_file(path: Path) -> Path:
-    """The path as it is, if a file can be read there: a FIFO would block its reader. Symbolic links are followed.
+    """Return the path if it is a regular file: reading from a FIFO would block. Symbolic links are followed.
 
     Raises:
-        CheckpointError: it is missing, no regular file, or the pointer that Git LFS puts in a file's place.
+        CheckpointError: it is missing, no regular file, or a pointer that Git LFS has put in the file's place.
     """
     try:
         found = path.stat()
@@ -43,7 +43,7 @@ def check_file(path: Path) -> Path:
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Check each file of a directory that transformers may read to make a tokenizer.
+    """Check all files of a directory that transformers may read for a tokenizer.
 
     Raises:
         CheckpointError: one is no regular file, or a Git LFS pointer.
@@ -54,10 +54,10 @@ def check_tokenizer_files(directory: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        CheckpointError: the file can't be read, is no JSON, or holds something else.
+        CheckpointError: the file can't be read, is no JSON, or holds no object.
     """
     check_file(path)
     try:

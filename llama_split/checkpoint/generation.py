@@ -1,6 +1,6 @@
-"""How a model's makers want it to generate, with values that transformers' ``generate`` can use.
+"""Reads the generation settings that come with a model, and checks that ``generate`` can use their values.
 
-transformers reads the file without a look at the values' types, and fails where they are used.
+transformers reads the file without checking the types of the values, and fails later, where they are used.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _penalty(value: Any) -> bool:
 
 
 def _ids(low: int, high: int) -> _Test:
-    """One token's number or several."""
+    """One token id or several."""
 
     def one(value: Any) -> bool:
         return _whole(value, low, high)
@@ -102,11 +102,11 @@ _RULES: dict[str, tuple[Iterable[str], _Test]] = {
     "a number of 0 or more": (("temperature", "max_time", "penalty_alpha"), _number(0.0)),
     "a number above 0 with a decimal point": (("repetition_penalty", "encoder_repetition_penalty"), _penalty),
     "a number": (("length_penalty", "diversity_penalty", "guidance_scale"), _number(-_LIMIT)),
-    "a token's number or a list of them": (
+    "a token id or a list of them": (
         ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens"),
         _ids(-_LIMIT, _LIMIT - 1),
     ),
-    "a list of tokens' numbers": (("begin_suppress_tokens",), _list_of(_whole)),
+    "a list of token ids": (("begin_suppress_tokens",), _list_of(_whole)),
     "a text or a list of them": (("stop_strings",), _any_of(_text, _list_of(_text))),
     "a text": (("cache_implementation", "num_assistant_tokens_schedule"), _text),
     "an object": (("cache_config",), lambda value: isinstance(value, dict)),
@@ -115,7 +115,7 @@ _RULES: dict[str, tuple[Iterable[str], _Test]] = {
 
 
 def read_generation_config(path: Path) -> GenerationConfig:
-    """What a file says.
+    """Read a generation config file.
 
     Raises:
         CheckpointError: it can't be read.
@@ -123,15 +123,20 @@ def read_generation_config(path: Path) -> GenerationConfig:
     read_object(path)
     try:
         return GenerationConfig.from_pretrained(path.parent, path.name)
-    except Exception as error:  # transformers raises whatever a wrong file leads it to
+    except Exception as error:  # a wrong file may raise anything in transformers
         raise CheckpointError(f"{path} can't be used: {one_line(error)}") from error
 
 
 def check_generation_config(path: Path, config: GenerationConfig, vocabulary: int) -> GenerationConfig:
-    """The settings as they are, if ``generate`` can use each.
+    """Return the settings unchanged, if ``generate`` can use all of them.
+
+    Args:
+        path: where they are from, for the error.
+        config: the settings.
+        vocabulary: the model's number of tokens.
 
     Raises:
-        CheckpointError: one is of a kind, or in a range, that it can't use.
+        CheckpointError: a setting has a type or a range that ``generate`` can't use.
     """
     inside = _ids(0, vocabulary - 1)
     words = _list_of(lambda word: isinstance(word, list) and inside(word))
@@ -140,12 +145,12 @@ def check_generation_config(path: Path, config: GenerationConfig, vocabulary: in
     )
     rules = {
         **_RULES,
-        f"a token's number from 0 to {vocabulary - 1}, or a list of them": (
+        f"a token id from 0 to {vocabulary - 1}, or a list of them": (
             ("forced_bos_token_id", "forced_eos_token_id"),
             inside,
         ),
-        "a list of lists of tokens' numbers": (("bad_words_ids",), lambda value: bool(value) and words(value)),
-        "a list of pairs, of tokens' numbers and a bias": (
+        "a list of lists of token ids": (("bad_words_ids",), lambda value: bool(value) and words(value)),
+        "a list of pairs of token ids and a bias": (
             ("sequence_bias",),
             lambda value: bool(value) and biased(value),
         ),

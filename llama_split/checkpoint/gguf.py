@@ -1,9 +1,7 @@
-"""Checkpoints in GGUF files: names, configuration, quantisation and row order as transformers has them."""
+"""Checkpoints in GGUF files, with names, configuration and row order translated to transformers'."""
 
 from __future__ import annotations
 
-import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +11,26 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError
-from .base import EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint, layer_name
+from .base import Checkpoint
 from .files import check_file, check_tokenizer_files, one_line
-from .gguf_file import GgufFile, SkippedArray, StoredTensor
+from .gguf_file import GgufFile, SkippedArray, StoredTensor, readable
+from .gguf_names import translated
 from .gguf_rope import FREQUENCY_FACTORS, rope_parameters
+from .outline import EMBEDDING, LM_HEAD
 from .soundness import check_values
 
-_GLOBAL_NAMES = {
-    "token_embd.weight": EMBEDDING,
-    "output_norm.weight": FINAL_NORM,
-    "output.weight": LM_HEAD,
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_LAYER_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,9})\.([a-z_]+)\.(weight|bias)")
 _ENDS = ("eos", "eot", "eom")
-"""Of a text, of a turn, of a message: each ends a generation."""
-# Dequantising makes several temporary arrays of this many numbers; at this size they stay in a core's cache.
+"""End of a text, of a turn, of a message: each ends a generation."""
+# Dequantising allocates several temporary arrays of this many numbers; at this size they stay in a core's cache.
 _NUMBERS_AT_ONCE = 1 << 16
 
 
 class GgufCheckpoint(Checkpoint):
-    """One GGUF file of a Llama, of any quantisation that the gguf package can undo.
+    """One GGUF file of a Llama, in any quantisation that the gguf package can decode.
 
     Raises:
-        CheckpointError: it is not readable, one part of several, no Llama, or scales rotary positions in a way that is
-            not known; or as ``Checkpoint``.
+        CheckpointError: it can't be read, is one part of several, no Llama, or has an unknown scaling of rotary
+            positions; or as for ``Checkpoint``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,18 +41,8 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"{path} is no readable GGUF file: {one_line(error)}") from error
         self.path = path
         self._refuse_part()
-        self._tensors = {self._translate(name): tensor for name, tensor in self._file.tensors.items()}
+        self._tensors = {translated(name): tensor for name, tensor in self._file.tensors.items()}
         super().__init__(path, self._read_config())
-
-    @staticmethod
-    def _translate(name: str) -> str:
-        """The name that transformers gives a GGUF tensor; one that it does not have stays as it is."""
-        if name in _GLOBAL_NAMES:
-            return _GLOBAL_NAMES[name]
-        found = _LAYER_TENSOR.fullmatch(name)
-        if found is not None and found[2] in _LAYER_NAMES:
-            return layer_name(int(found[1]), f"{_LAYER_NAMES[found[2]]}.{found[3]}")
-        return name
 
     def _refuse_part(self) -> None:
         parts, before = self._file.fields.get("split.count", 1), self._file.fields.get("split.no", 0)
@@ -87,7 +60,7 @@ class GgufCheckpoint(Checkpoint):
         return value
 
     def _read_config(self) -> LlamaConfig:
-        """The configuration that transformers reads from the same file, without its decoding of the vocabulary."""
+        """The configuration that transformers reads from the same file, without decoding the vocabulary."""
         field = self._field
         architecture = field("general.architecture")
         if architecture != "llama":
@@ -127,17 +100,17 @@ class GgufCheckpoint(Checkpoint):
             )
         except CheckpointError:
             raise
-        except Exception as error:  # transformers raises whatever wrong sizes lead it to
+        except Exception as error:  # wrong sizes may raise anything in transformers
             raise CheckpointError(
                 f"{self.path} describes its Llama incompletely or wrongly: {one_line(error)}"
             ) from error
 
     def _has_bias(self, part: str) -> bool:
-        """Whether any linear layer of this part of a layer has one: transformers knows all of them or none."""
+        """True if any linear layer of this part of a layer has a bias: in transformers all have one or none."""
         return any(f".{part}." in name and name.endswith("_proj.bias") for name in self._tensors)
 
     def _head_dim(self, default: int) -> int:
-        """The width of a head, all of which is rotated."""
+        """The width of a head, which must be rotated as a whole."""
         rotated: int = self._field("llama.rope.dimension_count", default)
         for name in ("llama.attention.key_length", "llama.attention.value_length"):
             if self._field(name, rotated) != rotated:
@@ -170,7 +143,7 @@ class GgufCheckpoint(Checkpoint):
         return torch.from_numpy(values)
 
     def _rows_in_file(self, name: str, start: int, stop: int, step: int) -> Any:
-        """Where the file has these rows: it keeps each rotary pair adjacent, transformers half a head apart."""
+        """Where these rows are in the file: it keeps rotary pairs adjacent, transformers half a head apart."""
         if ".q_proj." not in name and ".k_proj." not in name:
             return slice(start, stop, step)
         rows, half = np.arange(start, stop, step), self.geometry.head_dim // 2
@@ -185,19 +158,19 @@ class GgufCheckpoint(Checkpoint):
         values = np.empty((len(data), stored.shape[-1]), np.float32)
         step = max(1, _NUMBERS_AT_ONCE // stored.shape[-1])
         for start in range(0, len(data), step):
-            # As one long row: of more rows the gguf package takes sixteen at a time, which is slow if they are short.
+            # As one long row: the gguf package takes sixteen rows at a time, which is slow if they are short.
             block = data[start : start + step].reshape(1, -1)
-            values[start : start + step] = gguf.dequantize(block, stored.kind).reshape(-1, stored.shape[-1])
+            values[start : start + step] = gguf.dequantize(block, stored.quantisation).reshape(-1, stored.shape[-1])
         return values
 
     def _unreadable(self, name: str) -> str | None:
-        kind, readable = self._tensors[name].kind.name, _readable()
-        if kind in readable:
+        found, known = self._tensors[name].quantisation.name, readable()
+        if found in known:
             return None
-        return f"{kind}, which the gguf package can't read; it reads {', '.join(readable)}"
+        return f"{found}, which the gguf package can't read; it reads {', '.join(known)}"
 
     def _stored_dtype(self) -> torch.dtype:
-        """What dequantising gives."""
+        """Dequantised numbers are float32."""
         return torch.float32
 
     def _load_generation_config(self) -> GenerationConfig:
@@ -211,16 +184,3 @@ class GgufCheckpoint(Checkpoint):
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         check_tokenizer_files(self.path.parent)
         return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
-
-
-@cache
-def _readable() -> list[str]:
-    """The kinds of quantisation that the installed gguf package can undo, by trying each on a block of zeros."""
-    names = []
-    for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
-        try:
-            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-        except NotImplementedError:
-            continue
-        names.append(kind.name)
-    return names

@@ -1,7 +1,7 @@
-"""What a GGUF file holds: its plain fields, and where each tensor lies.
+"""Reads a GGUF file's header: its plain fields, and where each tensor is.
 
-The ``gguf`` package's own reader makes an object of every word of the vocabulary, which takes seconds. Nothing here
-needs the vocabulary, so that arrays are stepped over.
+The ``gguf`` package's own reader creates an object for every word of the vocabulary, which takes seconds. The
+vocabulary is not needed here, so arrays are skipped.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
-_KINDS: dict[gguf.GGUFValueType, str] = {
+_FORMATS: dict[gguf.GGUFValueType, str] = {
     gguf.GGUFValueType.UINT8: "B",
     gguf.GGUFValueType.INT8: "b",
     gguf.GGUFValueType.UINT16: "H",
@@ -36,15 +37,15 @@ _LENGTH = struct.Struct("<Q")
 
 
 class SkippedArray:
-    """Stands for a field that is an array, whose items were not read."""
+    """Stands for a field that is an array; its items were not read."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file; ``offset`` and ``row_bytes`` are bytes, the shape's last number is a row's length."""
+    """One tensor of a file; ``offset`` and ``row_bytes`` are in bytes, the last dimension is the length of a row."""
 
     shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
+    quantisation: gguf.GGMLQuantizationType
     offset: int
     row_bytes: int
 
@@ -53,7 +54,7 @@ class GgufFile:
     """A mapped GGUF file: ``fields`` by name, ``tensors`` by name.
 
     Raises:
-        ValueError: the file is cut off, contradicts itself, or is no GGUF file of a known version.
+        ValueError: the file is truncated, contradicts itself, or is no GGUF file of a known version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,18 +64,18 @@ class GgufFile:
         self.tensors: dict[str, StoredTensor] = {}
         try:
             _Parser(self._data).parse(self.fields, self.tensors)
-        except (struct.error, OverflowError) as error:  # a position behind the end, or beyond what positions can be
+        except (struct.error, OverflowError) as error:  # a position after the end, or too large for a position
             raise ValueError("it ends within its header") from error
         self._bytes = np.frombuffer(self._data, np.uint8)
 
     def rows(self, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """A tensor's bytes [rows, bytes a row] as a view of the file; a vector is one row."""
+        """A tensor's bytes [rows, bytes per row] as a view of the file; a vector is one row."""
         count = prod(tensor.shape[:-1])
         end = tensor.offset + count * tensor.row_bytes
         return self._bytes[tensor.offset : end].reshape(count, tensor.row_bytes)
 
     def let_go(self, tensor: StoredTensor) -> None:
-        """Unmap a tensor's pages, which count as this process's memory once they were read; they can be read again."""
+        """Release a tensor's pages, which count as this process's memory once read; they can be read again."""
         start = tensor.offset // mmap.PAGESIZE * mmap.PAGESIZE
         end = tensor.offset + prod(tensor.shape[:-1]) * tensor.row_bytes
         self._data.madvise(mmap.MADV_DONTNEED, start, end - start)
@@ -89,7 +90,7 @@ class _Parser:
 
     def parse(self, fields: dict[str, Any], tensors: dict[str, StoredTensor]) -> None:
         if self._take(4) != _MAGIC:
-            raise ValueError("it does not begin as a GGUF file does")
+            raise ValueError("it does not begin like a GGUF file")
         version = self._number("I")
         if version not in _VERSIONS:
             raise ValueError(f"its version is {version}; versions {_VERSIONS} in little-endian order can be read")
@@ -107,7 +108,7 @@ class _Parser:
             unplaced[name] = self._tensor(name)
         alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError("its alignment is no power of two")
+            raise ValueError("its alignment is not a power of two")
         first = -(-self._position // alignment) * alignment
         tensors.update((name, self._placed(name, tensor, first)) for name, tensor in unplaced.items())
 
@@ -117,30 +118,30 @@ class _Parser:
             raise ValueError("it ends within its header")
         return self._data[start : self._position]
 
-    def _number(self, kind: str) -> Any:
-        (value,) = struct.unpack_from(f"<{kind}", self._data, self._position)
-        self._position += struct.calcsize(f"<{kind}")
+    def _number(self, code: str) -> Any:
+        (value,) = struct.unpack_from(f"<{code}", self._data, self._position)
+        self._position += struct.calcsize(f"<{code}")
         return value
 
     def _text(self) -> str:
         return self._take(self._number("Q")).decode("utf-8")
 
-    def _value(self, kind: gguf.GGUFValueType) -> Any:
-        if kind is gguf.GGUFValueType.STRING:
+    def _value(self, value_type: gguf.GGUFValueType) -> Any:
+        if value_type is gguf.GGUFValueType.STRING:
             return self._text()
-        if kind is gguf.GGUFValueType.ARRAY:
-            self._step_over_array(gguf.GGUFValueType(self._number("I")), self._number("Q"))
+        if value_type is gguf.GGUFValueType.ARRAY:
+            self._skip_array(gguf.GGUFValueType(self._number("I")), self._number("Q"))
             return SkippedArray()
-        return self._number(_KINDS[kind])
+        return self._number(_FORMATS[value_type])
 
-    def _step_over_array(self, kind: gguf.GGUFValueType, count: int) -> None:
-        if kind is gguf.GGUFValueType.ARRAY:
+    def _skip_array(self, item_type: gguf.GGUFValueType, count: int) -> None:
+        if item_type is gguf.GGUFValueType.ARRAY:
             raise ValueError("it has arrays of arrays")
         position, data, length_at = self._position, self._data, _LENGTH.unpack_from
-        if kind is not gguf.GGUFValueType.STRING:
-            position += count * struct.calcsize(f"<{_KINDS[kind]}")
+        if item_type is not gguf.GGUFValueType.STRING:
+            position += count * struct.calcsize(f"<{_FORMATS[item_type]}")
         else:
-            for _ in range(count):  # a vocabulary has hundreds of thousands: nothing but the step is made here
+            for _ in range(count):  # hundreds of thousands in a vocabulary: only skip here
                 position += 8 + length_at(data, position)[0]
         self._position = position
         self._take(0)
@@ -150,15 +151,28 @@ class _Parser:
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"its tensor {name} has {dimensions} dimensions")
         shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
-        kind = gguf.GGMLQuantizationType(self._number("I"))
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        quantisation = gguf.GGMLQuantizationType(self._number("I"))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
         if min(shape) < 1 or shape[-1] % block:
-            raise ValueError(f"its tensor {name} of {kind.name} has the shape {list(shape)}")
-        return StoredTensor(shape, kind, self._number("Q"), shape[-1] // block * block_bytes)
+            raise ValueError(f"its tensor {name} of {quantisation.name} has the shape {list(shape)}")
+        return StoredTensor(shape, quantisation, self._number("Q"), shape[-1] // block * block_bytes)
 
     def _placed(self, name: str, tensor: StoredTensor, first: int) -> StoredTensor:
         offset = first + tensor.offset
         end = offset + prod(tensor.shape[:-1]) * tensor.row_bytes
         if end > len(self._data):
             raise ValueError(f"it ends within or before its tensor {name}")
-        return StoredTensor(tensor.shape, tensor.kind, offset, tensor.row_bytes)
+        return StoredTensor(tensor.shape, tensor.quantisation, offset, tensor.row_bytes)
+
+
+@cache
+def readable() -> list[str]:
+    """The quantisations that the installed gguf package can decode, found by trying each on a block of zeros."""
+    names = []
+    for quantisation, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
+        try:
+            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), quantisation)
+        except NotImplementedError:
+            continue
+        names.append(quantisation.name)
+    return names

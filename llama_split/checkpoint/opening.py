@@ -1,8 +1,9 @@
-"""Finds a model by a path or a hub id, and says what is wrong if there is none that can be split."""
+"""Opens a model by its path or hub id, or explains why there is none that can be split."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig
@@ -17,16 +18,24 @@ from .soundness import check_values
 _CONFIG = "config.json"
 
 
-def open_checkpoint(path_or_hub_id: str, gguf_file: str | None = None) -> Checkpoint:
-    """Open a model: a directory, a GGUF file, or a hub id (fetched through huggingface_hub if it is not cached).
+def open_checkpoint(path_or_hub_id: str | os.PathLike[str] | Checkpoint, gguf_file: str | None = None) -> Checkpoint:
+    """Open a model.
+
+    Args:
+        path_or_hub_id: a directory, a GGUF file, or a hub id, which huggingface_hub fetches unless it is cached. A
+            checkpoint that is already open is returned as it is.
+        gguf_file: the GGUF file to open in a directory or hub repository.
 
     Raises:
-        CheckpointError: it is not there, not readable, or no Llama.
+        CheckpointError: there is no such model, it can't be read, or it is no Llama.
     """
+    if isinstance(path_or_hub_id, Checkpoint):
+        return path_or_hub_id
+    name = os.fspath(path_or_hub_id)
     try:
-        return _open(path_or_hub_id, gguf_file)
+        return _open(name, gguf_file)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the model at {path_or_hub_id!r} can't be read: {one_line(error)}") from error
+        raise CheckpointError(f"the model at {name!r} can't be read: {one_line(error)}") from error
 
 
 def _open(path_or_hub_id: str, gguf_file: str | None) -> Checkpoint:
@@ -61,7 +70,7 @@ def _read_config(path: Path) -> LlamaConfig:
         check_values(path, values)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever a wrong file leads it to
+    except Exception as error:  # a wrong file may raise anything in transformers
         raise CheckpointError(f"the {_CONFIG} in {path} can't be used: {one_line(error)}") from error
     if type(config) is not LlamaConfig:
         raise CheckpointError(
@@ -71,7 +80,7 @@ def _read_config(path: Path) -> LlamaConfig:
 
 
 def _fetch(hub_id: str, gguf_file: str | None) -> Path:
-    """A hub model's directory in the local cache, fetched if it must be."""
+    """The directory of a hub model in the local cache; fetches it if needed."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -79,4 +88,4 @@ def _fetch(hub_id: str, gguf_file: str | None) -> Path:
     if hub_id.count("/") == 1 and not hub_id.startswith((".", "/", "~")):
         with contextlib.suppress(HFValidationError, LocalEntryNotFoundError, OSError):
             return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    raise CheckpointError(f"no model at {hub_id!r}: it is no path here, and no model hub gave it")
+    raise CheckpointError(f"no model at {hub_id!r}: no such path exists, and no model hub has it")

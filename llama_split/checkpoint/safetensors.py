@@ -1,4 +1,4 @@
-"""Checkpoints in directories as transformers saves them."""
+"""Checkpoints in directories, as transformers saves them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError
-from .base import EMBEDDING, LM_HEAD, Checkpoint
+from .base import Checkpoint
 from .files import check_file, check_tokenizer_files, one_line, read_object
 from .generation import read_generation_config
+from .outline import EMBEDDING, LM_HEAD
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -24,27 +25,27 @@ _ADAPTER = "adapter_config.json"
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# A model without its output matrix is saved without the prefix of what is beside that; some tools do the reverse.
+# A model saved without its output matrix lacks the prefix "model."; some tools prefix the output matrix as well.
 _WITHOUT_PREFIX = re.compile(r"^(embed_tokens|layers|norm)\.")
 _WITH_TOO_MUCH = f"model.{LM_HEAD}"
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor is, and as what; ``kind`` is safetensors' name of its dtype."""
+    """Where a tensor is stored, and in which form; ``dtype_name`` is safetensors' name of its dtype."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    kind: str
+    dtype_name: str
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A directory with one safetensors file, or with several and an index; chosen and named as transformers does.
+    """A directory with one safetensors file, or several and an index. Chooses files and names as transformers does.
 
     Raises:
-        CheckpointError: a file is missing, cut off or no safetensors file, or lacks a tensor that the index names; or
-            as ``Checkpoint``.
+        CheckpointError: a file is missing, truncated or no safetensors file, or lacks a tensor that the index names; or
+            as for ``Checkpoint``.
     """
 
     def __init__(self, path: Path, config: LlamaConfig) -> None:
@@ -81,14 +82,14 @@ class SafetensorsCheckpoint(Checkpoint):
         return [self._inside(file) for file in sorted(set(weights.values()))], set(map(_as_transformers, weights))
 
     def _inside(self, name: str) -> Path:
-        """The file of this name in the directory; symbolic links are followed, a hub's cache is made of them."""
+        """The file of this name in the directory. Symbolic links are followed: a hub's cache consists of them."""
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise CheckpointError(f"{self.path} names {name!r} as a file of its weights, which is outside of it")
         return check_file(self.path / name)
 
     @classmethod
     def _list_tensors(cls, files: Iterable[Path]) -> dict[str, _Stored]:
-        """Every tensor by transformers' name; where two files have the same one, the later file's."""
+        """All tensors by transformers' name; where two files have the same one, the later file counts."""
         found: dict[str, _Stored] = {}
         for file in files:
             with cls._open(file) as opened:
@@ -109,23 +110,21 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._stored[name].shape
 
     def rows(self, name: str, start: int, stop: int, step: int = 1) -> torch.Tensor:
-        # The file is mapped for these rows only: pages that were read count as this process's memory while it is.
+        # Map the file for these rows only: while it is mapped, pages that were read count as this process's memory.
         stored = self._stored[name]
         with self._open(stored.file) as opened:
             found: torch.Tensor = opened.get_slice(stored.name)[start:stop:step]
         return found
 
     def _unreadable(self, name: str) -> str | None:
-        kind = self._stored[name].kind
-        if kind in _DTYPES:
+        found = self._stored[name].dtype_name
+        if found in _DTYPES:
             return None
-        return (
-            f"{kind}, as quantised weights are, which are not supported here; {', '.join(_DTYPES)} and GGUF files are"
-        )
+        return f"{found}, a dtype of quantised weights; {', '.join(_DTYPES)} and GGUF files are supported"
 
     def _stored_dtype(self) -> torch.dtype:
-        """That of the first tensor of floats, as in transformers."""
-        return next(_DTYPES[stored.kind] for stored in self._stored.values() if stored.kind in _DTYPES)
+        """The dtype of the first tensor of floats, as in transformers."""
+        return next(_DTYPES[each.dtype_name] for each in self._stored.values() if each.dtype_name in _DTYPES)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         check_tokenizer_files(self.path)
@@ -138,7 +137,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _as_transformers(name: str) -> str:
-    """The name by which transformers knows a tensor that is saved under this one."""
+    """Transformers' name for a tensor that is saved under this name."""
     if name == _WITH_TOO_MUCH:
         return LM_HEAD
     return f"model.{name}" if _WITHOUT_PREFIX.match(name) else name

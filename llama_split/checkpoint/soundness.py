@@ -1,7 +1,7 @@
-"""Whether a configuration describes a Llama that can be computed: checked before anything is made of its sizes.
+"""Checks that a configuration describes a Llama that can be computed, before anything is allocated by its sizes.
 
-Sizes are checked as a file has them, before transformers computes with them. What remains unbounded by that is
-compared with the weights' shapes by ``Checkpoint``, and rotary positions are tried last.
+Sizes are checked as they stand in the file, before transformers computes with them. ``Checkpoint`` then compares them
+with the shapes of the weights. Rotary positions are tried last.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SIZES = {
     "head_dim": _LIMIT,
     "vocab_size": _LIMIT,
     "max_position_embeddings": _LIMIT,
-    "num_labels": 1 << 16,  # of a classifier: transformers makes a list of as many for every model
+    "num_labels": 1 << 16,  # of a classifier: transformers builds a list of this length for every model
 }
-"""What each size must be below."""
+"""The upper limit of each size, exclusive."""
 _QUANTISATIONS = ("quantization_config", "compression_config")
 
 
 def check_values(path: Path, values: Mapping[str, Any]) -> None:
-    """Check those values that are given, as a file has them; None stands for transformers' default.
+    """Check the values of a file, as far as they are given; None means transformers' default.
 
     Raises:
         CheckpointError: a size is not a whole number within its limits, or the weights are quantised.
@@ -53,7 +53,7 @@ def check_values(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def check_config(path: Path, config: LlamaConfig) -> None:
-    """Check what a configuration says by itself.
+    """Check a configuration without its weights.
 
     Raises:
         CheckpointError: it describes no Llama that can be computed, or one whose weights are quantised.
@@ -90,10 +90,10 @@ def _refuse_quantisation(path: Path, field: str, value: Any) -> None:
 
 
 def check_rotary(path: Path, config: LlamaConfig) -> None:
-    """Compute rotary positions at the first and the last place, as both sides will.
+    """Compute rotary positions for the first and the last position, as both sides will.
 
     Raises:
-        CheckpointError: transformers can't, finds no finite numbers, or rotates other than whole heads.
+        CheckpointError: transformers fails, returns numbers that are not finite, or does not rotate whole heads.
     """
     said = reprlib.repr(config.rope_parameters)
     try:
@@ -103,8 +103,8 @@ def check_rotary(path: Path, config: LlamaConfig) -> None:
         for last in (0, config.max_position_embeddings - 1):
             cos, sin = rotary(torch.zeros(1), torch.tensor([[0, last]]))
             if cos.shape[-1] != config.head_dim or not (torch.isfinite(cos).all() and torch.isfinite(sin).all()):
-                raise ValueError(f"they are no {config.head_dim} finite numbers at position {last}")
+                raise ValueError(f"they are not {config.head_dim} finite numbers at position {last}")
     except CheckpointError:
         raise
-    except Exception as error:  # transformers raises whatever wrong parameters lead it to
+    except Exception as error:  # wrong parameters may raise anything in transformers
         raise CheckpointError(f"the rotary positions of {path} can't be computed: {one_line(error)}; {said}") from error

@@ -1,4 +1,4 @@
-"""What all commands share in talking to their user: notices, errors of one line, progress, the transport's table."""
+"""How all commands talk to their user: notices, one-line errors, progress, JSON, the table of the transport."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..errors import LlamaSplitError, missing_package
+from shmtransport import TransportError
+from shmtransport.text import printable
+
+from ..errors import EXIT_ERROR, EXIT_INTERRUPTED, LlamaSplitError, missing_package
 
 if TYPE_CHECKING:
     from shmtransport import Statistics
 
     from ..checkpoint import Progress as OnProgress
-
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 _READERS = ("transformers", "tokenizers", "safetensors", "gguf", "jinja2", "huggingface_hub")
 _OURS = ("llama_split", "shmtransport")
@@ -32,50 +32,44 @@ results = Console(highlight=False)
 
 
 def notice(line: str) -> None:
-    """Tell the user something that is no result."""
+    """Tell the user something that is not a result."""
     notices.print(line, style="yellow", markup=False)
 
 
 def print_error(text: str) -> None:
-    """Say in one line what is wrong."""
+    """Print an error as one line."""
     notices.print(f"error: {' '.join(text.split())}", style="red", markup=False)
 
 
 def print_foreign_error(error: BaseException) -> None:
-    """The same of an error whose text may have come from a peer or a file."""
-    from shmtransport.text import printable  # imports torch: not before there is an error
-
+    """Print an error whose text may come from a peer or a file, with control characters made visible."""
     print_error(printable(str(error)) or type(error).__name__)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object as one line, at once even into a pipe."""
+    """Print a JSON object as one line, and flush: a reader at the other end of a pipe waits for it."""
     print(json.dumps(value), flush=True)
 
 
 class _Lines(logging.Formatter):
-    """Lines of the log, with what peers and files say made printable."""
+    """Formats the log, with control characters from peers and files made visible."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        from shmtransport.text import printable
-
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name that logging calls
         return printable(super().formatMessage(record), keep="\n")
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        from shmtransport.text import printable
-
         return printable(super().formatException(ei), keep="\n")
 
 
 def log(verbose: bool) -> None:
-    """Send the log to standard error: all that happens, or only what a user should know, as that a worker was lost."""
+    """Send the log to standard error: everything if ``verbose``, else only warnings, such as a lost worker."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines("%(asctime)s %(process)d %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 def statistics_table(statistics: Statistics) -> Table:
-    """What the transport did."""
+    """The transport's counters as a table."""
     table = Table(title="transport", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -86,7 +80,7 @@ def statistics_table(statistics: Statistics) -> Table:
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[OnProgress]:
-    """A progress bar on the terminal, as a function to call with how many are done, of how many."""
+    """Show a progress bar on a terminal; yields a function to call with how many are done, of how many."""
     with Progress(
         TextColumn(what),
         BarColumn(),
@@ -101,7 +95,7 @@ def progress_bar(what: str) -> Iterator[OnProgress]:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn what a user can fix into one line and exit code 2, and Ctrl-C into exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -109,18 +103,16 @@ def one_line_errors() -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except (SystemExit, typer.Exit):
         raise
-    except BaseException as error:  # a panic of the tokenizer's is no Exception
-        told = _in_words(error)
-        if told is None:
+    except BaseException as error:  # a panic in the tokenizer's Rust code is no Exception
+        explained = _explained(error)
+        if explained is None:
             raise
-        print_foreign_error(told)
+        print_foreign_error(explained)
         raise typer.Exit(EXIT_ERROR) from None
 
 
-def _in_words(error: BaseException) -> BaseException | None:
-    """An error with words for the user; None if it is a mistake of ours."""
-    from shmtransport import TransportError  # imports torch: not before there is an error
-
+def _explained(error: BaseException) -> BaseException | None:
+    """The error as the user should see it; None if it is a bug in this program."""
     if isinstance(error, ModuleNotFoundError) and (missing := missing_package(error)) is not None:
         return missing
     if isinstance(error, (LlamaSplitError, TransportError, OSError, MemoryError)):
@@ -134,10 +126,10 @@ def _in_words(error: BaseException) -> BaseException | None:
 
 
 def is_of_the_model(error: BaseException) -> bool:
-    """Whether an error was raised while a library worked with a model's files, and not where it had called us back.
+    """True if a library raised the error while it worked with a model's files.
 
-    The innermost frame of a package decides that is this project's or one of those that read such files. They raise
-    whatever a wrong file leads them to; what is raised in our own code is a mistake of ours and keeps its traceback.
+    The innermost frame that belongs either to this project or to a library that reads such files decides. Libraries
+    raise anything when a file is wrong; an error from this project's own code is a bug and keeps its traceback.
     """
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     packages = [package for name in frames if (package := name.partition(".")[0]) in (*_READERS, *_OURS)]

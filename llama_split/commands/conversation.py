@@ -1,8 +1,8 @@
-"""A chat's state: its messages, and a KV cache that every turn goes on from.
+"""The state of a chat: its messages, and a KV cache that every turn continues.
 
-Before a turn the chat is rendered anew by the model's template. What the cache has of the same tokens is kept, what it
-has beyond that is cropped: a template may drop or change what was said, and an answer's text need not be encoded as
-the tokens that it was generated as.
+Before each turn the model's template renders the whole chat again. The cache keeps the tokens that are still the same
+and is cropped after them: a template may drop or change earlier messages, and the text of an answer may be encoded as
+other tokens than those that were generated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .options import Sampling
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
 
 
 class Interruption:
-    """Within the block Ctrl-C is noted, for whoever looks, instead of raised; a second one is raised."""
+    """Within the block, the first Ctrl-C is only noted; the second one is raised."""
 
     def __init__(self) -> None:
         self.noted = False
+        self._before: Any = signal.SIG_DFL
 
     def __enter__(self) -> Interruption:
         self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_exception: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
     def stops(self, ids: torch.Tensor, _scores: object, **_: Any) -> torch.Tensor:
-        """A stopping criterion of transformers: a generation ends after the token that it is at."""
+        """A stopping criterion for transformers: once Ctrl-C was noted, the current token is the last."""
         return ids.new_full((ids.shape[0],), self.noted).bool()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -49,7 +50,7 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A chat's messages up to a question, and the same as token ids [1, T]."""
+    """The messages of a chat up to a question, and their token ids [1, T]."""
 
     messages: list[Message]
     ids: torch.Tensor
@@ -57,7 +58,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer: its text and tokens, how many tokens its prompt had, and how many of them were cached already."""
+    """One answer: its text and tokens, the tokens of its prompt, and how many of those were already cached."""
 
     text: str
     token_ids: list[int]
@@ -66,15 +67,21 @@ class Turn:
     interrupted: bool
 
     def facts(self) -> dict[str, Any]:
-        """All of it, for JSON; what had to be put through the model before the answer as well."""
+        """All fields for JSON, and the number of tokens that had to be prefilled before the answer."""
         return {**asdict(self), "prefilled_tokens": self.prompt_tokens - self.cached_tokens}
 
 
 class Conversation:
-    """A chat with one model; ``system`` is what the model is told before all else.
+    """A chat with one model.
+
+    Args:
+        opening: the model's files and limits.
+        limit: the most tokens of an answer.
+        sampling: how tokens are chosen.
+        system: what the model is told before anything else.
 
     Raises:
-        LlamaSplitError: the model's chat template takes no such message.
+        LlamaSplitError: the model's chat template can't render such messages.
     """
 
     def __init__(self, opening: Opening, limit: int, sampling: Sampling, system: str | None) -> None:
@@ -83,20 +90,22 @@ class Conversation:
         self._limit = limit
         self._sampling = sampling
         self._first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        encode_chat(self.tokenizer, [*self._first, {"role": "user", "content": "Hello"}])
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all that was said."""
         self._messages = list(self._first)
         self._cache: Cache | None = None
-        self._cached: list[int] = []
+        self._cached: list[int] = []  # the tokens whose KV the cache holds
+        encode_chat(self.tokenizer, [*self._first, {"role": "user", "content": "Hello"}])
+
+    def reset(self) -> None:
+        """Forget all messages but the system's."""
+        self._messages = list(self._first)
+        self._cache = None
+        self._cached = []
 
     def prompt(self, text: str) -> Prompt:
-        """The chat with the user's next message, which is not said yet.
+        """The chat with the user's next message, which is not part of it yet.
 
         Raises:
-            LlamaSplitError: it is too long by now, or its template fails.
+            LlamaSplitError: the chat has become too long, or its template fails.
         """
         messages = [*self._messages, {"role": "user", "content": text}]
         ids = encode_chat(self.tokenizer, messages)
@@ -104,7 +113,13 @@ class Conversation:
         return Prompt(messages, ids)
 
     def ask(self, llama: SplitLlamaForCausalLM, prompt: Prompt, streamer: Any) -> Turn:
-        """What ``llama`` answers. Ctrl-C ends the answer; what there is of it counts."""
+        """Generate the answer to a prompt. Ctrl-C ends it; what was generated until then becomes a message.
+
+        Args:
+            llama: the split model.
+            prompt: as ``prompt`` returns it.
+            streamer: prints tokens as they come; None: nothing does.
+        """
         asked: list[int] = prompt.ids[0].tolist()
         cache, kept = self._cache_for(llama, asked)
         limit = min(self._limit, self._opening.positions - len(asked))
@@ -121,10 +136,10 @@ class Conversation:
         return Turn(said, tokens, len(asked), kept, interruption.noted)
 
     def _cache_for(self, llama: SplitLlamaForCausalLM, asked: list[int]) -> tuple[Cache, int]:
-        """A cache that holds nothing but the beginning of a prompt, and how many tokens of it."""
+        """A cache that holds only the beginning of a prompt, and how many of its tokens."""
         pairs = zip(self._cached, asked, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        kept = min(same, len(asked) - 1)  # the last one's logits are wanted
+        kept = min(same, len(asked) - 1)  # the last token is needed as input: its logits are wanted
         if self._cache is None or kept == 0:
             return llama.new_cache(), 0
         self._cache.crop(kept - len(self._cached))

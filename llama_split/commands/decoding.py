@@ -1,7 +1,7 @@
-"""What the command line takes over from a model's ``generation_config.json``, and what it decides itself.
+"""What the command line takes from a model's ``generation_config.json``, and what it decides itself.
 
-Its makers' end tokens, stop strings and limits on which token may come next count, as in transformers. How tokens are
-searched for, and what ``generate`` returns, is the command's own choice: greedy, or sampled where its options say so.
+End tokens, stop strings and constraints on the next token count as in transformers. How tokens are searched for, and
+what ``generate`` returns, is the command's decision: greedy search, or sampling where its options ask for it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,35 @@ _WITHOUT_NOTICE = {
     *("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
     *("compile_config", "disable_compile", "continuous_batching_config"),
 }
-"""What has an option of its own here, or changes no token of one answer to one prompt."""
+"""Settings that have an option of their own here, or that change no token of one answer to one prompt."""
 
 
 def taken_over(found: GenerationConfig) -> GenerationConfig:
-    """That part of a model's settings which counts here."""
+    """The part of a model's settings that counts here."""
     from transformers import GenerationConfig
 
     return GenerationConfig(**{name: getattr(found, name, None) for name in _TAKEN_OVER})
 
 
 def overruled(found: GenerationConfig) -> list[str]:
-    """The names of those settings that would change an answer and don't count here."""
+    """The names of the settings that would change an answer but don't count here."""
     from transformers import GenerationConfig
 
     plain = GenerationConfig()
-    defaults = {**vars(plain), **plain._get_default_generation_params()}  # noqa: SLF001 - transformers' only list
+    defaults = {**vars(plain), **plain._get_default_generation_params()}  # noqa: SLF001 - transformers has no public list
     names = (name for name in defaults if not name.startswith("_") and name != "transformers_version")
     others = (name for name in names if name not in _TAKEN_OVER and name not in _WITHOUT_NOTICE)
     return [name for name in others if getattr(found, name, None) not in (None, defaults[name])]
 
 
 def decoding(model: GenerationConfig, limit: int, choice: dict[str, Any]) -> GenerationConfig:
-    """Settings for at most ``limit`` new tokens after one prompt, where a command's ``choice`` outdoes the model's."""
+    """The settings of one answer.
+
+    Args:
+        model: the model's settings, as ``taken_over`` returns them.
+        limit: the most new tokens.
+        choice: the command's settings, which override the model's.
+    """
     from transformers import GenerationConfig
 
     settings = {name: getattr(model, name) for name in _TAKEN_OVER} | choice

@@ -1,68 +1,71 @@
-"""``llama-split info``: what each split of a model costs and shows, before anything is loaded or started."""
+"""``llama-split info``: what each split of a model costs and reveals, before anything is loaded or started."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from shmtransport.text import printable
+from shmtransport.units import size_text
+
+from ..boundary.choices import ARENA_TOKENS, check_dtype, parse_mode
+from ..boundary.operations import Mode
+from ..checkpoint.description import describe
 from ..errors import LlamaSplitError
-from ..settings import DTYPE_VARIABLE, Settings
-from .console import notice, one_line_errors, print_json, results
-from .options import DtypeOption, ModelOption, RandomOption, SeedOption, WireDtypeOption, model_name, open_model
+from .console import notice, print_json, results
+from .footprint import Footprint, footprint
+from .options import DtypeOption, ModelOption, RandomOption, SeedOption, WireDtypeOption, model_name
+from .settings import DTYPE_VARIABLE, Settings
+from .signature import takes
 
 if TYPE_CHECKING:
-    from ..footprint import Footprint
-    from ..operations import Traffic
-
-_ARENA_TOKENS = 1024  # what the default arenas are made for
+    from ..boundary.traffic import Traffic
 
 
-def info(
-    model: ModelOption = None,
-    mode: Annotated[str | None, typer.Option(help="op, fused, layer or stack. Default: all, side by side.")] = None,
-    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt; a decode step comes after them.")] = 1024,
-    dtype: DtypeOption = None,
-    wire_dtype: WireDtypeOption = None,
-    random_weights: RandomOption = False,
-    seed: SeedOption = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Compare the modes: calls and bytes of a forward, memory of each side, what the worker sees.
+@dataclass(frozen=True)
+class InfoOptions:
+    """The options of ``llama-split info``, in the order of its help."""
 
-    Reads the model's configuration; loads no weights and connects to nothing.
+    model: ModelOption = None
+    mode: Annotated[str | None, typer.Option(help="op, fused, layer or stack. Default: all, side by side.")] = None
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt; a decode step comes after them.")] = 1024
+    dtype: DtypeOption = None
+    wire_dtype: WireDtypeOption = None
+    random_weights: RandomOption = False
+    seed: SeedOption = 0
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+
+
+@takes(InfoOptions)
+def info(options: InfoOptions) -> None:
+    """Compare what the modes cost and reveal. These are calls and bytes of a forward, and memory of each side.
+
+    Reads the model's configuration and the names of its tensors; loads no weights and connects to nothing.
     """
-    with one_line_errors():
-        settings = Settings(report=notice)
-        dtype_name = settings.pick(dtype, DTYPE_VARIABLE, "float32")
-        name = model_name(settings, model)
-        from ..config import DTYPE_NAMES, parse_dtype, parse_mode
-        from ..footprint import footprint
-        from ..operations import Mode
-
-        compute = parse_dtype(dtype_name)
-        wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
-        modes = list(Mode) if mode is None else [parse_mode(mode)]
-        checkpoint = open_model(name, seed if random_weights else None)
-        positions = checkpoint.config.max_position_embeddings
-        if prefill >= positions:
-            raise LlamaSplitError(
-                f"--prefill {prefill} leaves no position for a decode step: the model has {positions}"
-            )
-        found = [footprint(checkpoint, one, compute, wire, prefill) for one in modes]
-        facts = {"model": str(checkpoint.path), "dtype": DTYPE_NAMES[compute], "wire_dtype": DTYPE_NAMES[wire]}
-        if as_json:
-            shape = asdict(checkpoint.geometry)
-            print_json({**facts, "shape": shape, "prefill_tokens": prefill, "modes": [_plain(one) for one in found]})
-        else:
-            _print(found, facts, prefill)
+    settings = Settings(report=notice)
+    compute = check_dtype(settings.pick(options.dtype, DTYPE_VARIABLE, "float32"))
+    wire = compute if options.wire_dtype is None else check_dtype(options.wire_dtype)
+    modes = list(Mode) if options.mode is None else [parse_mode(options.mode)]
+    name = model_name(settings, options.model)
+    model = describe(name, options.seed if options.random_weights else None)
+    prefill, positions = options.prefill, model.positions
+    if prefill >= positions:
+        raise LlamaSplitError(f"--prefill {prefill} leaves no position for a decode step: the model has {positions}")
+    found = [footprint(model.outline, one, compute, wire, prefill) for one in modes]
+    facts = {"model": str(model.path), "dtype": compute.name, "wire_dtype": wire.name}
+    if options.as_json:
+        shape = asdict(model.outline.geometry)
+        print_json({**facts, "shape": shape, "prefill_tokens": prefill, "modes": [_plain(one) for one in found]})
+    else:
+        _print(found, facts, prefill)
 
 
 def _plain(one: Footprint) -> dict[str, Any]:
-    """One mode's figures as JSON has them: bytes, unless the name says otherwise."""
+    """The figures of one mode for JSON: bytes, unless the name says otherwise."""
     return {
         "mode": one.mode.value,
         "prefill": _plain_traffic(one.prefill),
@@ -81,8 +84,6 @@ def _plain_traffic(traffic: Traffic) -> dict[str, int]:
 
 
 def _print(found: list[Footprint], facts: dict[str, str], prefill: int) -> None:
-    from shmtransport.text import printable
-
     table = Table(box=SIMPLE_HEAD)
     table.add_column("")
     for one in found:
@@ -99,15 +100,11 @@ def _print(found: list[Footprint], facts: dict[str, str], prefill: int) -> None:
     results.print(table)
     results.print("  The worker sees")
     results.print(sees)
-    if prefill > _ARENA_TOKENS:
-        results.print(
-            f"\nPrompts of more than {_ARENA_TOKENS} tokens may cross in more calls, by the size of the arenas."
-        )
+    if prefill > ARENA_TOKENS:
+        results.print(f"\nPrompts of more than {ARENA_TOKENS} tokens may cross in more calls if the arenas are small.")
 
 
 def _add_traffic(table: Table, title: str, traffics: list[Traffic]) -> None:
-    from shmtransport.units import size_text
-
     table.add_row(title)
     table.add_row("  calls", *(str(traffic.calls) for traffic in traffics))
     table.add_row("  sent", *(size_text(traffic.sent) for traffic in traffics))
@@ -115,8 +112,6 @@ def _add_traffic(table: Table, title: str, traffics: list[Traffic]) -> None:
 
 
 def _add_memory(table: Table, side: str, found: list[Footprint], weights: list[int]) -> None:
-    from shmtransport.units import size_text
-
     table.add_row(f"memory, {side} side")
     table.add_row("  weights", *map(size_text, weights))
     table.add_row("  KV a token", *(size_text(one.kv_per_token) if one.kv_holder == side else "–" for one in found))

@@ -1,6 +1,6 @@
-"""From options to a split model that answers: a worker of our own if none was named, the model's files, the connection.
+"""Opens a split model for a command: starts a worker if none was named, opens the model's files, connects.
 
-In two steps, so that a prompt can be checked while the worker loads.
+This takes two steps, so that a prompt can be checked while the worker loads.
 """
 
 from __future__ import annotations
@@ -8,65 +8,83 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from shmtransport.channels import address as addresses
+
+from ..boundary.choices import check_dtype, check_pipeline, parse_channel, parse_mode
 from ..errors import LlamaSplitError
-from ..launcher import WorkerProcess
-from ..settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Settings, parse_address
+from ..placement.local import WorkerProcess
 from .console import log, notice, notices, progress_bar
 from .decoding import overruled, taken_over
-from .options import SplitOptions, limit_threads, model_name, open_model
+from .options import AdvancedOptions, SplitOptions, limit_threads, model_name, open_model
+from .settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Settings, parse_address
 
 if TYPE_CHECKING:
     import torch
 
     from ..trusted.model import SplitLlamaForCausalLM
 
+_SHORT_WAIT_S = 1.0
+
 
 class Opening:
-    """A model's files and tokenizer, and on ``connect`` the split model; all of it ends with ``stack``.
+    """A model's files and tokenizer, and after ``connect`` the split model.
+
+    Args:
+        split: which model, how it is split, and which worker.
+        advanced: transport, threads and random weights.
+        stack: closes everything that is opened.
+        verbose: log what both processes do.
 
     Raises:
         LlamaSplitError: an option can't be used, or there is no such model.
     """
 
-    def __init__(self, options: SplitOptions, stack: contextlib.ExitStack) -> None:
-        log(options.verbose)
+    def __init__(
+        self, split: SplitOptions, advanced: AdvancedOptions, stack: contextlib.ExitStack, *, verbose: bool
+    ) -> None:
+        log(verbose)
         settings = Settings(report=notice)
-        dtype = settings.pick(options.dtype, DTYPE_VARIABLE, "float32")
-        name = model_name(settings, options.model)
-        address = settings.pick(options.worker, ADDRESS_VARIABLE, None)
-        self._options = options
+        dtype = settings.pick(split.dtype, DTYPE_VARIABLE, "float32")
+        self._mode = parse_mode(split.mode)
+        self._channel = parse_channel(advanced.channel)
+        check_pipeline(advanced.pipeline, self._mode)
+        for given in (dtype, split.wire_dtype or dtype):
+            check_dtype(given)
+        name = model_name(settings, split.model)
+        address = settings.pick(split.worker, ADDRESS_VARIABLE, None)
+        self._advanced = advanced
         self._stack = stack
         self._own: WorkerProcess | None = None
         if address is None:  # started first, so that both processes import and load at the same time
-            device = settings.pick(options.device, DEVICE_VARIABLE, "cpu")
-            arguments = _worker_arguments(options, name, dtype, device)
-            self._own = stack.enter_context(WorkerProcess(arguments, verbose=options.verbose))
+            device = settings.pick(split.device, DEVICE_VARIABLE, "cpu")
+            arguments = ["--model", name, "--dtype", dtype, "--device", device, *_worker_arguments(split, advanced)]
+            self._own = stack.enter_context(WorkerProcess(arguments, verbose=verbose))
             address = self._own.address
-        elif options.device is not None:
-            notice(f"--device {options.device} has no effect: the worker at {address} runs where it was started")
-        limit_threads(options.threads)
-        from ..config import check_pipeline, parse_channel, parse_dtype, parse_mode
+        else:
+            address = parse_address(address)
+            if split.device is not None:
+                notice(f"--device {split.device} has no effect: the worker at {address} runs where it was started")
+            _tell_if_nothing_listens(address, advanced.connect_timeout_s)
+        self._address = address
+        limit_threads(advanced.threads)
+        from ..boundary.compute import parse_dtype
 
-        self._address = parse_address(address)
-        self._mode = parse_mode(options.mode)
-        check_pipeline(options.pipeline, self._mode)
         self._dtype = parse_dtype(dtype)
-        self._wire = self._dtype if options.wire_dtype is None else parse_dtype(options.wire_dtype)
-        self._channel = parse_channel(options.channel)
-        self.checkpoint = open_model(name, options.seed if options.random_weights else None)
+        self._wire = self._dtype if split.wire_dtype is None else parse_dtype(split.wire_dtype)
+        self.checkpoint = open_model(name, advanced.seed if advanced.random_weights else None)
         self.tokenizer = self.checkpoint.tokenizer()
 
     @property
     def positions(self) -> int:
-        """How many tokens a text may have, the answer's included."""
+        """The most tokens of a text, its answer included."""
         positions: int = self.checkpoint.config.max_position_embeddings
         return positions
 
     def check_prompt(self, ids: torch.Tensor) -> None:
-        """Refuse a prompt that the model can't take, or after which there is no position left for an answer.
+        """Refuse a prompt that the model can't take, or that leaves no position for an answer.
 
         Raises:
-            LlamaSplitError: it is empty, has tokens that are none of the model's, or is too long.
+            LlamaSplitError: it is empty, has tokens that the model does not know, or is too long.
         """
         tokens = ids.shape[1]
         if tokens == 0:
@@ -74,8 +92,8 @@ class Opening:
         least, most, vocabulary = int(ids.min()), int(ids.max()), self.checkpoint.geometry.vocab
         if least < 0 or most >= vocabulary:
             raise LlamaSplitError(
-                f"the tokenizer gives token {least if least < 0 else most}, and the model has {vocabulary}: its files "
-                "are those of two models"
+                f"the tokenizer returns token {least if least < 0 else most}, and the model has {vocabulary}: its "
+                "files belong to two models"
             )
         if tokens >= self.positions:
             raise LlamaSplitError(
@@ -103,11 +121,11 @@ class Opening:
                     mode=self._mode,
                     dtype=self._dtype,
                     wire_dtype=self._wire,
-                    arena_bytes=self._options.arena_bytes,
-                    connect_timeout_s=self._options.connect_timeout_s,
+                    arena_bytes=self._advanced.arena_bytes,
+                    connect_timeout_s=self._advanced.connect_timeout_s,
                     channel=self._channel,
-                    pipeline=self._options.pipeline,
-                    reconnect=self._options.reconnect,
+                    pipeline=self._advanced.pipeline,
+                    reconnect=self._advanced.reconnect,
                     revive=_nothing if self._own is None else self._own.revive,
                     progress=progress,
                 )
@@ -119,16 +137,28 @@ class Opening:
         return llama
 
 
+def _tell_if_nothing_listens(address: str, timeout_s: float) -> None:
+    """Say at once that nothing listens at a worker's address, if it is waited for noticeably long.
+
+    Raises:
+        shmtransport.AddressError: the address is malformed, or not on this machine.
+    """
+    addresses.check_connect(address)
+    absence = addresses.absence(address)
+    if absence is not None and timeout_s >= _SHORT_WAIT_S:
+        notice(f"no worker listens at {address} ({absence}); waiting up to {timeout_s:g} s for one to start")
+
+
 def _nothing() -> None:
-    """A worker that is not ours is started again by whoever started it."""
+    """Leave a worker that this command has not started alone."""
 
 
-def _worker_arguments(options: SplitOptions, name: str, dtype: str, device: str) -> list[str]:
-    arguments = ["--model", name, "--dtype", dtype, "--device", device]
-    if options.random_weights:
-        arguments += ["--random-weights", "--seed", str(options.seed)]
-    if options.mode == "op":
+def _worker_arguments(split: SplitOptions, advanced: AdvancedOptions) -> list[str]:
+    arguments = []
+    if advanced.random_weights:
+        arguments += ["--random-weights", "--seed", str(advanced.seed)]
+    if split.mode == "op":
         arguments += ["--embedding"]
-    if options.threads is not None:
-        arguments += ["--threads", str(options.threads)]
+    if advanced.threads is not None:
+        arguments += ["--threads", str(advanced.threads)]
     return arguments

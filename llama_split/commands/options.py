@@ -1,16 +1,16 @@
-"""Options that several commands share, and what follows from them; nothing here imports torch before it is needed."""
+"""Options that several commands share, and what follows from them. Nothing here imports torch before it is needed."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import LlamaSplitError
-from ..settings import MODEL_VARIABLE, Settings, demo_model
+from .settings import MODEL_VARIABLE, Settings, demo_model
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -28,14 +28,7 @@ RandomOption = Annotated[
     bool,
     typer.Option("--random-weights", help="--model names a shape: llama-3.2-1b, llama-3.1-8b, tinyllama-1.1b."),
 ]
-SeedOption = Annotated[int, typer.Option(help="Of random weights; the same on both sides.")]
-ModeOption = Annotated[
-    str,
-    typer.Option(
-        help="op (attention's products are the worker's too), fused (attention and KV stay here), "
-        "layer or stack (they are the worker's); `llama-split info` compares them."
-    ),
-]
+SeedOption = Annotated[int, typer.Option(help="Seed for random weights; must match the other side's.")]
 DtypeOption = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16: weights and arithmetic. Default: $LLAMA_DTYPE, then float32."),
@@ -43,100 +36,101 @@ DtypeOption = Annotated[
 WireDtypeOption = Annotated[
     str | None, typer.Option(help="Dtype of the activations that cross to the worker. Default: --dtype's.")
 ]
-WorkerOption = Annotated[
-    str | None,
-    typer.Option(help="Address of a running worker. Default: $LLAMA_IPC_PATH; without either, one is started."),
-]
 DeviceOption = Annotated[
     str | None, typer.Option(help="Where the worker computes: cpu, cuda:0. Default: $LLAMA_GPU_DEVICE, then cpu.")
 ]
-ChannelOption = Annotated[str, typer.Option(help="zmq, or doorbell: shared memory and a semaphore, which is faster.")]
-ArenaOption = Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")]
-ConnectOption = Annotated[
-    float,
-    typer.Option(min=0.0, help="Seconds to wait for the worker at --worker, which may still be loading its weights."),
-]
-ReconnectOption = Annotated[
-    bool,
-    typer.Option(
-        "--reconnect/--no-reconnect",
-        help="Connect again to a worker that was lost, and start our own again; the tokens stay the same.",
-    ),
-]
-PipelineOption = Annotated[
-    int,
-    typer.Option(
-        help="In fused and op: up to so many parts of a prompt under way together, so that both sides compute at the "
-        "same time; as many times the calls. For a worker that computes elsewhere than on this side's cores.",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=MOST_THREADS,
-        help="Threads that torch computes with in this process, and in a worker of its own. The two compute in turn, "
-        "so each may use all cores; idle threads sleep instead of spinning (OMP_WAIT_POLICY=PASSIVE, unless it is "
-        "set). Default: torch's, one a core.",
-    ),
-]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")]
-TemperatureOption = Annotated[
-    float | None, typer.Option(min=0.0, help="Above 0: sample, the more freely the higher. Default: greedy.")
-]
-TopPOption = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
-]
-TopKOption = Annotated[int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.")]
-SamplingSeedOption = Annotated[int | None, typer.Option(help="Sample the same tokens each time. Default: other ones.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log what both processes do.")]
-
-
-Group = TypeVar("Group")
-
-
-def group(kind: type[Group], context: typer.Context) -> Group:
-    """Those of a command's options that a dataclass has fields for, as one of these."""
-    return kind(**{field.name: context.params[field.name] for field in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What decides how a model is split, and with whom; as given, before the environment and defaults."""
+    """Which model, how it is split, and which worker; as given, before the environment and defaults."""
 
-    model: str | None
-    random_weights: bool
-    seed: int
-    mode: str
-    dtype: str | None
-    wire_dtype: str | None
-    worker: str | None
-    device: str | None
-    channel: str
-    pipeline: int
-    arena_bytes: int | None
-    connect_timeout_s: float
-    reconnect: bool
-    threads: int | None
-    verbose: bool
+    model: ModelOption = None
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="op (attention's products are offloaded too), fused (attention and KV stay here), "
+            "layer or stack (the worker has them); `llama-split info` compares them."
+        ),
+    ] = "fused"
+    dtype: DtypeOption = None
+    wire_dtype: WireDtypeOption = None
+    worker: Annotated[
+        str | None,
+        typer.Option(help="Address of a running worker. Default: $LLAMA_IPC_PATH; without either, one is started."),
+    ] = None
+    device: DeviceOption = None
+
+
+@dataclass(frozen=True)
+class AdvancedOptions:
+    """What most users leave alone: transport, threads and random weights."""
+
+    channel: Annotated[str, typer.Option(help="zmq, or doorbell: shared memory and a semaphore, which is faster.")] = (
+        "zmq"
+    )
+    pipeline: Annotated[
+        int,
+        typer.Option(
+            help="In fused and op: split a prompt into up to this many chunks in flight at once, so that both sides "
+            "compute at the same time; multiplies the number of calls. For a worker that does not compute on this "
+            "side's cores.",
+        ),
+    ] = 1
+    arena_bytes: Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")] = None
+    connect_timeout_s: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Seconds to wait for the worker at --worker, which may still be loading its weights."
+        ),
+    ] = 30.0
+    reconnect: Annotated[
+        bool,
+        typer.Option(
+            "--reconnect/--no-reconnect",
+            help="When the worker is lost, connect again, and restart it if this command started it; the tokens stay "
+            "the same.",
+        ),
+    ] = True
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="Threads that torch computes with in this process, and in a worker that this command starts. The two "
+            "compute in turn, so each may use all cores; idle threads sleep instead of spinning "
+            "(OMP_WAIT_POLICY=PASSIVE, unless it is set). Default: torch's, one per core.",
+        ),
+    ] = None
+    random_weights: RandomOption = False
+    seed: SeedOption = 0
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest, or with a temperature above 0 at random.
+    """How the next token is chosen: the likeliest, or at random with a temperature above 0.
 
     Raises:
-        LlamaSplitError: a temperature that is no number, or options of sampling without one, which have no effect.
+        LlamaSplitError: the temperature is not finite, or there are options of sampling without one, which have no
+            effect.
     """
 
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    seed_sampling: int | None
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Above 0: sample, the more freely the higher. Default: greedy.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.")] = None
+    seed_sampling: Annotated[
+        int | None, typer.Option(help="Random seed for sampling. Default: different in every run.")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not math.isfinite(self.temperature):
-            raise LlamaSplitError(f"--temperature {self.temperature} is no number to divide by")
+            raise LlamaSplitError(f"--temperature {self.temperature} is not finite: pass a number of 0 or more")
         given = {"--top-p": self.top_p, "--top-k": self.top_k, "--seed-sampling": self.seed_sampling}
         useless = [name for name, value in given.items() if value is not None]
         if useless and not self.temperature:
@@ -145,16 +139,16 @@ class Sampling:
             )
 
     def seed_generator(self) -> None:
-        """Make what is sampled follow from the seed; without one it differs from run to run."""
+        """Seed torch's generator; without ``seed_sampling``, differently in every run."""
         import torch
 
         if self.seed_sampling is None:
-            torch.seed()  # a new process always starts from the same state
+            torch.seed()  # every process starts in the same state
         else:
             torch.manual_seed(self.seed_sampling)
 
     def arguments(self) -> dict[str, Any]:
-        """The same as settings of transformers' generation."""
+        """These options as settings of transformers' generation."""
         if not self.temperature:
             return {"do_sample": False}
         limits = {"top_p": self.top_p, "top_k": self.top_k}
@@ -163,23 +157,23 @@ class Sampling:
 
 
 def model_name(settings: Settings, model: str | None) -> str:
-    """The model that was asked for; the demo's if none was.
+    """The model that was named by option or environment, else the demo's.
 
     Raises:
-        CheckpointError: none was, and the demo's is not installed.
+        CheckpointError: none was named, and the demo's is not installed.
     """
     chosen = settings.pick(model, MODEL_VARIABLE, None)
     return str(demo_model()) if chosen is None else chosen
 
 
 def open_model(name: str, seed: int | None) -> Checkpoint:
-    """The model of this name; with a seed, one of this shape with random weights.
+    """Open a model; with a seed, one with random weights whose shape has this name.
 
     Raises:
-        CheckpointError: there is none, or none that can be split.
+        CheckpointError: there is no such model, or none that can be split.
     """
     if seed is not None:
-        from ..synthetic import RandomCheckpoint
+        from ..checkpoint.synthetic import RandomCheckpoint
 
         return RandomCheckpoint(name, seed)
     from ..checkpoint import open_checkpoint
@@ -188,10 +182,10 @@ def open_model(name: str, seed: int | None) -> Checkpoint:
 
 
 def limit_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads, in whichever thread of this process it is called."""
+    """Set the number of threads that torch computes with; None leaves it as it is."""
     if threads is None:
         return
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when torch is imported: for threads that start later
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # torch reads it when imported, for threads that start later
     import torch
 
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Prompts as token ids, and one answer to them: what ``generate`` and ``chat`` have in common."""
+"""Encodes prompts and generates one answer: what ``generate`` and ``chat`` have in common."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from ..trusted.model import SplitLlamaForCausalLM
 
 Message = dict[str, str]
-"""A chat's message: its ``role`` and its ``content``."""
+"""One message of a chat: its ``role`` and its ``content``."""
 
-_KEPT = "\n\t\u200c\u200d\ufe0e\ufe0f"  # lines, and what joins letters and emoji
+_KEPT = "\n\t\u200c\u200d\ufe0e\ufe0f"  # line breaks, tabs, and what joins letters and emoji
 
 
 def check_text(text: str) -> str:
-    """A text as it is, if it is one; its bytes as UTF-8, whatever this process's own encoding is.
+    """Decode a text's bytes as UTF-8, whatever the encoding of this process is.
 
     Raises:
-        LlamaSplitError: bytes that are no UTF-8 were given on the command line.
+        LlamaSplitError: the bytes given on the command line are no UTF-8.
     """
     try:
         return text.encode(errors="surrogateescape").decode()
@@ -47,7 +47,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> torch.Tensor:
-    """Token ids [1, T] of a chat up to where its next answer begins.
+    """Token ids [1, T] of a chat, up to the beginning of its next answer.
 
     Raises:
         LlamaSplitError: the model's chat template or its tokenizer fails.
@@ -61,7 +61,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> 
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The text of an answer's tokens.
+    """The text of the tokens of an answer.
 
     Raises:
         LlamaSplitError: the model's tokenizer fails.
@@ -73,12 +73,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 @contextlib.contextmanager
 def _failing(what: str, remedy: str = "") -> Iterator[None]:
-    """Name what failed: a model's tokenizer and its template are programs of its own, which may raise anything."""
+    """Name what failed: a tokenizer and a template are programs that come with a model and may raise anything."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the tokenizer's is no Exception
+    except BaseException as error:  # a panic in the tokenizer's Rust code is no Exception
         raise LlamaSplitError(f"{what}: {error or type(error).__name__}{remedy}") from error
 
 
@@ -90,14 +90,26 @@ def answer(
     sampling: Sampling,
     **more: Any,
 ) -> list[int]:
-    """The ids of at most ``limit`` new tokens after ``ids`` [1, T]; ``more`` goes to transformers' ``generate``."""
+    """Generate one answer.
+
+    Args:
+        llama: the split model.
+        tokenizer: the model's; transformers finds the model's stop strings with it.
+        ids: token ids [1, T] of the prompt.
+        limit: the most new tokens.
+        sampling: how tokens are chosen.
+        more: passed to transformers' ``generate``.
+
+    Returns:
+        The ids of the new tokens.
+    """
     import torch
 
     output = llama.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=decoding(llama.generation_config, limit, sampling.arguments()),
-        tokenizer=tokenizer,  # finds the model's stop strings
+        tokenizer=tokenizer,
         **more,
     )
     new: list[int] = output[0, ids.shape[1] :].tolist()
@@ -105,7 +117,7 @@ def answer(
 
 
 def printer(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A streamer that prints tokens as they come, without what would drive a terminal."""
+    """A streamer that prints tokens as they come, with terminal control sequences made visible."""
     from transformers import TextStreamer
 
     from shmtransport.text import printable
@@ -118,16 +130,16 @@ def printer(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def about(llama: SplitLlamaForCausalLM) -> dict[str, Any]:
-    """How a model is split and reached, and with how many threads this side computes, for JSON."""
+    """How a model is split and reached, and the number of threads of this side, for JSON."""
     import torch
 
-    from ..config import DTYPE_NAMES
+    from ..boundary.compute import DTYPE_NAMES
 
-    client = llama.link.client
+    client = llama.worker.client
     return {
         "mode": llama.mode.value,
         "dtype": DTYPE_NAMES[llama.dtype],
-        "wire_dtype": DTYPE_NAMES[llama.link.wire],
+        "wire_dtype": DTYPE_NAMES[llama.worker.wire],
         "threads": torch.get_num_threads(),
-        "transport": {"address": client.address, "kind": client.transport, "channel": client.channel},
+        "transport": {"address": client.address, "kind": client.scheme, "channel": client.channel},
     }

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shmtransport.text import printable
+
+from ..boundary.choices import check_dtype, parse_channel
 from ..errors import LlamaSplitError
-from ..launcher import READY, end_with_parent, remove_directory_of
-from ..settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Settings, parse_address
-from .console import log, notice, notices, one_line_errors, print_json, progress_bar, statistics_table
+from ..placement.local import READY, end_with_parent, remove_directory_of
+from .console import log, notice, notices, print_json, progress_bar, statistics_table
 from .options import (
     MOST_THREADS,
     DeviceOption,
@@ -23,82 +25,79 @@ from .options import (
     RandomOption,
     SeedOption,
     VerboseOption,
-    group,
     limit_threads,
     model_name,
     open_model,
 )
+from .settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Settings, parse_address
+from .signature import takes
 
 if TYPE_CHECKING:
     from ..worker.sessions import SessionLimits
 
-BindOption = Annotated[
-    str | None, typer.Option(help="Address to serve, as ipc:///tmp/worker.ipc. Default: $LLAMA_IPC_PATH.")
-]
-EmbeddingOption = Annotated[
-    bool, typer.Option("--embedding", help="Hold the embedding as well, for trusted sides in mode op.")
-]
-SessionsOption = Annotated[
-    int | None, typer.Option(min=1, help="The most KV caches that are kept, of all clients. Default: 256.")
-]
-KvBytesOption = Annotated[
-    int | None, typer.Option(min=1, help="The most bytes of KV, of all clients. Default: half of the memory.")
-]
-IdleOption = Annotated[
-    float | None,
-    typer.Option(
-        min=0.0, help="A KV cache unused for so long may be dropped for another; its client rebuilds it. Default: 600."
-    ),
-]
-WorkerThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=MOST_THREADS,
-        help="Threads that torch computes with here. The trusted side waits meanwhile, so all cores may be used; "
-        "idle threads sleep after some 0.1 ms (OMP_WAIT_POLICY=PASSIVE and GOMP_SPINCOUNT, unless they are set). "
-        "Default: torch's, one a core.",
-    ),
-]
-ChannelsOption = Annotated[
-    str,
-    typer.Option(
-        help="Channels that trusted sides may use, separated by commas. With zmq alone, clients that don't trust each "
-        "other can't end or delay this worker for the others."
-    ),
-]
-SpinOption = Annotated[
-    float,
-    typer.Option(
-        min=0.0,
-        help="Microseconds to look for a doorbell client's next call before waiting for it: saves a wake-up where "
-        "there is a core to spare, and takes time where there is none.",
-    ),
-]
-
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What decides what is served, where and within which limits; as given, before the environment and defaults."""
+    """What is served, where, and within which limits; as given, before the environment and defaults."""
 
-    bind: str | None
-    model: str | None
-    dtype: str | None
-    device: str | None
-    embedding: bool
-    max_sessions: int | None
-    max_kv_bytes: int | None
-    idle_s: float | None
-    channels: str
-    spin_us: float
-    threads: int | None
-    random_weights: bool
-    seed: int
-    as_json: bool
-    verbose: bool
+    bind: Annotated[
+        str | None, typer.Option(help="Address to serve, for example ipc:///tmp/worker.ipc. Default: $LLAMA_IPC_PATH.")
+    ] = None
+    model: ModelOption = None
+    dtype: DtypeOption = None
+    device: DeviceOption = None
+    embedding: Annotated[
+        bool, typer.Option("--embedding", help="Hold the embedding as well, for trusted sides in mode op.")
+    ] = False
+    max_sessions: Annotated[
+        int | None, typer.Option(min=1, help="The most KV caches that are kept, over all clients. Default: 256.")
+    ] = None
+    max_kv_bytes: Annotated[
+        int | None, typer.Option(min=1, help="The most bytes of KV, over all clients. Default: half of the memory.")
+    ] = None
+    idle_s: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Seconds after which an unused KV cache may be dropped for another; its client rebuilds it. "
+            "Default: 600.",
+        ),
+    ] = None
+    channels: Annotated[
+        str,
+        typer.Option(
+            help="Channels that trusted sides may use, separated by commas. With zmq alone, clients that don't trust "
+            "each other can't end or delay this worker for the others."
+        ),
+    ] = "zmq,doorbell"
+    spin_us: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Microseconds to look for a doorbell client's next call before blocking: saves a wake-up where a core "
+            "is free, and costs time where none is.",
+        ),
+    ] = 0.0
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_THREADS,
+            help="Threads that torch computes with here. The trusted side waits during that time, so all cores may be "
+            "used; idle threads sleep after about 0.1 ms (OMP_WAIT_POLICY=PASSIVE and GOMP_SPINCOUNT, unless they are "
+            "set). Default: torch's, one per core.",
+        ),
+    ] = None
+    random_weights: RandomOption = False
+    seed: SeedOption = 0
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: an object when ready, one with statistics at the end.")
+    ] = False
+    verbose: VerboseOption = False
+    parent: Annotated[int | None, typer.Option(hidden=True, help="End with this process.")] = None
 
     def limits(self) -> SessionLimits:
-        """Those that were given, and the defaults of the others."""
+        """The limits that were given, with the defaults of the others."""
         from ..worker.sessions import SessionLimits
 
         given: dict[str, Any] = {
@@ -109,35 +108,16 @@ class WorkerOptions:
         return SessionLimits(**{name: value for name, value in given.items() if value is not None})
 
 
-def worker(
-    context: typer.Context,
-    bind: BindOption = None,
-    model: ModelOption = None,
-    dtype: DtypeOption = None,
-    device: DeviceOption = None,
-    embedding: EmbeddingOption = False,
-    max_sessions: SessionsOption = None,
-    max_kv_bytes: KvBytesOption = None,
-    idle_s: IdleOption = None,
-    channels: ChannelsOption = "zmq,doorbell",
-    spin_us: SpinOption = 0.0,
-    threads: WorkerThreadsOption = None,
-    random_weights: RandomOption = False,
-    seed: SeedOption = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: an object when ready, one with statistics at the end.")
-    ] = False,
-    verbose: VerboseOption = False,
-    parent: Annotated[int | None, typer.Option(hidden=True, help="End with this process.")] = None,
-) -> None:
-    """Hold the weight matrices and answer trusted sides until SIGINT or SIGTERM."""
-    with one_line_errors(), contextlib.ExitStack() as stack:
+@takes(WorkerOptions)
+def worker(options: WorkerOptions) -> None:
+    """Hold the weights and answer trusted sides. SIGINT or SIGTERM ends it."""
+    with contextlib.ExitStack() as stack:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        log(verbose)
-        if parent is not None:
-            stack.callback(remove_directory_of, bind or "")
-            end_with_parent(parent)
-        _serve(group(WorkerOptions, context), stack)
+        log(options.verbose)
+        if options.parent is not None:
+            stack.callback(remove_directory_of, options.bind or "")
+            end_with_parent(options.parent)
+        _serve(options, stack)
 
 
 def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
@@ -147,19 +127,19 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
         raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {ADDRESS_VARIABLE}")
     name = model_name(settings, options.model)
     dtype_name = settings.pick(options.dtype, DTYPE_VARIABLE, "float32")
+    check_dtype(dtype_name)
+    channels = [parse_channel(one.strip()) for one in options.channels.split(",")]
     device_name = settings.pick(options.device, DEVICE_VARIABLE, "cpu")
     limit_threads(options.threads)
     import torch
 
     from shmtransport import Server
-    from shmtransport.text import printable
 
-    from ..config import parse_channel, parse_device, parse_dtype
-    from ..worker.kernels import Weights
+    from ..boundary.compute import parse_device, parse_dtype
     from ..worker.service import Service
+    from ..worker.weights import Weights
 
     dtype, device = parse_dtype(dtype_name), parse_device(device_name)
-    channels = [parse_channel(one.strip()) for one in options.channels.split(",")]
     server = stack.enter_context(Server(parse_address(address), channels=channels, spin_us=options.spin_us))
     checkpoint = open_model(name, options.seed if options.random_weights else None)
     with progress_bar("loading weights") as progress:

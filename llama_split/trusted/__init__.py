@@ -1,1 +1,1 @@
-"""The process that owns the prompt: embedding, norms, and in ``op`` and ``fused`` mode attention and the KV cache."""
+"""The process that owns the prompt; depending on the mode also embedding, norms, attention and KV cache."""

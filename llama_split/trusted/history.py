@@ -1,6 +1,6 @@
-"""What forwards went over, kept so that a worker's KV can be built again.
+"""The input of forwards, and the record of it from which a worker's KV can be rebuilt.
 
-Shape suffixes: B batch, T tokens of one forward, S all tokens that are cached then, D hidden.
+Shape suffixes: B batch, T tokens of one forward, S all tokens cached after it, D hidden.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 import torch
 
 
-class Tokens(NamedTuple):
-    """What a forward goes over: token ids [B, T], or embeddings [B, T, D] where the caller passed these.
+class ForwardInput(NamedTuple):
+    """The tokens of a forward and what goes along with them.
 
-    ``positions`` are [1 or B, T]. ``mask``, if any, is over all that is cached afterwards: boolean [B, S], false where
-    a token is padding; where attention is this side's, also of four dimensions, as the caller prepared it.
-    ``sequences``, if texts are packed into a row, says which one each token is of, [B, S]. ``lengths`` [T], for
-    models whose rotary frequencies depend on it, is the length of the text that each token was first part of.
+    Attributes:
+        source: token ids [B, T], or embeddings [B, T, D] if the caller passed these.
+        positions: [1 or B, T].
+        mask: boolean [B, S], false where a token is padding; where this side attends, also one of four dimensions that
+            the caller has prepared. None: every token counts.
+        lengths: [T], the length of the text when each token was first processed; for models whose rotary frequencies
+            depend on it.
+        sequences: [B, S], the index of each token's text where several texts are packed into a row.
     """
 
     source: torch.Tensor
@@ -27,9 +31,15 @@ class Tokens(NamedTuple):
     lengths: torch.Tensor | None = None
     sequences: torch.Tensor | None = None
 
-    def cut(self, first: int, last: int, past: int) -> Tokens:
-        """Those from ``first`` up to ``last``, of a forward that begins after ``past`` cached ones."""
-        return Tokens(
+    def chunk(self, first: int, last: int, past: int) -> ForwardInput:
+        """The tokens from ``first`` up to, but not including, ``last``.
+
+        Args:
+            first: index of the first token.
+            last: index after the last token.
+            past: how many tokens are cached before the forward.
+        """
+        return ForwardInput(
             self.source[:, first:last],
             self.positions[:, first:last],
             None if self.mask is None else self.mask[:, : past + last],
@@ -38,7 +48,7 @@ class Tokens(NamedTuple):
         )
 
     def start(self) -> dict[str, Any]:
-        """All but the source, as the worker takes it."""
+        """Everything but the source, by the names of ``Session.begin`` on the worker."""
         return {
             "positions": self.positions,
             "padding": self.mask,
@@ -48,10 +58,10 @@ class Tokens(NamedTuple):
 
 
 class History:
-    """All that went through the forwards that filled a cache, with crops and selections applied.
+    """The input of all forwards that filled a cache, with crops and selections applied.
 
-    What a token attended to is part of it: where a forward came with another mask for earlier tokens than they had, the
-    mask until then is kept for the tokens until then.
+    What a token attended to is part of it: where a forward came with another mask for earlier tokens, the previous mask
+    is kept for those tokens.
     """
 
     def __init__(self) -> None:
@@ -63,8 +73,8 @@ class History:
         self._earlier: list[torch.Tensor] = []
         self._length = 0
 
-    def append(self, tokens: Tokens) -> None:
-        """One more forward."""
+    def append(self, tokens: ForwardInput) -> None:
+        """Record one more forward."""
         batch, count = tokens.source.shape[:2]
         self._sources.append(tokens.source.clone())
         self._positions.append(tokens.positions.expand(batch, count).clone())
@@ -79,12 +89,12 @@ class History:
 
     def crop(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
-        for parts, dim in ((self._sources, 1), (self._positions, 1), (self._lengths, 0)):
-            excess = self._length - length if parts else 0
-            while excess > 0:  # from the end: what is cropped is usually of the last forward
-                last = parts.pop()
+        for pieces, dim in ((self._sources, 1), (self._positions, 1), (self._lengths, 0)):
+            excess = self._length - length if pieces else 0
+            while excess > 0:  # from the end: what is cropped usually belongs to the last forward
+                last = pieces.pop()
                 if last.shape[dim] > excess:
-                    parts.append(last.narrow(dim, 0, last.shape[dim] - excess))
+                    pieces.append(last.narrow(dim, 0, last.shape[dim] - excess))
                 excess -= last.shape[dim]
         self._length = length
         while self._earlier and self._earlier[-1].shape[1] >= length:
@@ -93,15 +103,15 @@ class History:
         self._sequences = None if self._sequences is None or length == 0 else self._sequences[:, :length]
 
     def select(self, rows: torch.Tensor) -> None:
-        """Go on with these rows of the batch."""
+        """Replace the batch by these rows of it."""
         self._join()
-        for parts in (self._sources, self._positions, self._earlier):
-            parts[:] = [part[rows] for part in parts]
+        for pieces in (self._sources, self._positions, self._earlier):
+            pieces[:] = [piece[rows] for piece in pieces]
         self._mask = None if self._mask is None else self._mask[rows]
         self._sequences = None if self._sequences is None else self._sequences[rows]
 
     def copy(self) -> History:
-        """One that goes on alone."""
+        """An independent copy."""
         self._join()
         copied = History()
         copied._sources, copied._positions = self._sources[:], self._positions[:]
@@ -110,27 +120,30 @@ class History:
         return copied
 
     def sources(self) -> list[torch.Tensor]:
-        """Ids and embeddings, in order; of both there may be some."""
+        """The sources in order; some may be ids and others embeddings."""
         self._join()
         return self._sources
 
-    def runs(self, hidden_BSD: torch.Tensor) -> Iterator[tuple[int, Tokens]]:
-        """All tokens, by their embeddings, in runs that can go through together: how many are before it, and a run."""
+    def runs(self, hidden_BSD: torch.Tensor) -> Iterator[tuple[int, ForwardInput]]:
+        """Split all tokens into runs that share a mask; yields how many tokens precede each run, and the run.
+
+        ``hidden_BSD`` are the embeddings of all tokens; a run's source is its part of them.
+        """
         self._join()
         if self._mask is None:
             return
-        whole = Tokens(
+        whole = ForwardInput(
             hidden_BSD, self._positions[0], None, self._lengths[0] if self._lengths else None, self._sequences
         )
         first = 0
         for mask in (*self._earlier, self._mask):
             last = mask.shape[1]
-            yield first, whole.cut(first, last, 0)._replace(mask=mask)
+            yield first, whole.chunk(first, last, 0)._replace(mask=mask)
             first = last
 
     def _join(self) -> None:
-        """Make one part of each run of parts, so that what edits them takes no longer for many forwards."""
+        """Join the pieces of successive forwards, so that edits take no longer after many forwards."""
         runs = itertools.groupby(self._sources, key=torch.Tensor.dim)
-        self._sources = [torch.cat(list(parts), dim=1) for _, parts in runs]
+        self._sources = [torch.cat(list(pieces), dim=1) for _, pieces in runs]
         self._positions = [torch.cat(self._positions, dim=1)] if self._positions else []
         self._lengths = [torch.cat(self._lengths)] if self._lengths else []

@@ -1,4 +1,4 @@
-"""What a forward is given, made to fit, in one place for all splits.
+"""Checks the input of a forward and fills in transformers' defaults, for all splits.
 
 Shape suffixes: B batch, T tokens, D hidden.
 """
@@ -11,9 +11,9 @@ import torch
 from transformers import Cache, LlamaConfig
 
 from ..errors import InvalidInput
-from ..masks import fit_mask, packed_sequences
-from ..rotary import TextLengths
-from .history import Tokens
+from ..model.masks import fit_mask, packed_sequences
+from ..model.rotary import TextLengths
+from .history import ForwardInput
 
 
 def fit_inputs(
@@ -25,14 +25,22 @@ def fit_inputs(
     config: LlamaConfig,
     dtype: torch.dtype,
     lengths: TextLengths,
-) -> Tokens:
-    """The tokens of a forward after what is in the ``cache``, with the defaults that transformers has.
+) -> ForwardInput:
+    """Bring the arguments of a forward together.
 
-    ``source`` is ids [B, T] or embeddings [B, T, D]; ``cache`` is None where the caller keeps none. Texts may be packed
-    into a row, told by their positions, where transformers looks for them: without a cache and without a mask.
+    Positions tell texts that are packed into one row apart, but only without a cache and a mask, as in transformers.
+
+    Args:
+        source: token ids [B, T] or embeddings [B, T, D].
+        mask: the attention mask as the caller passed it; None: every token counts.
+        positions: [B or 1, T]; None: those after what the cache holds.
+        cache: the KV cache to continue; None: the caller keeps none.
+        config: the model's configuration.
+        dtype: the dtype of activations.
+        lengths: chooses the text length for the rotary frequencies.
 
     Raises:
-        InvalidInput: there are no tokens, or mask or positions don't fit them.
+        InvalidInput: there are no tokens, or the mask or the positions don't fit them.
     """
     dims = 3 if source.is_floating_point() else 2
     if source.dim() != dims or 0 in source.shape:
@@ -44,7 +52,7 @@ def fit_inputs(
         positions = torch.arange(past, past + tokens).unsqueeze(0)
     elif positions.shape not in ((1, tokens), (batch, tokens)):
         raise InvalidInput(f"position_ids is {list(positions.shape)}; pass [{batch}, {tokens}] or [1, {tokens}]")
-    return Tokens(
+    return ForwardInput(
         source,
         positions,
         fit_mask(mask, batch, tokens, cache, heads=config.num_attention_heads, dtype=dtype),

@@ -1,7 +1,7 @@
-"""Keywords of a forward that transformers' Llama takes without naming them in its signature.
+"""Keywords that transformers' Llama accepts in a forward without naming them in its signature.
 
-It passes them to its attention functions and to the loss. Those that change nothing there are taken here as well, the
-loss's own go to the loss, and any other is refused by its name: in an unsplit model it could change the numbers.
+It passes them to its attention functions and to the loss. A split model accepts those that change nothing there and
+those of the loss, and refuses any other by name: in an unsplit model it could change the result.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from ..errors import UnsupportedBySplit
 
 WITHOUT_EFFECT = frozenset(
     {
-        "assistant_tokenizer",  # this and others come from generate, which passes on what it was given
+        "assistant_tokenizer",  # this one and others come from generate, which passes on its own keywords
         "cache_position",
-        "cu_seq_lens_k",  # read by flash attention alone; packed sequences are told by their position_ids
+        "cu_seq_lens_k",  # read by flash attention only; position_ids tell packed sequences apart
         "cu_seq_lens_q",
         "max_length_k",
         "max_length_q",
@@ -31,10 +31,10 @@ WITHOUT_EFFECT = frozenset(
 
 
 def check_keywords(keywords: dict[str, Any], loss_function: Callable[..., Any]) -> None:
-    """Refuse what neither a Llama without a loss ignores nor its loss takes; None is as if it was not passed.
+    """Refuse keywords that could change the result of an unsplit model; one that is None counts as not passed.
 
     Raises:
-        UnsupportedBySplit: one is neither.
+        UnsupportedBySplit: a keyword is neither without effect nor an argument of the loss.
     """
     taken = WITHOUT_EFFECT | inspect.signature(loss_function).parameters.keys()
     for name, value in keywords.items():

@@ -1,6 +1,6 @@
-"""What the trusted process holds of a model, and modules that stand for the two matrices that it may not hold.
+"""The part of a model that the trusted process holds, and stand-ins for matrices that only the worker holds.
 
-Shape suffixes: B batch, T tokens, D hidden, V vocabulary.
+Shape suffixes: B batch, T tokens, N tokens whose logits are asked for, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,60 +12,66 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaPreTrainedModel
 
-from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, layer_name
-from ..decoder import DecoderLayer, RMSNorm
+from ..boundary.operations import Mode
+from ..checkpoint.outline import trusted_names
 from ..errors import UnsupportedBySplit
-from ..operations import Mode
-from .remote import Remote, not_compiled
+from ..model.decoder import DecoderLayer, RMSNorm
+from .offload import Offload, not_compiled
 from .unsupported import SameWeights
 
 
 class RemoteMatrix(nn.Module):
-    """A module whose weights are the worker's: results can be asked for, the weights can't."""
+    """A module whose weights are on the worker: it returns results, never the weights."""
 
-    def __init__(self, remote: Remote, dtype: torch.dtype) -> None:
+    def __init__(self, offload: Offload, dtype: torch.dtype) -> None:
         super().__init__()
-        self._remote = remote
+        self._offload = offload
         self._dtype = dtype
 
     @property
     def weight(self) -> torch.Tensor:
-        raise UnsupportedBySplit(f"{type(self).__name__}.weight: the matrix is the worker's, and not here")
+        raise UnsupportedBySplit(f"{type(self).__name__}.weight: the matrix is held by the worker, not by this process")
 
 
 class RemoteEmbedding(RemoteMatrix):
-    """The embedding where the worker looks tokens up."""
+    """The embedding in mode op, where the worker looks tokens up."""
 
     @not_compiled  # type: ignore[untyped-decorator]
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Embeddings [B, T, D] of token ids."""
-        return self._remote.embed(ids_BT.to(torch.int64)).to(self._dtype, copy=True)
+        return self._offload.embed(ids_BT.to(torch.int64)).to(self._dtype, copy=True)
 
 
 class RemoteHead(RemoteMatrix):
-    """The output matrix, which is the worker's in every split."""
+    """The output matrix, which the worker holds in every split."""
 
     @not_compiled  # type: ignore[untyped-decorator]
     def forward(self, hidden_D: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of hidden states [..., D] after the final norm."""
         if torch.is_grad_enabled() and hidden_D.requires_grad:
-            raise UnsupportedBySplit("a gradient is asked for of lm_head, and none crosses to the worker")
+            raise UnsupportedBySplit("lm_head is asked for a gradient, and none crosses to the worker")
         rows_1ND = hidden_D.reshape(1, -1, hidden_D.shape[-1])
-        logits_1NV = self._remote.lm_head(self._remote.place(rows_1ND)).to(self._dtype, copy=True)
+        logits_1NV = self._offload.lm_head(self._offload.workspace.place(rows_1ND)).to(self._dtype, copy=True)
         return logits_1NV.view(*hidden_D.shape[:-1], -1)
 
 
 class TrustedPart(SameWeights, LlamaPreTrainedModel):  # type: ignore[misc]
-    """The embedding and the norms.
+    """The weights that this side holds: all but the matrices of the layers and the output matrix.
 
-    Callers may change ``config``, and transformers does so for a while; what a forward is made of is read from a copy.
+    In mode op the embedding is the worker's too, in mode layer the layers' norms, in mode stack all norms. Callers may
+    change ``config``, and transformers does so temporarily; forwards therefore read ``frozen_config``, a copy.
+
+    Args:
+        config: the model's configuration.
+        mode: the split.
+        offload: executes operations on the worker.
     """
 
-    def __init__(self, config: LlamaConfig, mode: Mode, remote: Remote) -> None:
+    def __init__(self, config: LlamaConfig, mode: Mode, offload: Offload) -> None:
         super().__init__(config)
         self.frozen_config = copy.deepcopy(config)
         self.embed_tokens = (
-            RemoteEmbedding(remote, config.dtype)
+            RemoteEmbedding(offload, config.dtype)
             if mode is Mode.OP
             else nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         )
@@ -76,14 +82,11 @@ class TrustedPart(SameWeights, LlamaPreTrainedModel):  # type: ignore[misc]
 
     @staticmethod
     def weight_names(config: LlamaConfig, mode: Mode) -> list[str]:
-        """The checkpoint's parameters that this part is made of."""
-        layers = range(0 if mode.worker_keeps_kv else config.num_hidden_layers)
-        first = [] if mode is Mode.OP else [EMBEDDING]
-        last = [] if mode is Mode.STACK else [FINAL_NORM]
-        return [*first, *last, *(layer_name(index, norm) for index in layers for norm in LAYER_NORMS)]
+        """The names of the checkpoint's parameters that this side loads."""
+        return trusted_names(config.num_hidden_layers, mode)
 
     def embed(self, source: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, T, D] of token ids; embeddings as they are."""
+        """The embeddings [B, T, D] of token ids [B, T]; embeddings are returned as they are."""
         embedded: torch.Tensor = source if source.is_floating_point() else self.embed_tokens(source)
         return embedded
 

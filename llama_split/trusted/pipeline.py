@@ -1,8 +1,9 @@
-"""Several parts of a prompt under way together, so that this side and the worker compute at the same time.
+"""Executes several chunks of a prompt in turn, so that this side and the worker compute at the same time.
 
-While the worker makes one part's product, this side goes on with the next part. Tokens attend to earlier ones only,
-so what a part needs of the others are the keys and values of those before it, layer by layer. Parts take turns in
-their order, step by step; so a part has cached its own in a layer before the next one attends there.
+While the worker runs one chunk's operation, this side continues with the next chunk. Tokens attend only to earlier
+ones, so all that a chunk needs from the others are the keys and values of the chunks before it, layer by layer. Chunks
+take turns in their order, one operation each; so a chunk has cached its keys and values in a layer before the next one
+attends there.
 """
 
 from __future__ import annotations
@@ -12,31 +13,34 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..steps import Step, Steps
+from ..model.program import Program, WorkerOp
 
 FEWEST_TOKENS = 16
-"""A part has at least so many: with fewer, the calls cost more than what is gained."""
+"""The fewest tokens of a chunk: with fewer, the calls cost more than the overlap gains."""
 
 Finish = Callable[[], torch.Tensor]
 
 
-def cut(tokens: int, parts: int) -> list[slice]:
-    """A prompt of so many tokens in up to ``parts`` parts of about the same length."""
-    count = max(min(parts, tokens // FEWEST_TOKENS), 1)
+def split_prompt(tokens: int, chunks: int) -> list[slice]:
+    """Split a prompt of ``tokens`` tokens into up to ``chunks`` chunks of about the same length."""
+    count = max(min(chunks, tokens // FEWEST_TOKENS), 1)
     ends = [tokens * (index + 1) // count for index in range(count)]
     return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
 
-def run_in_turn(forwards: Sequence[Steps], begin: Callable[[Step], Finish]) -> list[torch.Tensor]:
-    """Drive several forwards to their ends, a step each in turn; what ``begin`` returns waits for a step's result."""
+def execute_in_turn(programs: Sequence[Program], begin: Callable[[WorkerOp], Finish]) -> list[torch.Tensor]:
+    """Execute several programs to their ends, one operation each in turn.
+
+    ``begin`` starts an operation and returns the function that waits for its result.
+    """
     results: dict[int, torch.Tensor] = {}
-    under_way = deque((index, begin(next(steps))) for index, steps in enumerate(forwards))
-    while under_way:
-        index, finish = under_way.popleft()
+    in_flight = deque((index, begin(next(program))) for index, program in enumerate(programs))
+    while in_flight:
+        index, finish = in_flight.popleft()
         try:
-            step = forwards[index].send(finish())
+            op = programs[index].send(finish())
         except StopIteration as end:
             results[index] = end.value
         else:
-            under_way.append((index, begin(step)))
-    return [results[index] for index in range(len(forwards))]
+            in_flight.append((index, begin(op)))
+    return [results[index] for index in range(len(programs))]

@@ -1,6 +1,6 @@
-"""What models of transformers can do and a split one can't: each is refused by its name, with the reason.
+"""What a transformers model can do and a split model can't: each method is refused by name, with the reason.
 
-A method that is not named here works as on the unsplit model; a test goes through all that a Llama has.
+Methods that are not named here work as on the unsplit model; a test goes through all methods of a Llama.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 
 from ..errors import UnsupportedBySplit
 
-_PARTIAL = "this side holds a few of the model's weights, the worker the others: use the model's own files"
+_PARTIAL = "this side holds only a few of the model's weights, the worker the others: use the model's own files"
 _ALIKE = "the worker's weights would stay as they are"
-_BATCHING = "continuous batching needs attention over pages, which no split has: use generate()"
+_BATCHING = "continuous batching needs paged attention, which no split has: use generate()"
 _TRAINING = "a split model can't be trained: no gradient crosses to the worker"
-_ADAPTERS = "the matrices that an adapter changes are the worker's: merge it into the model's files, for both sides"
-_ELSEWHERE = "the model is split between this process and its worker already"
-_COUNTS = "this side holds a part of the model: `llama-split info` shows what each side holds"
+_ADAPTERS = "an adapter changes matrices that the worker holds: merge it into the model's files, for both sides"
+_ELSEWHERE = "the model is already split between this process and its worker"
+_COUNTS = "this side holds only a part of the model: `llama-split info` shows what each side holds"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("save_pretrained", "push_to_hub", "state_dict"), _PARTIAL),
@@ -34,20 +34,20 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("enable_adapters", "disable_adapters", "get_adapter_state_dict"), _ADAPTERS),
     "enable_peft_hotswap": _ADAPTERS,
     **dict.fromkeys(("prepare_distribute_model", "maybe_distribute_model"), _ELSEWHERE),
-    "set_use_kernels": "the layers that kernels replace are not all here",
+    "set_use_kernels": "this side does not hold all layers that kernels would replace",
 }
 
 ATTENTIONS = ("eager", "sdpa")
-"""Implementations that give the numbers of the splits' own attention; no other one is used."""
+"""Implementations of attention with the same results as the splits' own; no other can be chosen."""
 
 Class = TypeVar("Class", bound=type)
 
 
-def refusing(kind: Class) -> Class:
-    """A class of models whose methods in ``REFUSED`` raise ``UnsupportedBySplit``."""
+def refusing(model_class: Class) -> Class:
+    """Make all methods in ``REFUSED`` of a class of models raise ``UnsupportedBySplit``."""
     for name, reason in REFUSED.items():
-        setattr(kind, name, _refusal(name, reason))
-    return kind
+        setattr(model_class, name, _refusal(name, reason))
+    return model_class
 
 
 def _refusal(name: str, reason: str) -> Callable[..., Any]:
@@ -60,13 +60,13 @@ def _refusal(name: str, reason: str) -> Callable[..., Any]:
 
 
 class SameWeights:
-    """A module whose weights keep their dtype and device: to(), half(), cuda() and the like would change one side."""
+    """A module whose weights keep their dtype and device: to(), half(), cuda() and so on would change one side only."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """What torch does all of these by: shows ``fn`` an empty tensor first.
+        """The method behind all of these in torch; tries ``fn`` on an empty tensor first.
 
         Raises:
-            UnsupportedBySplit: ``fn`` gives another dtype or device.
+            UnsupportedBySplit: ``fn`` changes the dtype or the device.
         """
         module: Any = self
         weight = next(module.parameters())
@@ -74,7 +74,7 @@ class SameWeights:
         changed = fn(probe)
         if changed.dtype != probe.dtype:
             raise UnsupportedBySplit(
-                f"to {changed.dtype}: this side's weights alone would change, the worker's stay {probe.dtype}: pass "
+                f"to {changed.dtype}: only this side's weights would change, the worker's stay {probe.dtype}: pass "
                 "dtype= to from_pretrained, and start the worker with the same"
             )
         if changed.device != probe.device:
@@ -87,7 +87,7 @@ class SameWeights:
 
 
 def check_attention(implementation: str | dict[str, Any]) -> None:
-    """Refuse an implementation of attention that a split doesn't use.
+    """Refuse an implementation of attention with other results than a split's own.
 
     Raises:
         UnsupportedBySplit: it is none of ``ATTENTIONS``.
@@ -96,5 +96,20 @@ def check_attention(implementation: str | dict[str, Any]) -> None:
     for name in named:
         if name not in ATTENTIONS:
             raise UnsupportedBySplit(
-                f"set_attn_implementation({name!r}): a split attends by its own steps; choose {' or '.join(ATTENTIONS)}"
+                f"set_attn_implementation({name!r}): a split has its own attention; choose {' or '.join(ATTENTIONS)}"
             )
+
+
+def refuse_gradients(model: torch.nn.Module, source: torch.Tensor) -> None:
+    """Refuse a forward in training mode, or one whose input or parameters require gradients.
+
+    Raises:
+        UnsupportedBySplit: no gradient crosses to the worker.
+    """
+    if model.training:
+        raise UnsupportedBySplit("a split model can't be trained: no gradient crosses to the worker; call eval()")
+    if torch.is_grad_enabled() and (source.requires_grad or any(p.requires_grad for p in model.parameters())):
+        raise UnsupportedBySplit(
+            "a gradient is asked for, and none crosses to the worker: use torch.no_grad(), or inputs and "
+            "parameters without requires_grad"
+        )

@@ -1,8 +1,9 @@
-"""The worker's side of the boundary: registers every operation of ``operations`` with a server.
+"""The worker's side of the boundary: registers a handler for every operation with a server.
 
-Results are of the dtype of their arguments, the wire's, which need not be the one that the worker computes in.
+Results have the dtype of their arguments, which is the wire's and may differ from the one that the worker computes in.
 
-Shape suffixes: B batch, T tokens, D hidden.
+Shape suffixes: B batch, T tokens, S tokens attended to, N tokens whose logits are asked for, H heads, d head_dim,
+D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,23 +15,30 @@ import torch
 
 from shmtransport import Server
 
+from ..boundary.compute import DTYPE_NAMES, parse_dtype
+from ..boundary.operations import EMBED, LAYER, LINEARS, MIX, SCORES, STACK, Operation
 from ..checkpoint import Checkpoint
-from ..config import DTYPE_NAMES, parse_dtype
-from ..operations import EMBED, LAYER, LINEARS, MIX, SCORES, STACK, Operation
-from ..steps import Memory, run
-from .kernels import Weights, multiply
+from ..model.program import HeapWorkspace, execute
 from .sessions import SessionLimits, Sessions
+from .weights import Weights, multiply
 
 
 class Service:
-    """Handlers over one model's weights, for all clients of one server."""
+    """The handlers of one model, for all clients of one server.
+
+    Args:
+        server: where the handlers are registered.
+        weights: the model's weights.
+        checkpoint: describes the model to clients.
+        limits: limits on sessions. None: the defaults.
+    """
 
     def __init__(
         self, server: Server, weights: Weights, checkpoint: Checkpoint, limits: SessionLimits | None = None
     ) -> None:
         self._server = server
         self._weights = weights
-        self._memory = Memory(weights.device, weights.dtype)
+        self._workspace = HeapWorkspace(weights.device, weights.dtype)
         self.sessions = Sessions(weights, limits)
         self._description = {
             "fingerprint": checkpoint.fingerprint(),
@@ -60,14 +68,14 @@ class Service:
 
     @torch.inference_mode()
     def _embed(self, ids_BT: torch.Tensor, *, dtype: str) -> torch.Tensor:
-        """Rows of the embedding; ``dtype`` is the wire's name."""
+        """Rows of the embedding; ``dtype`` names the wire's dtype."""
         embedding, geometry = self._weights.embedding, self._weights.geometry
         if embedding is None:
             raise ValueError("this worker holds no embedding: start it with --embedding")
         sizes = EMBED.bind((ids_BT,), geometry)
-        ids = ids_BT.flatten().clone()  # read once: their owner could change them after the check
+        ids = ids_BT.flatten().clone()  # copied once: the client could change them after the check
         if ids.dtype != torch.int64 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < geometry.vocab):
-            raise ValueError(f"{EMBED.name} takes int64 numbers from 0 to {geometry.vocab - 1}")
+            raise ValueError(f"{EMBED.name} takes int64 token ids from 0 to {geometry.vocab - 1}")
         result = self._result(EMBED.result.shape(sizes), parse_dtype(dtype))
         rows = result.view(-1, geometry.hidden)
         if result.dtype == embedding.dtype:
@@ -78,13 +86,13 @@ class Service:
 
     @torch.inference_mode()
     def _scores(self, query_BHTd: torch.Tensor, key_BHSd: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-        """Queries times keys. It needs no weights, so ``layer`` says nothing to it."""
+        """Queries times keys. Needs no weights of the model, so ``layer`` has no effect."""
         (query, key), result = self._bind(SCORES, query_BHTd, key_BHSd)
         return multiply(query, key.transpose(2, 3), result)
 
     @torch.inference_mode()
     def _mix(self, weights_BHTS: torch.Tensor, value_BHSd: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-        """Attention weights times values. It needs no weights of the model, so ``layer`` says nothing to it."""
+        """Attention weights times values. Needs no weights of the model, so ``layer`` has no effect."""
         (weights, value), result = self._bind(MIX, weights_BHTS, value_BHSd)
         return multiply(weights, value, result)
 
@@ -92,36 +100,39 @@ class Service:
     def _layer(
         self, hidden_BTD: torch.Tensor, *, layer: int, session: int, start: dict[str, Any] | None = None
     ) -> torch.Tensor:
-        """One decoder layer; ``start`` comes with the first of a forward and is what ``Session.begin`` takes."""
+        """One decoder layer; ``start``, the arguments of ``Session.begin``, comes with a forward's first layer."""
         (mine_BTD,), result_BTD = self._bind(LAYER, hidden_BTD)
         opened = self.sessions.open(self._server.connection_id, session)
         if start is not None:
             opened.begin(mine_BTD, **start)
         context = opened.enter(layer)
-        return run(
-            self._weights.layers[layer].steps(mine_BTD, context, self._memory, result_BTD), self._weights.perform
+        return execute(
+            self._weights.layers[layer].program(mine_BTD, context, self._workspace, result_BTD), self._weights.execute
         )
 
     @torch.inference_mode()
     def _stack(self, hidden_BTD: torch.Tensor, *, session: int, start: dict[str, Any], keep: int) -> torch.Tensor:
         """All decoder layers, the final norm, and the logits of the last ``keep`` tokens of each row."""
         if type(keep) is not int or not 0 <= keep <= hidden_BTD.shape[1]:
-            raise ValueError(f"stack is asked for the logits of {keep} of {list(hidden_BTD.shape)}'s tokens")
+            raise ValueError(f"keep is {keep}; it must be a whole number from 0 to the {hidden_BTD.shape[1]} tokens")
         (mine_BTD,), logits_BNV = self._bind(STACK, hidden_BTD, N=keep)
         opened = self.sessions.open(self._server.connection_id, session)
         opened.begin(mine_BTD, **start)
         for index, layer in enumerate(self._weights.layers):
-            mine_BTD = run(layer.steps(mine_BTD, opened.enter(index), self._memory), self._weights.perform)
+            mine_BTD = execute(layer.program(mine_BTD, opened.enter(index), self._workspace), self._weights.execute)
         kept_BND = mine_BTD[:, mine_BTD.shape[1] - keep :]
-        return self._weights.lm_head(self._weights.norm(kept_BND, self._memory), logits_BNV)
+        return self._weights.lm_head(self._weights.norm(kept_BND, self._workspace), logits_BNV)
 
     def _bind(
         self, operation: Operation, *arguments: torch.Tensor, **known: int
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Arguments that fit the boundary's description, as the worker computes with them, and room for the result.
+        """Check arguments against the boundary's description.
+
+        Returns:
+            The arguments on the worker's device and in its dtype, and memory for the result.
 
         Raises:
-            ValueError: they don't fit it.
+            ValueError: the arguments don't fit the description.
         """
         sizes = operation.bind(arguments, self._weights.geometry, **known)
         wire = arguments[0].dtype
@@ -134,10 +145,10 @@ class Service:
         return mine, self._result(operation.result.shape(sizes), wire)
 
     def _result(self, shape: Sequence[int], wire: torch.dtype) -> torch.Tensor:
-        """Memory for a result: the caller's reply arena where the worker computes on the CPU."""
+        """Memory for a result: in the client's reply arena if the worker computes on the CPU."""
         if self._weights.device.type == "cpu":
             return self._server.empty(shape, wire)
         return torch.empty(tuple(shape), dtype=wire, device=self._weights.device)
 
-    def _end_session(self, number: int) -> None:
-        self.sessions.end(self._server.connection_id, number)
+    def _end_session(self, session_id: int) -> None:
+        self.sessions.end(self._server.connection_id, session_id)

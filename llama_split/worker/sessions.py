@@ -1,8 +1,8 @@
-"""KV caches that the worker keeps for its clients: one session a client and generation, within limits.
+"""KV caches that the worker keeps for its clients: one session for each of a client's caches, within limits.
 
-A session that is idle for long is ended when its room is wanted; its client builds it again if it comes back.
+A session that has been idle for long ends when its memory is needed; its client rebuilds it if it returns.
 
-Shape suffixes: B batch, T tokens, D hidden.
+Shape suffixes: B batch, T tokens of this forward, S all tokens cached after it, D hidden.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 
 from shmtransport.units import size_text
 
-from ..attention import SdpaAttention
-from ..cache import GrowingCache
-from ..decoder import AttentionContext
 from ..errors import SessionLimit, SessionLost
-from ..masks import causal_mask
-from ..rotary import Rotary
-from .kernels import Weights
+from ..model.attention import SdpaAttention
+from ..model.decoder import AttentionContext
+from ..model.kv_cache import GrowingCache
+from ..model.masks import causal_mask
+from ..model.rotary import Rotary
+from .weights import Weights
 
 logger = logging.getLogger("llama_split")
 
@@ -33,10 +33,13 @@ _MAX_MASK_BYTES = 1 << 30  # a byte for each pair of a new token and one that it
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """What clients may have: sessions of all of them and of one, and bytes of KV of all of them.
+    """The limits on sessions.
 
-    ``max_kv_bytes`` is half of the memory of the worker's device by default. A session that was not used for
-    ``idle_s`` seconds may be ended in favour of another.
+    Attributes:
+        max_sessions: the most sessions of all clients together.
+        max_sessions_per_client: the most sessions of one client.
+        max_kv_bytes: the most bytes of KV of all clients together. None: half of the memory of the worker's device.
+        idle_s: seconds without use after which a session may be ended in favour of another.
     """
 
     max_sessions: int = 256
@@ -45,7 +48,7 @@ class SessionLimits:
     idle_s: float = 600.0
 
     def kv_bytes(self, device: torch.device) -> int:
-        """The bound on KV bytes in force."""
+        """The limit on bytes of KV that applies on this device."""
         if self.max_kv_bytes is not None:
             return self.max_kv_bytes
         if device.type == "cuda":
@@ -54,7 +57,13 @@ class SessionLimits:
 
 
 class Session:
-    """One generation's KV cache, and what the layers of the forward in progress share."""
+    """One KV cache, and what the layers of the forward in progress share.
+
+    Args:
+        weights: the model.
+        rotary: computes rotary positions; shared by all sessions.
+        make_room: called with the session and the bytes of KV that it needs; raises ``SessionLimit``.
+    """
 
     def __init__(self, weights: Weights, rotary: Rotary, make_room: Callable[[Session, int], None]) -> None:
         self._weights = weights
@@ -77,23 +86,28 @@ class Session:
         lengths: torch.Tensor | None = None,
         sequences: torch.Tensor | None = None,
     ) -> None:
-        """Start a forward after ``past`` cached tokens; later ones are forgotten.
+        """Start a forward. All tensors but ``hidden_BTD`` are copied to private memory before they are used.
 
-        ``positions`` [B or 1, T] int64; ``padding`` [B, past + T] bool, false where a token is padding; ``select`` [B]
-        int64 are the rows of the present batch to go on with; ``reserve`` is how many tokens a row is expected to have
-        in the end. ``lengths`` [T] int64 choose the rotary frequencies where these depend on the length of the text;
-        ``sequences`` [B, past + T] int64 say which of the texts packed into its row each token is of. All tensors are
-        read once, into private memory.
+        Args:
+            hidden_BTD: the embeddings; only their shape and dtype matter here.
+            positions: [B or 1, T] int64.
+            padding: [B, S] bool, false where a token is padding. None: every token counts.
+            past: how many cached tokens the forward continues; later ones are dropped.
+            select: [B] int64, the rows of the cached batch to continue with. None: all.
+            reserve: how many tokens a row is expected to have in the end.
+            lengths: [T] int64, the length of the text when each token was first processed; for models whose rotary
+                frequencies depend on it.
+            sequences: [B, S] int64, the index of each token's text where several are packed into a row.
 
         Raises:
-            ValueError: they don't fit the cache or each other.
-            SessionLost: there are no ``past`` tokens here.
-            SessionLimit: there is no room for so much KV.
+            ValueError: the arguments don't fit the cache or each other.
+            SessionLost: the session has fewer than ``past`` tokens.
+            SessionLimit: there is no room for the KV.
         """
         batch, tokens = hidden_BTD.shape[:2]
-        held = min(layer.get_seq_length() for layer in self.cache.layers)  # a forward may have ended half-way
+        held = min(layer.get_seq_length() for layer in self.cache.layers)  # a forward may have ended between two layers
         if not (type(past) is type(reserve) is int and past >= 0):
-            raise ValueError(f"{past} past and {reserve} reserved tokens are asked for; both are counts")
+            raise ValueError(f"past is {past} and reserve is {reserve}; both must be whole numbers, past 0 or more")
         if batch * tokens == 0:
             raise ValueError(f"a forward needs tokens; the batch is {batch} × {tokens}")
         if past > held:
@@ -123,11 +137,11 @@ class Session:
         self._next_layer = 0
 
     def enter(self, index: int) -> AttentionContext:
-        """The context for layer ``index``, which must be the next one of the forward in progress.
+        """Return the context for layer ``index``, which must be the next one of the forward in progress.
 
         Raises:
             SessionLost: no forward is in progress.
-            ValueError: it is another layer's turn.
+            ValueError: another layer is next.
         """
         if self._context is None:
             raise SessionLost(f"layer {index} is asked for, and no forward is in progress in this session")
@@ -138,7 +152,11 @@ class Session:
         return self._context
 
     def _reserve(self, batch: int, length: int, reserve: int) -> None:
-        """Make room for the cache as it will be; for the expected length if that fits, else for what is due now."""
+        """Make room for the KV of ``reserve`` tokens per row, or of ``length`` ones if those don't fit.
+
+        Raises:
+            SessionLimit: there is no room even for ``length`` tokens.
+        """
         geometry = self._weights.geometry
         token_bytes = 2 * geometry.layers * geometry.kv_width * self._weights.dtype.itemsize
         for wanted in (reserve, 0) if reserve > length else (0,):
@@ -154,43 +172,50 @@ class Session:
                 return
 
     def _rows(self, select: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-        """The rows to go on with, in private memory; none where the batch stays as it is, or begins anew.
+        """The rows to continue with, in private memory; None where the batch stays the same or starts over.
 
         Raises:
-            ValueError: they are not of this batch, or the batch differs and none are named.
+            ValueError: they are not rows of this batch, or the batch changes and none are given.
         """
         held = self.cache.batch
         if self.cache.get_seq_length() == 0:
             if held != batch:
-                self.cache.reset()  # nothing of another size stays allocated
+                self.cache.reset()  # free the buffers of the other size
             held = 0
         if select is None:
             if held not in (0, batch):
-                raise ValueError(f"the session holds a batch of {held}; the forward is of {batch}")
+                raise ValueError(f"the session holds a batch of {held}; the forward has one of {batch}")
             return None
         rows = select.clone()
         if rows.dtype != torch.int64 or rows.shape != (batch,) or not all(0 <= row < held for row in rows.tolist()):
-            raise ValueError(f"rows to go on with must be {batch} numbers below {held}")
+            raise ValueError(f"the selected rows must be {batch} int64 numbers below {held}")
         return rows
 
 
 def _private(
     name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A copy that its owner can't change any more; None if there is none.
+    """Copy a client's tensor to memory that the client can't change; None stays None.
+
+    Args:
+        name: what the tensor is, for the error.
+        tensor: the client's tensor.
+        shape: the shape that it must have.
+        dtype: the dtype that it must have.
+        device: where to copy it.
 
     Raises:
-        ValueError: it is of another shape or dtype.
+        ValueError: it has another shape or dtype.
     """
     if tensor is None:
         return None
     if tensor.shape != shape or tensor.dtype != dtype:
-        raise ValueError(f"{name} are {list(tensor.shape)} of {tensor.dtype}, not {list(shape)} of {dtype}")
+        raise ValueError(f"{name} is {list(tensor.shape)} of {tensor.dtype}; it must be {list(shape)} of {dtype}")
     return tensor.to(device, copy=True)
 
 
 class Sessions:
-    """All sessions, by connection and the client's own number."""
+    """All sessions, by connection and by the id that the client has chosen."""
 
     def __init__(self, weights: Weights, limits: SessionLimits | None = None) -> None:
         self._weights = weights
@@ -204,49 +229,49 @@ class Sessions:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of KV that are granted to sessions."""
+        """Bytes of KV granted to sessions."""
         return sum(session.kv_bytes for session in self._sessions.values())
 
-    def open(self, connection: int, number: int) -> Session:
-        """The session of this number, made if it is new.
+    def open(self, connection_id: int, session_id: int) -> Session:
+        """Return a client's session, created if it is new.
 
         Raises:
-            SessionLimit: there are too many.
+            SessionLimit: there are too many sessions.
         """
-        key = (connection, number)
+        key = (connection_id, session_id)
         session = self._sessions.get(key)
         if session is None:
             limits = self._limits
-            if sum(owner == connection for owner, _ in self._sessions) >= limits.max_sessions_per_client:
+            if sum(owner == connection_id for owner, _ in self._sessions) >= limits.max_sessions_per_client:
                 raise SessionLimit(
                     f"this client has {limits.max_sessions_per_client} KV sessions, the most that one may have: drop "
-                    "caches that are not needed"
+                    "caches that you don't need"
                 )
             while len(self._sessions) >= limits.max_sessions:
                 self._end_idle(
                     None,
-                    f"the worker has {len(self._sessions)} KV sessions, the most that it takes, and none was idle for "
+                    f"the worker has {len(self._sessions)} KV sessions, the most that it keeps, and none was idle for "
                     f"{limits.idle_s:g} s: try again later, or raise --max-sessions",
                 )
             session = self._sessions[key] = Session(self._weights, self._rotary, self._make_room)
         return session
 
-    def end(self, connection: int, number: int) -> None:
-        """Free one session; one that never began is no error."""
-        self._sessions.pop((connection, number), None)
+    def end(self, connection_id: int, session_id: int) -> None:
+        """Free one session; does nothing if it was never created."""
+        self._sessions.pop((connection_id, session_id), None)
 
-    def end_connection(self, connection: int) -> None:
-        """Free all sessions of a client that has gone."""
-        for key in [key for key in self._sessions if key[0] == connection]:
+    def end_connection(self, connection_id: int) -> None:
+        """Free all sessions of a client that has disconnected."""
+        for key in [key for key in self._sessions if key[0] == connection_id]:
             del self._sessions[key]
 
     def _make_room(self, session: Session, nbytes: int) -> None:
-        """Let a session have so many bytes of KV, ending idle ones for it.
+        """Make sure that a session may have ``nbytes`` bytes of KV; ends idle sessions for that.
 
         Raises:
-            SessionLimit: they can't be had.
+            SessionLimit: that exceeds the limit, or other sessions hold too much and are not idle.
         """
-        if nbytes > self._kv_limit:  # no session is ended in vain
+        if nbytes > self._kv_limit:  # ending other sessions can't help
             raise SessionLimit(
                 f"this forward needs {size_text(nbytes)} of KV, and the limit is {size_text(self._kv_limit)}: use a "
                 "shorter text or smaller batch, or raise --max-kv-bytes"
@@ -260,10 +285,10 @@ class Sessions:
             )
 
     def _end_idle(self, keep: Session | None, otherwise: str) -> None:
-        """End the session that was idle for longest, if it was for long enough.
+        """End the session that has been idle for longest, other than ``keep``, if that was for long enough.
 
         Raises:
-            SessionLimit: none was; with the text ``otherwise``.
+            SessionLimit: none was idle for long enough; with the text ``otherwise``.
         """
         before = time.monotonic() - self._limits.idle_s
         idle = [

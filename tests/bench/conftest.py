@@ -1,4 +1,4 @@
-"""A server's process is forked from one that has imported what it needs: ten fresh ones would take half a minute."""
+"""Servers are forked from a process that has the imports done: ten fresh ones would take half a minute."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from multiprocessing import forkserver, resource_sharer
 
 import pytest
 
-from bench import processes
+from bench.harness import processes
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Started before a test looks at what there is in the temporary directory, and gone after the last."""
+    """Start the fork server before a test looks into the temporary directory, and stop it after the last test."""
     with pytest.MonkeyPatch.context() as patch:
-        # The standard library would remove a directory of its own at exit, when this run's is gone already.
+        # The standard library would remove a directory of its own at exit, after this run's is gone.
         patch.setitem(multiprocessing.current_process()._config, "tempdir", str(tmp_path_factory.mktemp("mp")))
         patch.setattr(processes, "START_METHOD", "forkserver")
-        forkserver.set_forkserver_preload(["bench.contenders", "bench.seed_contenders"])
+        forkserver.set_forkserver_preload(["bench.contenders", "bench.baseline.contenders"])
         forkserver.ensure_running()
         yield
         resource_sharer.stop()

@@ -1,4 +1,4 @@
-"""Addresses: nobody there, somebody there, what is left of the dead, and what is never listened on."""
+"""Addresses: without a server, with one, after a killed one, and those that a server never listens on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import torch
 
 from llama_split import SplitLlamaForCausalLM
 from shmtransport import AddressError, AsyncClient, Client, ConnectTimeout, Server
-
-from .helpers import Serve, echo
+from tests.support.helpers import Serve, echo
 
 
 def test_nobody_at_the_address_is_a_timeout_that_names_it_and_a_remedy(address: str) -> None:
-    """Not an endless wait; also where a dead server has left its socket file."""
+    """The wait is bounded, also where a dead server has left its socket file."""
     with pytest.raises(ConnectTimeout, match=r"server\.ipc within 0\.2 s \(there is no file .*\): start one") as caught:
         Client(address, connect_timeout_s=0.2)
     assert address in str(caught.value)
@@ -55,7 +54,7 @@ def test_a_dead_servers_socket_file_is_replaced(serve: Serve, address: str, dire
 
 
 def test_a_file_that_is_no_socket_is_never_removed(address: str, directory: Path) -> None:
-    """A mistyped address costs nobody a file."""
+    """A mistyped address never deletes a file."""
     (directory / "server.ipc").write_text("precious")
     with pytest.raises(AddressError, match="no socket"):
         Server(address)
@@ -63,7 +62,7 @@ def test_a_file_that_is_no_socket_is_never_removed(address: str, directory: Path
 
 
 def test_the_socket_is_its_owners_alone_and_goes_with_the_server(address: str, directory: Path) -> None:
-    """Mode 0600 while it is there; removed in order."""
+    """The socket's mode is 0600 while the server runs; an orderly stop removes it."""
     with Server(address):
         assert stat.S_IMODE((directory / "server.ipc").stat().st_mode) == 0o600
     assert not (directory / "server.ipc").exists()
@@ -102,7 +101,7 @@ def test_tcp_on_the_loopback_works_and_says_so(serve: Serve) -> None:
         try:
             with Client(address) as client:
                 assert client.call("echo", torch.ones(2)).tolist() == [1, 1]
-                assert client.transport == server.transport == "tcp"
+                assert client.scheme == server.scheme == "tcp"
         finally:
             server.stop()
             thread.join()

@@ -7,17 +7,17 @@ import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from shmtransport import AsyncClient, AsyncServer, ChannelKind, Client, LocalProtocolError, RemoteError, Server
-from shmtransport.message import Goodbye, Refused
-
-from .helpers import DeliberateError
-from .loops import ARENA_BYTES, Gate, Run, becomes, in_each_loop, on_each_channel, served, wholly_free
-from .strangers import Intruder, Stranger
+from shmtransport.endpoints import async_server
+from shmtransport.protocol.messages import Goodbye, Refused
+from tests.support.helpers import DeliberateError
+from tests.support.loops import ARENA_BYTES, Gate, Run, becomes, in_each_loop, on_each_channel, served, wholly_free
+from tests.support.strangers import Intruder, Stranger
 
 pytestmark = [in_each_loop, on_each_channel, pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_unhandled")]
 
@@ -48,7 +48,7 @@ def test_coroutine_handlers_run_at_the_same_time(run: Run, channel: ChannelKind,
 
 
 def test_blocking_handlers_run_in_threads_beside_the_loop(run: Run, channel: ChannelKind, address: str) -> None:
-    """Two of them block until they meet, and a third until this test says so; coroutines are answered meanwhile."""
+    """Two handlers block until they meet, a third until the test lets it go; the server still answers coroutines."""
     gate = Gate()
     meeting = threading.Barrier(2)
     threads: list[str] = []
@@ -100,7 +100,7 @@ def test_a_handler_may_be_anything_that_returns_an_awaitable(run: Run, channel: 
 
 
 def test_both_kinds_of_handlers_know_their_caller(run: Run, channel: ChannelKind, address: str) -> None:
-    """``connection_id`` and ``empty`` are those of the call, whatever else runs, in tasks and threads of theirs too."""
+    """``connection_id`` and ``empty`` belong to the call, whatever else runs, and also in its tasks and threads."""
 
     async def main() -> None:
         async with (
@@ -180,7 +180,7 @@ def test_calls_beyond_the_limit_fail_and_no_others(run: Run, channel: ChannelKin
 
 
 def test_what_a_handler_raises_is_its_callers_to_know(run: Run, channel: ChannelKind, address: str) -> None:
-    """Type and text travel, from coroutines, threads and what they await; a cancellation of their own too."""
+    """Type and text travel, from coroutines, threads and what they await; so does a handler's own cancellation."""
 
     def blocking() -> None:
         raise DeliberateError("in a thread")
@@ -252,11 +252,9 @@ def test_a_malformed_message_costs_its_sender_only(run: Run, channel: ChannelKin
 
 
 class _Retentive(ThreadPoolExecutor):
-    """Holds on to all that it was given and to what came of it."""
+    """Keeps every argument it was given, and every result, as an executor's threads do for a moment."""
 
-    def __init__(self) -> None:
-        super().__init__(2)
-        self.kept: list[Any] = []
+    kept: ClassVar[list[Any]] = []
 
     def submit(self, function: Any, /, *arguments: Any, **keywords: Any) -> Future[Any]:
         future = super().submit(function, *arguments, **keywords)
@@ -264,12 +262,14 @@ class _Retentive(ThreadPoolExecutor):
         return future
 
 
-def test_who_has_the_reply_may_count_on_the_room(run: Run, channel: ChannelKind, address: str) -> None:
+def test_who_has_the_reply_may_count_on_the_room(
+    run: Run, channel: ChannelKind, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Argument and result of a blocking handler, each as large as the arena, any number of times."""
+    monkeypatch.setattr(async_server, "ThreadPoolExecutor", _Retentive)
+    monkeypatch.setattr(_Retentive, "kept", [])
 
     async def main() -> None:
-        executor = _Retentive()
-        asyncio.get_running_loop().set_default_executor(executor)
         async with served(address), AsyncClient(address, channel=channel, arena_bytes=ARENA_BYTES) as client:
             for i in range(20):
                 loan = client.empty((ARENA_BYTES,), torch.uint8).fill_(i)
@@ -277,7 +277,7 @@ def test_who_has_the_reply_may_count_on_the_room(run: Run, channel: ChannelKind,
                 assert int(result[-1]) == 2 * i
                 del loan, result
             assert await wholly_free(client)
-        assert len(executor.kept) >= 20
+        assert len(_Retentive.kept) >= 20
 
     run(main())
 

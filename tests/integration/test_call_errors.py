@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from shmtransport import CallTimeout, Client, LocalProtocolError, RemoteError, Server, TransportError
-from shmtransport.message import ChannelKind
-
-from .helpers import DeliberateError, Serve, echo
+from shmtransport.protocol.messages import ChannelKind
+from tests.support.helpers import DeliberateError, Serve, echo
 
 
 def test_a_handlers_exception_arrives_as_type_and_message_only(
@@ -79,7 +78,7 @@ class UnprintableError(Exception):
 def test_no_exception_of_a_handler_can_end_the_server(
     serve: Serve, address: str, error: Exception, channel: ChannelKind
 ) -> None:
-    """However odd its text is, the caller gets an error and the server serves on."""
+    """However odd its text, the caller gets an error and the server goes on serving."""
 
     def fail() -> None:
         raise error
@@ -107,7 +106,7 @@ def test_an_error_longer_than_the_message_limit_does_not_end_the_server(
 
 
 def test_an_unknown_method_is_named_with_those_there_are(shared_server: str, channel: ChannelKind) -> None:
-    """LocalProtocolError: it was this side that asked for it."""
+    """The error is a LocalProtocolError: the mistake is the caller's."""
     with (
         Client(shared_server, channel=channel) as client,
         pytest.raises(LocalProtocolError, match=r"'doubel'; there are: double, drop, echo"),
@@ -157,9 +156,8 @@ def test_after_a_timeout_the_connection_works_and_the_late_result_is_released(
     server = serve(slow=slow, echo=echo)
     with Client(address, channel=channel, arena_bytes=64 * 1024) as client:
         for _ in range(3):
-            pending = client.submit("slow")
             with pytest.raises(CallTimeout, match=r"'slow' within 0\.05 s.*0 other calls.*alive"):
-                pending.result(timeout_s=0.05)
+                client.with_options(timeout_s=0.05).call("slow")
             go.set()
             assert client.call("echo", "next") == "next"
         go.set()
@@ -174,20 +172,6 @@ def test_the_clients_own_timeout_is_the_default(serve: Serve, address: str, chan
         with pytest.raises(CallTimeout):
             client.call("slow")
         go.set()
-
-
-def test_a_call_that_has_timed_out_says_so_when_asked_again(serve: Serve, address: str, channel: ChannelKind) -> None:
-    """A second ``result()`` of a call that was given up can't wait for a reply that will be thrown away."""
-    go = threading.Event()
-    serve(slow=lambda: go.wait(10), echo=echo)
-    with Client(address, channel=channel, timeout_s=5.0) as client:
-        pending = client.submit("slow")
-        with pytest.raises(CallTimeout):
-            pending.result(timeout_s=0.05)
-        go.set()
-        assert client.call("echo", 1) == 1
-        with pytest.raises(CallTimeout, match=r"0\.05 s"):
-            pending.result(timeout_s=0.5)
 
 
 def test_a_failed_call_keeps_nothing_until_a_collection(

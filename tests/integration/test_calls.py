@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from shmtransport import Client, LocalProtocolError
-from shmtransport.dtypes import TABLE
-from shmtransport.message import ChannelKind
-
-from .helpers import Serve
+from shmtransport.memory.dtypes import TABLE
+from shmtransport.protocol.messages import ChannelKind
+from tests.support.helpers import Serve
 
 
 def test_a_call_returns_what_the_handler_returns(shared_server: str, channel: ChannelKind) -> None:

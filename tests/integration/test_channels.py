@@ -1,7 +1,8 @@
-"""The two channels: their options, both at one server, messages of all sizes, and that waiting costs nothing."""
+"""The two channels: which ones a server offers, their options, messages of all sizes, and waiting without cost."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -11,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import shmtransport.client
-import shmtransport.doorbell
-from shmtransport import Client, LocalProtocolError, MessageTooLarge, Server
-from shmtransport.message import ChannelKind
-
-from .helpers import KIB, MIB, Serve, Spawn, echo, eventually, in_thread, start_server
+import shmtransport.channels.relay
+import shmtransport.endpoints.exchange
+from shmtransport import AsyncServer, Client, ConnectRefused, LocalProtocolError, MessageTooLarge, Server
+from shmtransport.protocol.messages import CHANNEL_KINDS, ChannelKind
+from tests.support.helpers import KIB, MIB, Serve, Spawn, echo, eventually, in_thread, start_server
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -28,23 +28,23 @@ pytestmark = pytest.mark.timeout(60)
     [
         ({"channel": "carrier pigeon"}, "no channel 'carrier pigeon'; there are: zmq, doorbell"),
         ({"channel": ""}, "no channel ''"),
-        ({"spin_us": 10.0}, "spin_us=10: it is the doorbell channel"),
+        ({"spin_us": 10.0}, "spin_us=10: only the doorbell channel"),
         ({"channel": "doorbell", "spin_us": -1.0}, "spin_us=-1"),
     ],
     ids=["unknown", "empty", "spin with zmq", "negative spin"],
 )
 def test_options_that_make_no_sense_are_refused_at_once(address: str, options: dict[str, Any], reason: str) -> None:
-    """A LocalProtocolError with the remedy, before anybody is asked: there is no server here."""
+    """A LocalProtocolError with the remedy comes before any connection is tried: there is no server here."""
     started = time.monotonic()
     with pytest.raises(LocalProtocolError, match=reason):
         Client(address, **options)
-    assert time.monotonic() - started < 4.0, "less than it takes to find nobody"
+    assert time.monotonic() - started < 4.0, "no time was spent looking for a server"
 
 
 def test_the_channel_really_in_use_is_told_and_logged(
     serve: Serve, address: str, channel: ChannelKind, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the client, and in one line on each side."""
+    """The client has a property for it, and each side logs one line."""
     caplog.set_level(logging.INFO, "shmtransport")
     serve(echo=echo)
     with Client(address, channel=channel) as client:
@@ -77,7 +77,7 @@ def test_either_side_may_look_before_it_waits(spawn: Spawn, address: str, client
 def test_prefault_changes_nothing_but_the_page_tables(
     spawn: Spawn, address: str, channel: ChannelKind, server_prefaults: bool
 ) -> None:
-    """With it all pages of both arenas are mapped once connected, on the side that has asked; calls go as ever."""
+    """With it all pages of both arenas are mapped on connecting, on the side that asked; calls work as before."""
 
     def mapped_bytes(pid: int) -> int:
         """How many bytes of segments this process has entered in its page table."""
@@ -123,7 +123,7 @@ def test_clients_of_both_kinds_share_a_server(shared_server: str) -> None:
 
 
 def test_doorbell_clients_may_come_and_go(serve: Serve, address: str) -> None:
-    """The server's bell lasts, whoever is there: none, one of each kind, several, in any order."""
+    """The server's bell works for any set of clients: none, one of each kind, several, in any order."""
     server = serve(echo=echo)
     for _ in range(5):
         with Client(address, arena_bytes=4 * KIB) as zmq:
@@ -144,10 +144,10 @@ def test_a_client_that_floods_keeps_no_other_from_being_served(shared_server: st
         other.call("echo")
         queued = [flood.submit("sleep", 0.005) for _ in range(400)]
         assert other.call("echo", 1) == 1
-        assert flood.submit("echo", "behind them all").done is False
-        assert not queued[-1].done
-        flood._receive_all(flood._live())
-        assert sum(reply.done for reply in queued) < 200
+        assert flood.submit("echo", "behind them all")._call.ended is False
+        assert not queued[-1]._call.ended
+        flood._exchange._receive_all(flood._exchange.live())
+        assert sum(reply._call.ended for reply in queued) < 200
         flood.close()
 
 
@@ -194,18 +194,18 @@ def _fits(client: Client, size: int) -> bool:
 
 @pytest.fixture
 def no_looking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody looks by itself now and then: a ring that is forgotten is missed."""
+    """Turn off the periodic look, so that a forgotten ring makes the test fail."""
     for module, name in (
-        (shmtransport.client, "_SEND_SLICE_S"),
-        (shmtransport.client, "_WATCH_SLICE_S"),
-        (shmtransport.doorbell, "_SLICE_S"),
+        (shmtransport.endpoints.exchange, "_SEND_SLICE_S"),
+        (shmtransport.endpoints.exchange, "_WATCH_SLICE_S"),
+        (shmtransport.channels.relay, "SLICE_S"),
     ):
         monkeypatch.setattr(module, name, 50.0)
 
 
 @pytest.mark.usefixtures("no_looking")
 def test_room_in_a_message_ring_is_told_at_once(serve: Serve, address: str) -> None:
-    """Whoever reads on rings for the other side: for room to ask, and for room to answer."""
+    """The reader of a ring wakes the writer: for room to ask, and for room to answer."""
     go_on = threading.Event()
     server = serve(wait=lambda: go_on.wait(10.0), echo=echo, long=lambda number: chr(97 + number) * 900)
     with Client(address, channel="doorbell", timeout_s=50.0, max_message_bytes=1024) as client:
@@ -224,7 +224,7 @@ def test_room_in_a_message_ring_is_told_at_once(serve: Serve, address: str) -> N
 def test_room_is_told_when_a_request_is_read_not_when_it_is_answered(
     serve: Serve, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A handler that takes long keeps nobody from sending into the room that its request has left."""
+    """A slow handler doesn't block senders: reading its request has already made room."""
     go_on = [threading.Event(), threading.Event()]
     server = serve(wait=lambda number, _text="": go_on[number].wait(10.0), echo=echo)
     with Client(address, channel="doorbell", timeout_s=50.0, max_message_bytes=1024) as client:
@@ -242,7 +242,7 @@ def test_room_is_told_when_a_request_is_read_not_when_it_is_answered(
         assert eventually(lambda: client.statistics().stalls == 1)
         go_on[0].set()
         last = sending.result(5.0)
-        assert not waiting[1].done
+        assert not waiting[1]._call.ended
         go_on[1].set()
         assert last.result(timeout_s=5.0) == "y" * 900
 
@@ -251,7 +251,7 @@ def test_room_is_told_when_a_request_is_read_not_when_it_is_answered(
 
 
 def _cpu_seconds(pid: int) -> float:
-    """What a process has used of its processors, all of its threads together."""
+    """How much processor time a process has used, over all its threads."""
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -267,7 +267,7 @@ def _waits(pid: int) -> int:
 
 
 def test_an_idle_connection_uses_no_processor(spawn: Spawn, address: str) -> None:
-    """Neither the server nor a client, connected by both channels, nor one that waits for a reply: nobody polls."""
+    """A server, a client connected by either channel, and one that waits for a reply: none of them polls."""
     server = start_server(spawn, address)
     with Client(address, channel="doorbell") as client, Client(address) as other:
         assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
@@ -282,7 +282,7 @@ def test_an_idle_connection_uses_no_processor(spawn: Spawn, address: str) -> Non
 
 
 def test_an_idle_server_that_looks_before_it_waits_does_wait(spawn: Spawn, address: str) -> None:
-    """``spin_us`` bounds the looking: after it nothing is used either."""
+    """``spin_us`` bounds the spinning: after it the server uses no processor time either."""
     server = start_server(spawn, address, spin_us=1000.0)
     with Client(address, channel="doorbell", spin_us=1000.0) as client:
         client.call("echo")
@@ -301,3 +301,50 @@ def test_a_server_in_a_thread_stops_with_clients_of_both_kinds(address: str) -> 
                 assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
                 server.stop()
                 serving.result(5.0)
+
+
+def _bells() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"sem.shmtransport-bell-{os.getpid()}-")}
+
+
+@pytest.mark.parametrize("offered", CHANNEL_KINDS)
+@pytest.mark.parametrize("asked", CHANNEL_KINDS)
+def test_a_channel_that_is_not_offered_is_refused_by_name(
+    serve: Serve, address: str, offered: ChannelKind, asked: ChannelKind
+) -> None:
+    """Both are named; nothing was made for the refused client, and the next one is served."""
+    others = _bells()
+    serve({"channels": (offered,)}, echo=echo)
+    if asked == offered:
+        with Client(address, channel=asked) as client:
+            assert client.call("echo", 1) == 1
+        return
+    with pytest.raises(
+        ConnectRefused, match=f"channel {asked} was asked for; its channels are {offered}: use {offered}"
+    ):
+        Client(address, channel=asked)
+    assert _bells() <= others
+    with Client(address, channel=offered) as client:
+        assert client.call("echo", 1) == 1
+
+
+def test_an_asyncio_server_chooses_too(address: str) -> None:
+    """The same option, the same words."""
+
+    async def main() -> None:
+        async with AsyncServer(address, channels=["zmq"]) as server:
+            serving = asyncio.create_task(server.serve())
+            with pytest.raises(ConnectRefused, match="channel doorbell was asked for; its channels are zmq"):
+                await asyncio.to_thread(Client, address, channel="doorbell")
+            server.stop()
+            await serving
+
+    asyncio.run(main())
+
+
+def test_both_are_offered_by_default(serve: Serve, address: str, channel: ChannelKind) -> None:
+    """Naming both changes nothing, in any order, nor does naming one twice."""
+    serve({"channels": ["doorbell", "zmq", "zmq"]}, echo=echo)
+    with Client(address, channel=channel) as client:
+        assert client.call("echo", 1) == 1
+    assert Server.__init__.__kwdefaults__["channels"] == CHANNEL_KINDS

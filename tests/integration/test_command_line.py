@@ -1,167 +1,320 @@
-"""The command line as its users meet it: what it prints, and settings from the environment."""
+"""``shmtransport doctor``, ``ls`` and ``clean``: what they print, and that no error is a traceback."""
 
 from __future__ import annotations
 
 import json
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from .commands import Command, environment, is_one_line_error, run
+from shmtransport import Client, __main__
+from shmtransport.diagnostics import cli, doctor, facts, measure
+from shmtransport.memory.leftovers import SharedObject
+from shmtransport.version import VERSION
+from tests.support.helpers import MIB, Serve, echo
+from tests.support.process import ROOT, Process
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(90)
 
-STATISTICS = {
-    "calls",
-    "call_seconds",
-    "serialize_seconds",
-    "deserialize_seconds",
-    "tensor_bytes_sent",
-    "tensor_bytes_received",
-    "control_bytes_sent",
-    "control_bytes_received",
-    "bytes_copied",
-}
+Spawn = Callable[..., Process]
+SERVER = ROOT / "tests/support/processes/server.py"
 
 
-# What works
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """Run the command line in this process."""
+    return lambda *arguments: CliRunner().invoke(cli.app, arguments)
 
 
-def test_help_is_quick_and_lists_the_commands() -> None:
-    """Neither torch nor transformers is imported for it."""
-    done = run("--help")
-    assert done.code == 0
-    for name in ("generate", "chat", "worker", "info"):
-        assert f" {name} " in done.out
-    loaded = subprocess.run(
-        [sys.executable, "-c", "import llama_split.__main__, sys; print('torch' in sys.modules)"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
+def is_one_line_error(done: Any, *parts: str) -> bool:
+    return (
+        done.exit_code == 2
+        and done.stdout == ""
+        and done.stderr.startswith("error: ")
+        and done.stderr.count("\n") == 1
+        and all(part in done.stderr for part in parts)
     )
-    assert loaded.stdout == "False\n"
 
 
-def test_the_demo_answers_and_reports_its_transport() -> None:
-    """Without any setting it starts its own worker, answers a question right, and says how it got there."""
-    done = run("generate", "--prompt", "What is the capital of France?", "--json", "--max-new-tokens", "8")
-    assert done.code == 0, done.err
-    answer = json.loads(done.out)
-    assert "Paris" in answer["text"]
-    assert answer.keys() >= {"text", "token_ids", "mode", "dtype", "transport", "statistics"}
-    assert 1 <= len(answer["token_ids"]) <= 8
-    assert (answer["mode"], answer["dtype"]) == ("fused", "float32")
-    assert answer["transport"]["kind"] == "ipc"
-    assert answer["transport"]["channel"] == "zmq"
-    assert answer["transport"]["address"].startswith("ipc:///")
-    assert answer["statistics"].keys() >= STATISTICS
-    assert answer["statistics"]["calls"] > 100
-    assert answer["statistics"]["control_bytes_sent"] < answer["statistics"]["tensor_bytes_sent"]
+# Errors
 
 
-def test_a_pipelined_prompt_has_the_same_answer() -> None:
-    """Its parts are under way together, as the statistics show."""
-    prompt = "Which city is the capital of France? Answer with the name of the city alone, without any other word."
-    done = run("generate", "--prompt", prompt, "--json", "--max-new-tokens", "4", "--pipeline", "2")
-    assert done.code == 0, done.err
-    answer = json.loads(done.out)
-    assert "Paris" in answer["text"]
-    assert answer["statistics"]["in_flight_peak"] == 2
+def test_nobody_listens(directory: Path, run: Callable[..., Any]) -> None:
+    """No file, a file that is no socket, a dead server's socket: each said at once, without waiting."""
+    (directory / "file").write_text("")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(directory / "dead"))
+    started = time.perf_counter()
+    assert is_one_line_error(run("doctor", f"ipc://{directory}/none"), "no process listens at", "No such file")
+    assert is_one_line_error(run("doctor", f"ipc://{directory}/file"), "no process listens at", "no socket")
+    assert is_one_line_error(run("doctor", f"ipc://{directory}/dead"), "no process listens at", "dead server")
+    assert is_one_line_error(run("doctor", "--json", f"ipc://{directory}/none"), "no process listens at")
+    assert time.perf_counter() - started < 2.0
+    (directory / "dead").unlink()
 
 
-@pytest.mark.parametrize("prompt", ["w5 w6 w7", "w1999"])
-def test_every_mode_generates_the_same_tokens(command: Command, worker: str, tiny: Path, prompt: str) -> None:
-    """As many as were asked for, as one JSON object on standard output and nothing else, whatever the split."""
-    common = ("--model", str(tiny), "--worker", worker, "--no-chat", "--json", "--max-new-tokens", "8")
-    answers = {}
-    for mode in ("fused", "layer", "stack"):
-        done = command("generate", "--prompt", prompt, "--mode", mode, *common)
-        assert (done.code, done.err) == (0, "")
-        answers[mode] = json.loads(done.out)
-        assert answers[mode]["mode"] == mode
-        assert len(answers[mode]["token_ids"]) == 8
-        assert answers[mode]["transport"]["address"] == worker
-    assert answers["fused"]["token_ids"] == answers["layer"]["token_ids"] == answers["stack"]["token_ids"]
-    assert answers["fused"]["statistics"]["calls"] > answers["layer"]["statistics"]["calls"]
+@pytest.mark.parametrize("address", ["nonsense", "ipc://relative", "tcp://192.0.2.1:5", "tcp://127.0.0.1"])
+def test_an_address_that_can_not_be_is_one_line(address: str, run: Callable[..., Any]) -> None:
+    """It is quoted."""
+    assert is_one_line_error(run("doctor", address), address)
 
 
-def test_without_json_the_text_and_a_table_are_printed(command: Command, worker: str, tiny: Path) -> None:
-    """The text streams to standard output, then the transport's figures with units."""
-    done = command("generate", "--prompt", "w5", "--model", str(tiny), "--worker", worker, "--no-chat")
-    assert done.code == 0
-    assert done.out.split()[0].startswith("w")
-    for row in ("calls", "serialise", "control sent", "ms/call", "KiB"):
-        assert row in done.out
+def test_a_server_that_takes_no_client_says_why(serve: Serve, address: str, run: Callable[..., Any]) -> None:
+    """Its refusal, in one line."""
+    serve({"max_clients": 1})
+    with Client(address, arena_bytes=4096):
+        assert is_one_line_error(run("doctor", address), "max_clients is 1")
 
 
-def test_a_generation_ends_where_the_models_positions_do(command: Command, worker: str, tiny: Path) -> None:
-    """More tokens than fit are not asked of the model: 4 + 28 = 32 positions."""
-    done = command(
-        *("generate", "--prompt", "w1 w2 w3 w4", "--model", str(tiny), "--worker", worker, "--no-chat", "--json"),
-        *("--max-new-tokens", "1000"),
-    )
-    assert done.code == 0, done.err
-    assert len(json.loads(done.out)["token_ids"]) == 28
+def test_a_server_of_an_older_version_is_one_line(
+    serve: Serve, address: str, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]
+) -> None:
+    """One that does not know the methods that are called."""
+    monkeypatch.setattr("shmtransport.endpoints.handlers.built_in", lambda _name, _server: None)
+    serve(echo=echo)
+    assert is_one_line_error(run("doctor", address), "of a version that can't be measured")
 
 
-def test_a_model_without_chat_template_says_so_and_continues_plainly(command: Command, worker: str, tiny: Path) -> None:
-    """One notice on standard error; standard output stays JSON."""
-    done = command("generate", "--prompt", "w5", "--model", str(tiny), "--worker", worker, "--json")
-    assert done.code == 0
-    assert "no chat template" in done.err
-    assert json.loads(done.out)["token_ids"]
+def test_ctrl_c_is_one_word(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 130, as of any program."""
+
+    def interrupted(_address: str | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    done = run("doctor")
+    assert (done.exit_code, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-# Settings from the environment
+# What is printed
 
 
-def test_a_setting_from_the_environment_is_honoured_and_reported(command: Command, worker: str, tiny: Path) -> None:
-    """Each variable in force is named with its value and "environment": a stale one can't go unnoticed."""
-    done = command(
-        *("generate", "--prompt", "w5 w6", "--no-chat", "--json", "--max-new-tokens", "2"),
-        LLAMA_MODEL_PATH=str(tiny),
-        LLAMA_IPC_PATH=worker,
-        LLAMA_DTYPE="float32",
-    )
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["transport"]["address"] == worker
-    for variable, value in (("LLAMA_MODEL_PATH", str(tiny)), ("LLAMA_IPC_PATH", worker), ("LLAMA_DTYPE", "float32")):
-        assert [line for line in done.err.splitlines() if f"{variable}={value}" in line and "environment" in line]
+@pytest.mark.usefixtures("hasty")
+def test_the_printed_report(
+    spawn: Spawn, address: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machine, server, a row a size, and the verdicts in words."""
+    process = spawn(SERVER, address)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("SECRET_TOKEN", "hush")
+    done = run("doctor", address)
+    assert done.exit_code == ("problem: " in done.stdout)
+    words = " ".join(done.stdout.split())
+    for part in ("machine", "server", "torch", "/dev/shm", "open files", "OMP_WAIT_POLICY=PASSIVE", "(ipc)"):
+        assert part in words
+    for part in ("64 bytes", "1.0 KiB", "16.0 KiB", "256.0 KiB", "4.0 MiB", "64.0 MiB", "spin 100", "in place"):
+        assert part in words
+    assert f"process {process.pid}" in words
+    assert "mode 0600, in a directory of 0700" in words
+    assert "hush" not in words
+    assert "all is well" in words or "problem: " in words
+    assert "Traceback" not in done.stderr
 
 
-def test_an_option_outdoes_the_environment(command: Command, worker: str, tiny: Path) -> None:
-    """What the option overrides is not in force and not reported."""
-    done = command(
-        *("generate", "--prompt", "w5", "--no-chat", "--json", "--max-new-tokens", "1", "--dtype", "float32"),
-        *("--model", str(tiny), "--worker", worker),
-        LLAMA_MODEL_PATH="/no/such/model",
-        LLAMA_IPC_PATH="ipc:///no/such/worker",
-        LLAMA_DTYPE="nonsense",
-    )
-    assert done.code == 0, done.err
-    assert "LLAMA_" not in done.err
+def test_the_machine_alone(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an address nothing is measured; a problem is told and has exit code 1."""
+    whole = run("doctor")
+    assert whole.exit_code == ("problem: " in whole.stdout)
+    monkeypatch.setattr(facts, "shm_room", lambda: (64 * MIB, MIB))
+    done = run("doctor")
+    assert done.exit_code == 1
+    assert "problem: /dev/shm has only 1.0 MiB free" in done.stdout
+    assert "all is well" not in done.stdout
+    as_json = run("doctor", "--json")
+    assert as_json.exit_code == 1
+    told = json.loads(as_json.stdout)
+    assert (told["ok"], told["server"]) == (False, None)
+
+
+def test_what_others_have_written_is_no_markup(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets in an address, a command line or a variable are printed as they are; limits may be unlimited."""
+    monkeypatch.setenv("LD_PRELOAD", "[/red] [bold]")
+    machine = replace(facts.machine_facts(), open_files=facts.Limit(None, None))
+    times = (measure.ChannelTimes("zmq", 0.0, 1e-5, (measure.SizeTimes(64, 1e-5, 1e7, 1e-5, 1e7),)),)
+    server = measure.ServerFacts("tcp://[::1]:5", "tcp", None, 9, "sh [/x] [red]", 1 << 20, 1e-4, 1e-4, times)
+    monkeypatch.setattr(doctor, "examine", lambda _address: doctor.Facts(machine, server))
+    done = run("doctor", "tcp://[::1]:5")
+    assert done.exit_code == ("problem: " in done.stdout)
+    for part in ("LD_PRELOAD=[/red] [bold]", "sh [/x] [red]", "tcp://[::1]:5", "unlimited (hard: unlimited)"):
+        assert part in done.stdout
+
+
+def test_ls_and_clean(owner_of_a_segment: Callable[[], tuple[Process, str]], run: Callable[..., Any]) -> None:
+    """Living and dead are told apart; only the dead are removed, each by name."""
+    living, living_name = owner_of_a_segment()
+    killed, dead_name = owner_of_a_segment()
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    listed = {one["name"]: one for one in json.loads(run("ls", "--json").stdout)["objects"]}
+    assert (listed[living_name]["owner_pid"], listed[living_name]["dead"]) == (living.pid, False)
+    assert (listed[dead_name]["owner_pid"], listed[dead_name]["dead"]) == (None, True)
+    table = run("ls").stdout
+    assert f"process {living.pid}" in table
+    assert "dead" in table
+
+    cleaned = run("clean")
+    assert cleaned.exit_code == 0
+    assert f"removed segment {dead_name} (" in cleaned.stdout
+    assert living_name not in cleaned.stdout
+    assert "of dead processes" in cleaned.stdout.splitlines()[-1]
+    assert living_name in run("ls", "--json").stdout
+    assert dead_name not in run("ls", "--json").stdout
+    living.signal(signal.SIGKILL)
+    living.wait()
+    assert living_name in run("clean", "--json").stdout
+
+
+@pytest.fixture
+def owner_of_a_segment(directory: Path, spawn: Spawn) -> Callable[[], tuple[Process, str]]:
+    """Start a process that has made a segment; the process and the name."""
+
+    def start() -> tuple[Process, str]:
+        script = directory / "owner.py"
+        script.write_text(
+            "import time\nfrom shmtransport.core.layout import Layout\n"
+            "from shmtransport.memory.segment import Segment\n"
+            "segment = Segment.create(Layout(data_bytes=4096, release_slots=8))\n"
+            "print('ready', flush=True)\nprint(segment.name, flush=True)\ntime.sleep(60)\n"
+        )
+        process = spawn(script)
+        return process, process.readline()
+
+    return start
+
+
+def test_where_there_is_nothing(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both commands say so."""
+    monkeypatch.setattr("shmtransport.memory.named_object.DIRECTORY", "/no/such/directory")
+    monkeypatch.setattr(cli, "connections", list)
+    assert "this user has no named objects in /dev/shm" in run("ls").stdout
+    assert "no connection of this user is in use" in run("ls").stdout
+    assert run("clean").stdout == "dead processes have left nothing\n"
+    assert json.loads(run("clean", "--json").stdout) == {"removed": []}
+    assert json.loads(run("ls", "--json").stdout)["objects"] == []
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "reason"),
+    ("owners", "text"),
     [
-        ("LLAMA_MODEL_PATH", "/no/such/model", "no model at '/no/such/model'"),
-        ("LLAMA_DTYPE", "float7", "float7 is not supported"),
-        ("LLAMA_IPC_PATH", "tcp://192.0.2.1:5555", "not on the loopback"),
+        ([], "nothing"),
+        ([7, 0], "2 of living processes"),
+        ([None], "1 segment (4.0 KiB) of dead processes"),
+        ([7, None], "1 of living processes, 1 segment (4.0 KiB) of dead processes"),
     ],
 )
-def test_a_bad_setting_from_the_environment_is_an_error_that_names_its_source(
-    command: Command, tiny: Path, variable: str, value: str, reason: str
+def test_living_and_dead_are_counted_apart(
+    owners: list[int | None], text: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First the notice that the variable is in force, then the one line of the error."""
-    options = ["generate", "--prompt", "w5", "--no-chat"]
-    if variable != "LLAMA_MODEL_PATH":
-        options += ["--model", str(tiny)]
-    done = command(*options, **{variable: value})
-    assert is_one_line_error(done), done
-    assert reason in done.err.splitlines()[-1]
-    assert f"{variable}={value}" in done.err.splitlines()[0]
-    assert "environment" in done.err.splitlines()[0]
+    """In the doctor's table."""
+    named = tuple(SharedObject("segment", "/x", 4096, owner, 1.0) for owner in owners)
+    machine = replace(facts.machine_facts(), named=named)
+    monkeypatch.setattr(doctor, "examine", lambda _address: doctor.Facts(machine))
+    assert text in " ".join(re.sub("│", " ", run("doctor").stdout).split())
+
+
+def test_an_owner_in_another_container_is_alive(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process id says nothing here, and is not shown."""
+    monkeypatch.setattr("shmtransport.memory.leftovers.list_all", lambda: [SharedObject("segment", "/x", 4096, 0, 1.0)])
+    assert "alive, elsewhere" in run("ls").stdout
+
+
+# As a program
+
+
+def test_the_program_measures_within_its_time(spawn: Spawn, address: str) -> None:
+    """``python -m shmtransport doctor ADDRESS --json`` in full: exit code 0 and valid JSON within 15 s of measuring."""
+    process = spawn(SERVER, address)
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "shmtransport", "doctor", address, "--json"],
+        env=Process.environment(),
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert time.perf_counter() - started < 60  # with Python's and torch's own start, on a machine with other work
+    told = json.loads(done.stdout)
+    assert told["ok"] is (done.returncode == 0)
+    assert told["server"]["server_pid"] == process.pid
+    assert len(told["server"]["channels"]) == 3
+
+
+def test_an_ascii_terminal_gets_replacements_and_no_escape_sequences() -> None:
+    """What the environment, a process's name or a peer says is shown as text."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shmtransport", "doctor"],
+        env={**Process.environment(), "PYTHONIOENCODING": "ascii", "OMP_ODD": "\x1b[31m\u00fc", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (int("problem: " in done.stdout), "")
+    assert "\\x1b[31m?" in done.stdout
+    assert done.stdout.isascii()
+    assert "\x1b" not in done.stdout
+
+
+def test_the_version(run: Callable[..., Any]) -> None:
+    """Before any command."""
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (0, f"shmtransport {VERSION}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("--version",), ("ls",), ("ls", "--json"), ("clean",)], ids=" ".join
+)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments: tuple[str, ...]) -> None:
+    """Importing torch takes seconds, numpy and zmq a tenth of one."""
+    script = (
+        "import sys, shmtransport.__main__\n"
+        "try:\n    shmtransport.__main__.main()\n"
+        "finally:\n    print({'torch', 'numpy', 'zmq'} & sys.modules.keys(), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=Process.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra_one_line_says_what_to_install(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback; exit code 2."""
+    for name in [
+        name for name in sys.modules if name.split(".")[0] == missing or name == "shmtransport.diagnostics.cli"
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as caught:
+        __main__.main()
+    assert caught.value.code == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert written.err == f"error: the command line needs {missing}: pip install 'shmtransport[cli]'\n"
+
+
+def test_any_other_missing_module_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a mistake, and is seen."""
+    monkeypatch.delitem(sys.modules, "shmtransport.diagnostics.cli")
+    monkeypatch.setitem(sys.modules, "shmtransport.diagnostics.facts", None)
+    with pytest.raises(ModuleNotFoundError, match="facts"):
+        __main__.main()

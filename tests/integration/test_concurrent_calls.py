@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from shmtransport import ArenaFull, Client, LocalProtocolError, Server
-from shmtransport.message import ChannelKind
-from tests.conftest import ROOT
-
-from .helpers import MIB, Serve
+from shmtransport.protocol.messages import ChannelKind
+from tests.support.helpers import MIB, Serve
+from tests.support.process import ROOT
 
 # Several calls at once
 
@@ -33,7 +32,7 @@ def test_results_may_be_asked_for_in_any_order_and_more_than_once(shared_server:
         pending = [client.submit("echo", i) for i in range(20)]
         assert [reply.result() for reply in reversed(pending)] == list(reversed(range(20)))
         assert pending[3].result() == 3
-        assert all(reply.done for reply in pending)
+        assert all(reply.done() for reply in pending)
 
 
 def test_a_failed_call_fails_alone(shared_server: str, channel: ChannelKind) -> None:
@@ -90,10 +89,10 @@ def test_several_clients_at_once_never_see_each_others_data(shared_server: str, 
 
 
 def test_client_processes_at_once_never_see_each_others_data(serve: Serve, address: str, spawn: Any) -> None:
-    """The same with processes: each checks its own results and says so."""
+    """The same with processes: each checks its own results and reports what it found."""
     server = serve(double=lambda x: x * 2)
     processes = [
-        spawn(ROOT / "tests/scripts/checking_client.py", address, str(number), kind)
+        spawn(ROOT / "tests/support/processes/checking_client.py", address, str(number), kind)
         for number, kind in enumerate(("zmq", "doorbell", "zmq", "doorbell"))
     ]
     for process in processes:

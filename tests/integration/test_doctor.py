@@ -1,8 +1,9 @@
-"""The doctor's measurements: who listens at an address, what its calls take, and what is left out where."""
+"""The doctor's measurements: who listens at an address, how long its calls take, and what is left out and why."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,24 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-from shmtransport import Client, ConnectRefused, ConnectTimeout, Server, doctor, facts, measure
-from shmtransport.bell import Bell
+from shmtransport import Client, ConnectRefused, ConnectTimeout, Server
+from shmtransport.diagnostics import doctor, facts, measure
 from shmtransport.errors import SegmentError
-from tests.conftest import ROOT, Process
-
-from .helpers import MIB, Serve
+from shmtransport.memory.bell import Bell
+from tests.support.helpers import MIB, Serve
+from tests.support.process import ROOT, Process
 
 pytestmark = pytest.mark.timeout(90)
 
 Spawn = Callable[..., Process]
-SERVER = ROOT / "tests/scripts/server.py"
-
-
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure just long enough to have figures."""
-    monkeypatch.setattr(measure, "_ROUND_TRIP_SECONDS", 0.005)
-    monkeypatch.setattr(measure, "_SIZE_SECONDS", 0.002)
+SERVER = ROOT / "tests/support/processes/server.py"
 
 
 # What is measured
@@ -41,11 +35,11 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hasty")
 def test_all_channels_and_sizes_are_measured(spawn: Spawn, address: str, directory: Path) -> None:
-    """Three kinds of channel, six sizes from 64 bytes to 64 MiB; who listens is the server, by the kernel's word."""
+    """Three kinds of channel, six sizes from 64 bytes to 64 MiB; the kernel confirms that the server listens."""
     process = spawn(SERVER, address)
     found = measure.measure(address)
     assert [(one.channel, one.spin_us) for one in found.channels] == [("zmq", 0), ("doorbell", 0), ("doorbell", 100)]
-    assert (found.transport, found.server_pid, found.arena_bytes) == ("ipc", process.pid, 64 * MIB)
+    assert (found.scheme, found.server_pid, found.arena_bytes) == ("ipc", process.pid, 64 * MIB)
     assert found.socket is not None
     assert (found.socket.listener_pid, found.socket.listener_uid) == (process.pid, os.geteuid())
     assert found.socket.path == f"{directory}/server.ipc"
@@ -73,7 +67,7 @@ def test_a_server_that_grants_little_is_measured_with_that(serve: Serve, address
 
 @pytest.mark.usefixtures("hasty")
 def test_little_room_in_dev_shm_is_not_used_up(serve: Serve, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than half of what is free is asked for in all, but at least the smallest."""
+    """The doctor asks for at most half of the free memory in total, but always for the smallest size."""
     serve()
     monkeypatch.setattr(measure, "shm_room", lambda: (1000 * MIB, 200 * MIB))
     assert measure.measure(address).arena_bytes == 4 * MIB
@@ -119,16 +113,16 @@ def test_tcp_is_told_from_ipc() -> None:
         thread.join()
         server.close()
     assert examined.server is not None
-    assert (examined.server.transport, examined.server.socket) == ("tcp", None)
+    assert (examined.server.scheme, examined.server.socket) == ("tcp", None)
     assert examined.server.server_pid == os.getpid()
     assert any("this is tcp" in one.finding for one in doctor.verdicts(examined))
 
 
-# Nobody answers
+# No answer
 
 
 def test_a_server_that_does_not_answer_is_named_with_its_state(spawn: Spawn, address: str) -> None:
-    """Stopped: say so. Another program that listens: name it."""
+    """A stopped server is reported as stopped; another program that listens is named."""
     process = spawn(SERVER, address)
     process.signal(signal.SIGSTOP)
     try:
@@ -139,7 +133,7 @@ def test_a_server_that_does_not_answer_is_named_with_its_state(spawn: Spawn, add
 
 
 def test_a_server_with_too_many_waiting_is_waited_for(directory: Path) -> None:
-    """Who listens can't be told, since nobody accepts; that nobody answers can."""
+    """Nothing accepts, so the doctor can't tell who listens; it can tell that no one answers."""
     with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as first:
         full.bind(str(directory / "full"))
         full.listen(0)
@@ -150,11 +144,12 @@ def test_a_server_with_too_many_waiting_is_waited_for(directory: Path) -> None:
 
 
 def test_another_program_that_listens_is_named(directory: Path) -> None:
-    """Its process and command line, and that it may be none of ours."""
+    """The error gives its process and command line, and warns that it may be no server of this package."""
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(directory / "other"))
         other.listen()
-        with pytest.raises(ConnectTimeout, match=rf"process {os.getpid()} \(.*pytest.*another program"):
+        program = Path("/proc/self/cmdline").read_text().split("\0")[0]
+        with pytest.raises(ConnectTimeout, match=rf"process {os.getpid()} \({re.escape(program)} .*another program"):
             measure.measure(f"ipc://{directory}/other", connect_timeout_s=0.3)
 
 

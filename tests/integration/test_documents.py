@@ -1,24 +1,24 @@
-"""What the documents say is what the code does: examples, the memory layout, the table of modes."""
+"""The documents match the code: examples, the memory layout, the table of modes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
 
+from llama_split.boundary.geometry import Geometry
+from llama_split.boundary.operations import REVEALED, Mode
+from llama_split.boundary.traffic import forward_sizes, forward_traffic
 from llama_split.checkpoint import open_checkpoint
-from llama_split.operations import REVEALED, Geometry, Mode, forward_sizes, forward_traffic
-from llama_split.settings import DEMO_WHEEL, MODEL_MISSING, demo_model
-from llama_split.synthetic import RandomCheckpoint
-from shmtransport.connection import segment_layout
-from shmtransport.layout import FORMAT_VERSION, HEADER, MAGIC, Layout
-from shmtransport.message_ring import MessageRing
-from shmtransport.segment import Segment
-from tests.conftest import ROOT, Process
+from llama_split.checkpoint.synthetic import RandomCheckpoint
+from llama_split.commands.settings import DEMO_WHEEL, MODEL_MISSING, demo_model
+from shmtransport.core import MessageRing
+from shmtransport.core.layout import FORMAT_VERSION, HEADER, MAGIC, Layout
+from shmtransport.endpoints.connection_memory import segment_layout
+from shmtransport.memory.segment import Segment
+from tests.support.process import ROOT, Process
 
 README = (ROOT / "README.md").read_text()
 
@@ -30,17 +30,6 @@ def test_the_echo_example_runs_as_printed(spawn: Callable[..., Process], address
     assert client.readline() == "42.0 (1024, 2048) torch.bfloat16"
     assert client.readline() == "[0, 1, 2, 3, 4]"
     assert client.readline().split() == ["calls", "2"]
-    assert client.wait() == 0
-
-
-def test_the_llama_example_gives_the_unsplit_models_text(
-    spawn: Callable[..., Process], worker: str, long: Path
-) -> None:
-    """As printed, with a directory, a worker's address and a dtype; it closes its model."""
-    client = spawn(ROOT / "examples/llama/generate.py", str(long), worker, "float32", ready=False)
-    tokenizer, unsplit = AutoTokenizer.from_pretrained(long), LlamaForCausalLM.from_pretrained(long)
-    expected = unsplit.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=40)
-    assert client.output.read() == tokenizer.decode(expected[0]) + "\n"
     assert client.wait() == 0
 
 
@@ -77,7 +66,10 @@ def test_the_memory_layout_shows_the_message_rings_cells() -> None:
     layout = segment_layout(4096, 1024)
     one, other = Segment.create(layout), Segment.create(layout)
     try:
-        ring, peer = MessageRing(one, other), MessageRing(other, one)
+        ring, peer = (
+            MessageRing(one.message_ring, other.message_ring),
+            MessageRing(other.message_ring, one.message_ring),
+        )
         assert ring.write(b"record")
         assert peer.write(b"answer")
         assert ring.read() == b"answer"
@@ -103,10 +95,10 @@ def test_the_readme_installs_the_model_that_its_first_command_takes() -> None:
 
 
 def test_what_crosses_is_what_the_descriptions_of_the_operations_give() -> None:
-    """README's tables: a prompt of 1024 tokens, the average of 127 tokens after 128, and the token after 1024."""
+    """The split model's tables: a prompt of 1024 tokens, the average of 127 tokens after 128, the token after 1024."""
     number = r"([\d.]+) MiB"
     row = rf"^\| (\w+) \| \d+ \| [^|]+ \| {number} \| [^|]+ \| [^|]+ \| {number} \| {number} \|$"
-    rows = re.findall(row, README, re.MULTILINE)
+    rows = re.findall(row, (ROOT / "docs/guide/split-llama.md").read_text(), re.MULTILINE)
     geometries = [open_checkpoint(str(demo_model())).geometry, RandomCheckpoint("llama-3.2-1b", 0).geometry]
     wanted = [(geometry, mode) for geometry in geometries for mode in Mode]
     assert [name for name, *_ in rows] == [mode.value for _, mode in wanted]
@@ -122,10 +114,31 @@ def test_what_crosses_is_what_the_descriptions_of_the_operations_give() -> None:
         assert printed == [f"{value:.{places}f}" for value, places in zip(computed, decimals, strict=True)]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/security.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/guide/split-llama.md", "docs/security.md"])
 @pytest.mark.parametrize("mode", list(Mode))
 def test_documents_say_what_each_mode_shows_the_worker(document: str, mode: Mode) -> None:
     """The tables repeat the one description in operations.py."""
     rows = [line for line in (ROOT / document).read_text().splitlines() if line.startswith(f"| `{mode.value}`")]
     assert len(rows) == 1
     assert REVEALED[mode] in rows[0]
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/*.md"])
+def test_documents_name_files_that_exist(document: str) -> None:
+    """From the root of the repository, or from a package that the document is about."""
+    homes = (ROOT, ROOT / "shmtransport", ROOT / "llama_split", ROOT / "bench", ROOT / "examples")
+    missing = {
+        (path.name, name)
+        for path in ROOT.glob(document)
+        for name in re.findall(r"`((?:[\w.]+/)+(?:\w+\.\w+)?|\w+/\w+\.(?:py|md))`", path.read_text())
+        if not any((home / name).exists() for home in homes)
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
+def test_links_lead_to_files_that_exist(document: str) -> None:
+    """Those of documents beside the site; the site's own are checked when it is built."""
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)#]+)", path.read_text())
+    assert not [link for link in links if not (path.parent / link).exists()]

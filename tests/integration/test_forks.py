@@ -1,22 +1,28 @@
-"""Forks: a child can't use its parent's connection, and nothing that it does or how it ends reaches the parent's."""
+"""Clients, servers and replies belong to the process that made them: no use after a fork, no copy, no pickle."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
+import multiprocessing
+import os
+import pickle
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from shmtransport import Client
-from shmtransport.message import ChannelKind
-from tests.conftest import ROOT, Process
-
-from .helpers import Spawn, start_server
+from shmtransport import AsyncClient, AsyncServer, Client, Closed, Server
+from shmtransport.protocol.messages import ChannelKind
+from tests.support.helpers import Serve, Spawn, echo, start_server
+from tests.support.process import ROOT, Process
 
 pytestmark = pytest.mark.timeout(60)
 
-FORKING_CLIENT = ROOT / "tests/scripts/forking_client.py"
+FORKING_CLIENT = ROOT / "tests/support/processes/forking_client.py"
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def test_a_fork_while_other_threads_use_the_client(fork_client: Spawn) -> None:
 
 
 def test_a_child_may_connect_by_itself(fork_client: Spawn) -> None:
-    """A client of its own, or its parent's connected anew; the grandchild is cut off from that in turn."""
+    """A client of its own, or its parent's reconnected; the grandchild is cut off from that in turn."""
     client = fork_client("connect_in_child")
     assert client.readline() == "its own 16.0"
     assert client.readline() == "reconnected 32.0"
@@ -102,7 +108,7 @@ def test_a_spawned_child_makes_its_own_client(spawn: Spawn, address: str) -> Non
 
 
 def test_a_client_that_was_closed_before_the_fork_says_that(fork_client: Spawn) -> None:
-    """The reason that a child is given is the true one."""
+    """The error gives the child the true reason."""
     client = fork_client("fork_a_closed_one")
     assert client.readline() == "closed False"
     assert client.readline() == "0"
@@ -133,3 +139,90 @@ def test_the_end_of_a_servers_child_does_not_touch_the_server(
     assert server.wait() == 0
     said = server.output.read().splitlines()  # the children may have spoken, too
     assert sorted(line for line in said if line.startswith("left")) == ["left 1", "left 2", "left 3"]
+
+
+_BELONGS = "belongs to the process that made it; connect in that process"
+
+
+def _spawn(thing: Any) -> None:
+    multiprocessing.get_context("spawn").Process(target=print, args=(thing,)).start()
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps, _spawn])
+def test_neither_copy_nor_pickle_nor_spawn_takes_one_along(
+    serve: Serve, address: str, channel: ChannelKind, make: Callable[[Any], Any]
+) -> None:
+    """Each kind of object raises one TypeError, and the object itself keeps working."""
+    server = serve(echo=echo)
+    with Client(address, channel=channel) as client:
+        pending = client.submit("echo", 1)
+        for thing in (client, server, pending, AsyncClient(address)):
+            with pytest.raises(TypeError, match=_BELONGS):
+                make(thing)
+        assert pending.result() == 1
+        assert client.call("echo", 2) == 2
+
+
+def test_an_asyncio_server_is_not_copied_either(address: str) -> None:
+    """As the blocking one."""
+
+    async def main() -> None:
+        async with AsyncServer(address) as server:
+            for make in (copy.copy, copy.deepcopy, pickle.dumps):
+                with pytest.raises(TypeError, match=_BELONGS):
+                    make(server)
+
+    asyncio.run(main())
+
+
+def _in_a_child(work: Callable[[], None]) -> int:
+    """Do something in a forked child; 0 if it raised ``Closed`` that names the fork."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except Closed as error:
+            os._exit(0 if "forked" in str(error) else 2)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_serving_after_a_fork_is_closed_and_names_the_fork(address: str) -> None:
+    """serve() of either kind, rather than an end without a word; the parent's server still serves."""
+    with Server(address) as server:
+        assert _in_a_child(server.serve) == 0
+
+    async def main() -> None:
+        async with AsyncServer(address) as other:
+            assert _in_a_child(lambda: other.serve().send(None)) == 0
+
+    asyncio.run(main())
+
+
+def test_serving_after_closing_is_closed(address: str) -> None:
+    """The reason is the true one."""
+    server = Server(address)
+    server.close()
+    with pytest.raises(Closed, match="this server was closed"):
+        server.serve()
+
+    async def main() -> None:
+        other = AsyncServer(address)
+        await other.close()
+        with pytest.raises(Closed, match="this server was closed"):
+            await other.serve()
+
+    asyncio.run(main())
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_forked_in_a_handler_gets_no_room_in_the_parents_arena(
+    serve: Serve, address: str, channel: ChannelKind
+) -> None:
+    """Whatever it wrote there would land among the parent's replies."""
+    server: Server
+    server = serve(fork=lambda: _in_a_child(lambda: server.empty((4,), torch.float32)))
+    with Client(address, channel=channel) as client:
+        assert client.call("fork") == 0

@@ -14,11 +14,10 @@ import pytest
 import zmq
 
 from shmtransport import Client, ConnectRefused, PeerDied, PeerProtocolError, Server
-from shmtransport.layout import FORMAT_VERSION
-from shmtransport.message import MAGIC_BYTE, Attach, Goodbye, Message, Offer, Refused, Reply, Welcome, encode
-
-from .helpers import MIB, Serve, echo
-from .strangers import HELLO, Stranger
+from shmtransport.core.layout import FORMAT_VERSION
+from shmtransport.protocol.messages import MAGIC_BYTE, Attach, Goodbye, Message, Offer, Refused, Reply, Welcome, encode
+from tests.support.helpers import MIB, Serve, echo
+from tests.support.strangers import HELLO, Stranger
 
 OTHER_VERSION = FORMAT_VERSION + 1
 
@@ -47,12 +46,12 @@ def versioned(message: Message, version: int) -> bytes:
 
 
 def test_connecting_is_one_log_line_on_each_side(serve: Serve, address: str, caplog: pytest.LogCaptureFixture) -> None:
-    """It says address, ipc, the channel and both arena sizes: nobody has to guess what is in use."""
+    """The line gives address, ipc, the channel and both arena sizes: no guessing at what is in use."""
     caplog.set_level(logging.INFO, "shmtransport")
     serve(echo=echo)
     with Client(address, arena_bytes=2 * MIB, reply_arena_bytes=3 * MIB) as client:
         client.call("echo")
-        assert (client.transport, client.channel) == ("ipc", "zmq")
+        assert (client.scheme, client.channel) == ("ipc", "zmq")
         lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
         mine = [line for line in lines if line.startswith("connected to")]
         theirs = [line for line in lines if " connected at " in line]
@@ -159,7 +158,7 @@ def test_a_server_that_is_stopping_refuses_the_client(
         Client(address, connect_timeout_s=2.0)
 
 
-# A server that starts anew
+# A server that starts again
 
 
 def test_a_server_that_does_not_know_the_client_any_more_says_so(address: str) -> None:
@@ -178,7 +177,7 @@ def test_a_server_that_does_not_know_the_client_any_more_says_so(address: str) -
     server.stop()
     thread.join()
     server._channel.close()  # without a goodbye, as if it had crashed
-    for one in list(server._clients.values()):
+    for one in list(server._connections.values()):
         server._drop(one, "crashed")
     server._at_drop.detach()
     server, thread = start()

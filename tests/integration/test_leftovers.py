@@ -1,4 +1,4 @@
-"""What processes leave in /dev/shm when they are killed, and that nobody takes away what a living one holds."""
+"""What killed processes leave in /dev/shm; what a living one holds is never removed."""
 
 from __future__ import annotations
 
@@ -14,26 +14,36 @@ import pytest
 import torch
 import zmq
 
-from shmtransport import Client, Server, leftovers, liveness
-from shmtransport.bell import Bell, bell_file
-from shmtransport.connection import segment_layout
+from shmtransport import Client, Server
+from shmtransport.core.layout import Layout
+from shmtransport.diagnostics.facts import connected_segments, mappings
+from shmtransport.endpoints.connection_memory import segment_layout
 from shmtransport.errors import SegmentError
-from shmtransport.facts import connected_segments, mapped_by
-from shmtransport.layout import Layout
-from shmtransport.leftovers import SharedObject, in_words, list_all, remove_dead, sweep
-from shmtransport.message import DEFAULT_MAX_MESSAGE_BYTES, Attach, ChannelKind, Hello, Offer, Welcome, decode, encode
-from shmtransport.segment import NAME_PREFIX, Segment, owner_of, remove_if_dead, segment_file
-from tests.conftest import ROOT, Process
-
-from .helpers import MIB, Serve, echo, eventually
-from .left_behind import FIRST_BYTE_ONLY, FORKING_SERVER, IN_PIECES, MAKER, OWNER, REMOVER, kill, named
-from .strangers import Stranger
+from shmtransport.memory import leftovers, named_object
+from shmtransport.memory.bell import BELLS, Bell
+from shmtransport.memory.leftovers import SharedObject, in_words, list_all, remove_dead, sweep
+from shmtransport.memory.owner_lock import RecordLock, holder
+from shmtransport.memory.segment import NAME_PREFIX, SEGMENTS, Segment
+from shmtransport.protocol.messages import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    Attach,
+    ChannelKind,
+    Hello,
+    Offer,
+    Welcome,
+    decode,
+    encode,
+)
+from tests.support.helpers import MIB, Serve, echo, eventually
+from tests.support.left_behind import FIRST_BYTE_ONLY, FORKING_SERVER, IN_PIECES, MAKER, OWNER, REMOVER, kill, named
+from tests.support.process import ROOT, Process
+from tests.support.strangers import Stranger
 
 pytestmark = pytest.mark.timeout(60)
 
 Spawn = Callable[..., Process]
 LAYOUT = Layout(data_bytes=MIB, release_slots=16)
-SERVER = ROOT / "tests/scripts/server.py"
+SERVER = ROOT / "tests/support/processes/server.py"
 
 
 @pytest.fixture
@@ -67,7 +77,7 @@ def clean_up() -> Iterator[list[str]]:
 
 
 def test_what_a_killed_process_left_is_removed_and_not_before(owner: tuple[Process, str, str]) -> None:
-    """Running or stopped it is its owner; once it is killed both are dead, and only they are removed."""
+    """Running or stopped, the process is the owner; once it is killed both are dead, and only they are removed."""
     process, *names = owner
     for number in (signal.SIGCONT, signal.SIGSTOP):
         process.signal(number)
@@ -86,8 +96,8 @@ def test_what_a_killed_process_left_is_removed_and_not_before(owner: tuple[Proce
     assert found[names[0]].dead
     assert {one.name for one in remove_dead()} >= set(names)
     assert not named().keys() & set(names)
-    assert not os.path.exists(segment_file(names[0]))
-    assert not os.path.exists(bell_file(names[1]))
+    assert not os.path.exists(SEGMENTS.file(names[0]))
+    assert not os.path.exists(BELLS.file(names[1]))
 
 
 def test_this_processs_own_are_never_removed_nor_given_up_by_looking(run_script: Callable[..., Process]) -> None:
@@ -97,11 +107,11 @@ def test_this_processs_own_are_never_removed_nor_given_up_by_looking(run_script:
         found = named()
         assert [found[one.name].owner_pid for one in (segment, bell)] == [os.getpid(), os.getpid()]
         assert not {one.name for one in remove_dead()} & {segment.name, bell.name}
-        assert not remove_if_dead(segment.name)
+        assert not SEGMENTS.remove_if_dead(segment.name)
         other = run_script(REMOVER)
         assert not set(other.readline().split()) & {segment.name, bell.name}
-        assert os.path.exists(segment_file(segment.name))
-        assert os.path.exists(bell_file(bell.name))
+        assert os.path.exists(SEGMENTS.file(segment.name))
+        assert os.path.exists(BELLS.file(bell.name))
     finally:
         segment.close()
         bell.close()
@@ -124,24 +134,24 @@ def test_a_maker_whose_segment_is_swept_makes_another(monkeypatch: pytest.Monkey
     """Between its making and its locking a sweeper may have removed the name, or be about to."""
     seen: list[str] = []
     sweepers: list[int] = []
-    claim = liveness.claim_ownership
+    claim = SEGMENTS.claim
 
     def claim_late(fd: int) -> bool:
         path = os.readlink(f"/proc/self/fd/{fd}")
         seen.append(path)
         if len(seen) == 1:
             sweepers.append(os.open(path, os.O_RDWR))
-            assert liveness.keep_claims_out(sweepers[0])
+            assert RecordLock().keep_claims_out(sweepers[0])
             if removed:
                 os.unlink(path)
                 os.close(sweepers.pop())
         return claim(fd)
 
-    monkeypatch.setattr(liveness, "claim_ownership", claim_late)
+    monkeypatch.setattr(SEGMENTS, "claim", claim_late)
     segment = Segment.create(LAYOUT)
     try:
         assert len(seen) == 2
-        assert segment_file(segment.name) == seen[1]
+        assert SEGMENTS.file(segment.name) == seen[1]
         assert os.path.exists(seen[1])
         assert not os.path.exists(seen[0])
     finally:
@@ -153,12 +163,12 @@ def test_a_maker_whose_segment_is_swept_makes_another(monkeypatch: pytest.Monkey
 def test_a_maker_whose_segments_are_all_swept_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """After some attempts it says what must be going on; nothing of them is left."""
     attempts: list[int] = []
-    monkeypatch.setattr(liveness, "claim_ownership", lambda fd: bool(attempts.append(fd)))
+    monkeypatch.setattr(SEGMENTS, "claim", lambda fd: bool(attempts.append(fd)))
     before, open_before = set(named()), len(os.listdir("/proc/self/fd"))
     with pytest.raises(SegmentError, match="does something sweep /dev/shm"):
         Segment.create(LAYOUT)
     assert 2 <= len(attempts) < 100
-    assert not {name for name in set(named()) - before if owner_of(name) == os.getpid()}
+    assert not {name for name in set(named()) - before if SEGMENTS.owner_of(name) == os.getpid()}
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
@@ -166,29 +176,29 @@ def test_a_sweeper_is_never_taken_for_an_owner(owner: tuple[Process, str, str]) 
     """While one process removes a dead segment, another that looks at it still finds it dead, and leaves it alone."""
     process, name, bell_name = owner
     kill(process)
-    fd = os.open(segment_file(name), os.O_RDWR)
+    fd = os.open(SEGMENTS.file(name), os.O_RDWR)
     try:
-        assert liveness.keep_claims_out(fd)
-        assert liveness.holder(fd) is None
-        assert owner_of(name) is None
-        assert not remove_if_dead(name)
+        assert RecordLock().keep_claims_out(fd)
+        assert holder(fd) is None
+        assert SEGMENTS.owner_of(name) is None
+        assert not SEGMENTS.remove_if_dead(name)
     finally:
         os.close(fd)
-    assert remove_if_dead(name)
-    os.unlink(bell_file(bell_name))
+    assert SEGMENTS.remove_if_dead(name)
+    os.unlink(BELLS.file(bell_name))
 
 
 def test_an_owner_that_keeps_no_sweeper_out_is_an_owner(
     run_script: Callable[..., Process], clean_up: list[str]
 ) -> None:
-    """The first byte's lock alone says who owns a segment, whoever made it."""
+    """The first byte's lock alone identifies a segment's owner, regardless of who made it."""
     name = NAME_PREFIX + "a" * 32
-    clean_up.append(segment_file(name))
-    process = run_script(FIRST_BYTE_ONLY, segment_file(name))
+    clean_up.append(SEGMENTS.file(name))
+    process = run_script(FIRST_BYTE_ONLY, SEGMENTS.file(name))
     assert named()[name].owner_pid == process.pid
-    assert not remove_if_dead(name)
+    assert not SEGMENTS.remove_if_dead(name)
     kill(process)
-    assert remove_if_dead(name)
+    assert SEGMENTS.remove_if_dead(name)
 
 
 def test_names_that_are_not_ours_are_neither_listed_nor_removed(clean_up: list[str], tmp_path: Path) -> None:
@@ -210,11 +220,11 @@ def test_names_that_are_not_ours_are_neither_listed_nor_removed(clean_up: list[s
         Path(path).write_bytes(b"")
     os.symlink(target, link)
     before = {one.name for one in list_all()}
-    assert not {segment_file(name) for name in before} & set(clean_up)
+    assert not {SEGMENTS.file(name) for name in before} & set(clean_up)
     remove_dead()
     for path in clean_up:
         assert os.path.lexists(path)
-    assert not remove_if_dead(link.removeprefix("/dev/shm")), "a link is not followed"
+    assert not SEGMENTS.remove_if_dead(link.removeprefix("/dev/shm")), "a link is not followed"
     assert target.read_text() == "precious"
 
 
@@ -259,7 +269,7 @@ def test_a_client_killed_before_the_server_maps_its_segment(
 def test_a_server_killed_before_the_client_maps_its_segment(
     spawn: Spawn, address: str, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The next server to start, at whatever address, removes the segment and the bell, and says so without names."""
+    """The next server to start, at any address, removes the segment and the bell, and logs it without their names."""
     process = spawn(SERVER, address)
     one = Stranger(address)
     one.send(Hello(MIB, MIB, DEFAULT_MAX_MESSAGE_BYTES, "doorbell"))
@@ -325,7 +335,7 @@ def test_a_server_starts_even_if_sweeping_fails(
 
 def test_a_machine_without_shared_memory_has_no_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No /dev/shm, nothing in it; and where nothing was left nothing is logged."""
-    monkeypatch.setattr(leftovers, "_DIRECTORY", "/no/such/directory")
+    monkeypatch.setattr(named_object, "DIRECTORY", "/no/such/directory")
     assert list_all() == []
     sweep()
 
@@ -346,12 +356,12 @@ def test_what_was_found_is_said_in_words() -> None:
 def test_a_segment_counts_in_full(run_script: Callable[..., Process]) -> None:
     """However many pieces its mapping has; one that has its name still doesn't count, nor does a dead process."""
     process = run_script(IN_PIECES)
-    assert list(mapped_by(str(process.pid)).values()) == [LAYOUT.total_bytes]
+    assert [nbytes for nbytes, _ in mappings(str(process.pid)).values()] == [LAYOUT.total_bytes]
     kill(process)
-    assert mapped_by(str(process.pid)) == {}
-    before = mapped_by(str(os.getpid()))
+    assert mappings(str(process.pid)) == {}
+    before = mappings(str(os.getpid()))
     segment = Segment.create(LAYOUT)
-    assert mapped_by(str(os.getpid())) == before
+    assert mappings(str(os.getpid())) == before
     segment.close()
 
 
@@ -362,7 +372,7 @@ def test_a_closed_connections_memory_is_given_back_without_a_collection(
     server = spawn(SERVER, address)
 
     def of_server() -> int:
-        return len(mapped_by(str(server.pid)))
+        return len(mappings(str(server.pid)))
 
     gc.disable()
     try:

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from shmtransport import Client, ConnectRefused, ConnectTimeout, SegmentError, TransportError
-from shmtransport.message import Goodbye, Offer, Refused
-
-from .helpers import MIB, Serve, echo
-from .strangers import HELLO, Stranger, hello
+from shmtransport.protocol.messages import Goodbye, Offer, Refused
+from tests.support.helpers import MIB, Serve, echo
+from tests.support.strangers import HELLO, Stranger, hello
 
 
 def test_arenas_beyond_a_clients_limit_are_refused_with_figures(serve: Serve, address: str) -> None:
@@ -81,7 +80,7 @@ def test_an_arena_that_dev_shm_cant_hold_is_a_segment_error_with_figures(serve: 
 
 
 def test_a_client_whose_connecting_failed_takes_no_share_of_the_limits(serve: Serve, address: str) -> None:
-    """A client that gave up after the server's offer says so; its share isn't kept until a time-out."""
+    """A client that gives up after the server's offer says goodbye; the server frees its share without a time-out."""
     shm = os.statvfs("/dev/shm")
     too_much = 2 * shm.f_blocks * shm.f_frsize
     serve({"max_arena_bytes": 2 * too_much, "max_total_arena_bytes": too_much + MIB}, echo=echo)
@@ -111,7 +110,7 @@ def test_hellos_that_never_finish_are_bounded_and_forgotten(
     """A flood gets no further than max_clients, allocates nothing, and after the time-out a client gets in."""
     server = serve({"max_clients": 4}, echo=echo)
     admission = server._admission
-    admission._limits = replace(admission._limits, handshake_timeout_s=0.3)
+    admission._options = replace(admission._options, handshake_timeout_s=0.3)
     before = set(os.listdir("/dev/shm"))
     answers = []
     for _ in range(20):
@@ -128,10 +127,10 @@ def test_hellos_that_never_finish_are_bounded_and_forgotten(
 def test_an_unfinished_hello_does_not_count_against_the_total_for_ever(
     serve: Serve, address: str, stranger: Callable[[], Stranger]
 ) -> None:
-    """What a stranger reserved and never used is given back."""
+    """The server takes back what a stranger reserved and never used."""
     server = serve({"max_total_arena_bytes": 4 * MIB}, echo=echo)
     admission = server._admission
-    admission._limits = replace(admission._limits, handshake_timeout_s=0.3)
+    admission._options = replace(admission._options, handshake_timeout_s=0.3)
     one = stranger()
     one.send(hello(2 * MIB))
     assert isinstance(one.receive(), Offer)

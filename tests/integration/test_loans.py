@@ -1,4 +1,4 @@
-"""Tensors that lie in an arena already, and those of other kinds: loans sent again and again, dlpack, gradients."""
+"""Tensors that are already in an arena, and foreign ones: loans sent again and again, dlpack, gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from shmtransport import Client, LocalProtocolError
-from shmtransport.dtypes import TABLE
-from shmtransport.message import ChannelKind
-
-from .helpers import KIB, MIB, Serve, Spawn, start_server
+from shmtransport import ArenaFull, Client, Closed, LocalProtocolError
+from shmtransport.memory.dtypes import TABLE
+from shmtransport.protocol.messages import ChannelKind
+from tests.support.helpers import KIB, MIB, Serve, Spawn, eventually, in_thread, start_server
+from tests.support.process import ROOT
 
 pytestmark = pytest.mark.timeout(60)
 
 # Loans
+
+
+@pytest.mark.parametrize("retries", [None, 0, 1])
+def test_a_call_that_is_not_answered_keeps_no_argument_that_the_server_released(
+    spawn: Spawn, address: str, channel: ChannelKind, retries: int | None
+) -> None:
+    """Nothing of the client's refers to what its caller has dropped; only a call that may be repeated needs it."""
+    spawn(ROOT / "tests/support/processes/either_server.py", address, "AsyncServer")
+    with Client(address, channel=channel, arena_bytes=64 * KIB) as client:
+        caller = client if retries is None else client.with_options(retries=retries)
+        calling = in_thread(lambda: caller.call("forget", client.empty((64 * KIB,), torch.uint8)))
+        assert eventually(lambda: client.statistics().tensors_sent == 1)
+        if retries:
+            with pytest.raises(ArenaFull):
+                client.empty((64 * KIB,), torch.uint8)
+        else:
+            client.empty((64 * KIB,), torch.uint8)
+        assert not calling.done()
+    with pytest.raises(Closed):
+        calling.result(30.0)
 
 
 def test_a_loan_may_be_sent_several_times_and_in_several_calls_at_once(

@@ -1,4 +1,4 @@
-"""File descriptors that run out, and threads: an error with the figures for whom they are short, and nothing else."""
+"""When file descriptors or threads run out, only the side that lacks them gets an error, with the figures."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import shmtransport.liveness
+import shmtransport.memory.ownership
 from shmtransport import Client, ConnectRefused
-from shmtransport.connection import Connection, segment_layout
-from shmtransport.message import Attach, ChannelKind, Offer, Refused, Welcome
-from shmtransport.segment import Segment
-from tests.conftest import ROOT, Process
-
-from .helpers import SERVER, Serve, Spawn, echo, eventually, start_client, start_server
-from .strangers import HELLO, Stranger
+from shmtransport.endpoints.connection_memory import ConnectionMemory, segment_layout
+from shmtransport.memory.segment import Segment
+from shmtransport.protocol.messages import Attach, ChannelKind, Offer, Refused, Welcome
+from tests.support.helpers import SERVER, Serve, Spawn, echo, eventually, start_client, start_server
+from tests.support.process import ROOT, Process
+from tests.support.strangers import HELLO, Stranger
 
 pytestmark = pytest.mark.timeout(60)
 
-LIMITED_CLIENT = ROOT / "tests/scripts/limited_client.py"
+LIMITED_CLIENT = ROOT / "tests/support/processes/limited_client.py"
 SMALL = 4096
 FLOOD = 1000
 LACKING = r"needs \d+ file descriptors( and \d+ are kept in reserve)?; this process has \d+ left of {limit}"
@@ -39,7 +38,7 @@ REFUSED = (
 
 @pytest.fixture(autouse=True)
 def _many_descriptors() -> Iterator[None]:
-    """It is the other process that has few."""
+    """Raise this process's limit: the other process is the one with few descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
@@ -55,7 +54,7 @@ def reserve_of(limit: int) -> int:
 
 
 def connect_until_refused(address: str, channel: ChannelKind, limit: int) -> list[Client]:
-    """As many clients as the server takes; it says why it takes no more."""
+    """Connect as many clients as the server takes, and check the reason that it gives the next one."""
     clients: list[Client] = []
     with pytest.raises(ConnectRefused, match=REFUSED.format(limit=limit)):  # noqa: PT012
         while True:
@@ -156,7 +155,7 @@ def serves_a_new_client(address: str, channel: ChannelKind) -> None:
 def test_sockets_that_are_held_open_cost_nobody_else_anything(
     spawn: Spawn, address: str, channel: ChannelKind, limit: int, work_s: float
 ) -> None:
-    """A thousand of them: the server lives and serves its clients, and takes new ones when they are gone."""
+    """A thousand of them: the server keeps serving its clients, and takes new ones when the sockets are gone."""
     server = start_server(spawn, address, descriptors=limit)
     opened: list[socket.socket] = []
     with Client(address, channel=channel, arena_bytes=SMALL) as client:
@@ -199,7 +198,7 @@ def test_sockets_that_come_and_go_cost_nobody_else_anything(
 
 
 def test_the_log_tells_once_that_no_connection_is_accepted(spawn: Spawn, address: str) -> None:
-    """With the figures and the remedy; not for each connection that waits."""
+    """With the figures and the remedy; one line, not one for each waiting connection."""
     server = start_server(spawn, address, descriptors=64)
     opened: list[socket.socket] = []
     open_sockets(address, 100, opened)
@@ -275,9 +274,9 @@ def test_a_client_whose_process_cant_be_watched_is_refused(
 
     with Client(address, arena_bytes=SMALL) as before:
         with monkeypatch.context() as patched:
-            patched.setattr(shmtransport.liveness, "holder", fail)
+            patched.setattr(shmtransport.memory.owner_lock, "holder", fail)
             for _ in range(3):
-                with pytest.raises(ConnectRefused, match="its process can't be watched: Too many open files"):
+                with pytest.raises(ConnectRefused, match="the client's process can't be watched: Too many open files"):
                     Client(address, channel=channel, arena_bytes=SMALL)
         assert before.call("echo", 1) == 1
         serves_a_new_client(address, channel)
@@ -303,17 +302,17 @@ def test_a_client_without_a_pidfd_is_asked_whether_it_lives(
 def test_a_client_that_cant_be_served_after_all_is_refused(
     serve: Serve, address: str, channel: ChannelKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What fails once its segments are mapped is a refusal as well, with the cause; nobody counts it as a client."""
+    """A failure after its segments are mapped is a refusal too, with the cause; it doesn't count as a client."""
     gone: list[int] = []
     server = serve({"prefault": True, "max_clients": 2}, echo=echo)
     server.on_disconnect(gone.append)
 
-    def fail(_connection: Connection) -> None:
+    def fail(_connection: ConnectionMemory) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     with Client(address, arena_bytes=SMALL) as before:
         with monkeypatch.context() as patched:
-            patched.setattr(Connection, "prefault", fail)
+            patched.setattr(ConnectionMemory, "prefault", fail)
             for _ in range(3):
                 with pytest.raises(ConnectRefused, match="it can't serve one more client: Cannot allocate memory"):
                     Client(address, channel=channel, arena_bytes=SMALL)

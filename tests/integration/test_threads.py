@@ -1,4 +1,4 @@
-"""One client used by several threads: each gets what is its own, none keeps another waiting, and all end together."""
+"""One client used by several threads: each gets its own results, none delays another, and all end together."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import time
 import pytest
 import torch
 
-import shmtransport.client
-from shmtransport import CallTimeout, Client, Closed
-from shmtransport.message import ChannelKind
-from shmtransport.protocol import PendingReply
-
-from .helpers import KIB, MIB, Spawn, eventually, in_thread, start_server
+import shmtransport.endpoints.exchange
+from shmtransport import CallCancelled, CallTimeout, Client, Closed, PendingReply
+from shmtransport.protocol.messages import ChannelKind
+from tests.support.helpers import KIB, MIB, Spawn, eventually, in_thread, start_server
 
 pytestmark = pytest.mark.timeout(60)
 
-SOON_S = 5.0  # a time-out of the test; whoever is forgotten would wait for much longer
+SOON_S = 5.0  # a time-out of the test; a forgotten thread would wait for much longer
 
 
 def test_calls_of_many_threads_are_right_and_every_thread_gets_on(shared_server: str, channel: ChannelKind) -> None:
@@ -72,7 +70,7 @@ def test_a_thread_that_waits_for_long_keeps_no_other_from_its_reply(
             return time.monotonic()
 
         first = in_thread(wait_for, order[0])
-        assert eventually(lambda: order[0] in client._turns.received_for)
+        assert eventually(lambda: order[0]._call in client._exchange.turns.received_for)
         second = in_thread(wait_for, order[1])
         returned = dict(zip(order, (first.result(SOON_S), second.result(SOON_S)), strict=True))
         assert returned[quick] < returned[slow]
@@ -92,10 +90,11 @@ def test_a_reply_that_another_thread_takes_wakes_its_owner(
     shared_server: str, channel: ChannelKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even if it was about to block, and nothing else would ever come."""
-    monkeypatch.setattr(shmtransport.client, "_WATCH_SLICE_S", 50.0)  # or it would look by itself after a while
+    # Otherwise it would look by itself after a while.
+    monkeypatch.setattr(shmtransport.endpoints.exchange, "_WATCH_SLICE_S", 50.0)
     with Client(shared_server, channel=channel, timeout_s=50.0) as client:
         about_to_wait, go_on = threading.Event(), threading.Event()
-        link = client._live()
+        link = client._exchange.live()
         wait = link.channel.wait
 
         def late_wait(timeout_s: float) -> bool:
@@ -109,9 +108,9 @@ def test_a_reply_that_another_thread_takes_wakes_its_owner(
         assert about_to_wait.wait(SOON_S)
 
         def take() -> bool:
-            with client._lock:
-                client._receive_all(link)
-            return owned.done
+            with client._exchange.lock:
+                client._exchange._receive_all(link)
+            return owned.done()
 
         assert eventually(take)
         go_on.set()
@@ -119,7 +118,7 @@ def test_a_reply_that_another_thread_takes_wakes_its_owner(
 
 
 def test_several_threads_may_wait_for_one_call(shared_server: str, channel: ChannelKind) -> None:
-    """All of them get its result; one that gives up ends the call for all."""
+    """All of them get its result, or the error of the one that cancels it; a wait that runs out ends no other."""
     with Client(shared_server, channel=channel, timeout_s=50.0) as client:
         pending = client.submit("sleep", 0.1)
         waiting = [in_thread(pending.result) for _ in range(5)]
@@ -128,8 +127,13 @@ def test_several_threads_may_wait_for_one_call(shared_server: str, channel: Chan
         waiting = [in_thread(pending.result) for _ in range(3)]
         with pytest.raises(CallTimeout):
             pending.result(timeout_s=0.1)
+        assert [thread.result(SOON_S) for thread in waiting] == [None] * 3
+        pending = client.submit("sleep", 0.4)
+        waiting = [in_thread(pending.result) for _ in range(3)]
+        assert eventually(lambda: client._exchange.turns.received_for)
+        assert pending.cancel()
         for thread in waiting:
-            with pytest.raises(CallTimeout):
+            with pytest.raises(CallCancelled):
                 thread.result(SOON_S)
         assert client.call("echo", 1) == 1
 
@@ -149,7 +153,7 @@ def test_a_time_out_in_one_thread_does_not_disturb_the_others(
         threads = []
         for wait in waits:
             threads.append(wait())
-            assert eventually(lambda: client._turns.received_for)
+            assert eventually(lambda: client._exchange.turns.received_for)
         if receiver == "the patient one":
             threads.reverse()
         with pytest.raises(CallTimeout, match=r"'echo' within 0\.1 s"):
@@ -178,7 +182,7 @@ def test_close_ends_the_waiting_of_all_threads(spawn: Spawn, address: str, chann
 
 
 def test_close_by_several_threads_at_once_closes_once(shared_server: str, channel: ChannelKind) -> None:
-    """None of them fails, while another thread waits for a reply."""
+    """No thread's close fails, while another thread waits for a reply."""
     for _ in range(5):
         client = Client(shared_server, channel=channel, arena_bytes=4 * KIB)
         waiting = in_thread(client.call, "sleep", 0.05)
@@ -189,7 +193,7 @@ def test_close_by_several_threads_at_once_closes_once(shared_server: str, channe
 
 
 def test_a_thread_that_sends_into_a_full_queue_forgets_nobody(shared_server: str) -> None:
-    """While there is no room it receives for all; when its message is sent, another of those that wait takes over."""
+    """While there is no room it receives for all; once its message is sent, another waiting thread takes over."""
     with Client(shared_server, channel="doorbell", timeout_s=50.0, max_message_bytes=1024) as client:
         client.submit("sleep", 0.5)
         time.sleep(0.1)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,123 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.checkpoint import open_checkpoint
-from llama_split.launcher import WorkerProcess
-from llama_split.operations import Mode
-from llama_split.settings import demo_model
-from llama_split.worker.kernels import Weights
-from llama_split.worker.service import Service
-from llama_split.worker.sessions import SessionLimits
-from shmtransport import Server
+from llama_split.boundary.operations import Mode
+from llama_split.commands.settings import demo_model
+from tests.support.children import Child, Mother
+from tests.support.commands import FORKED, environment
+from tests.support.llamas import VARIANTS, Small, Worker, random_llama, worker_in_thread
+from tests.support.process import ROOT, Process
+from tests.support.workers import Workers
 
-BASE: dict[str, Any] = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "grouped-tied": {"tie_word_embeddings": True},
-    "ungrouped-untied": {"num_key_value_heads": 4},
-    "biased": {"attention_bias": True, "mlp_bias": True},
-    "wide-heads-llama3-rope": {
-        "head_dim": 24,
-        "num_key_value_heads": 1,
-        "hidden_act": "gelu",
-        "rms_norm_eps": 1e-3,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
-}
-
-
-def random_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A small Llama whose every parameter, norms and biases included, is random, so that a forgotten one shows."""
-    model = LlamaForCausalLM(LlamaConfig(**{**BASE, **overrides}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                parameter.copy_(1.0 + 0.2 * noise)
-            else:
-                parameter.copy_(noise * (0.3 if parameter.dim() == 1 else 2.0 * parameter.shape[-1] ** -0.5))
-    return model.eval()
+TINY_VOCABULARY = 2000  # a row of logits is 8000 bytes, more than the smallest arena
 
 
 @dataclass(frozen=True)
-class Small:
-    """A small model on disk, and the same one unsplit."""
-
-    path: Path
-    unsplit: LlamaForCausalLM
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A worker in a thread of this process."""
+class Starting:
+    """A worker process that says when it is ready."""
 
     address: str
-    server: Server
-    service: Service
-
-    def sessions_become(self, count: int, timeout_s: float = 2.0) -> bool:
-        """Whether the number of KV sessions gets to ``count`` in time."""
-        deadline = time.monotonic() + timeout_s
-        while len(self.service.sessions) != count and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return len(self.service.sessions) == count
-
-
-@contextlib.contextmanager
-def worker_in_thread(
-    path: Path, dtype: torch.dtype = torch.float32, limits: SessionLimits | None = None
-) -> Iterator[Worker]:
-    """Serve the model at ``path`` for the length of the block."""
-    directory = tempfile.mkdtemp(prefix="split-test-")
-    checkpoint = open_checkpoint(str(path))
-    try:
-        with Server(f"ipc://{directory}/worker.ipc") as server:
-            service = Service(
-                server, Weights(checkpoint, dtype, torch.device("cpu"), embedding=True), checkpoint, limits
-            )
-
-            def serve() -> None:
-                torch.set_num_threads(1)  # a setting of each thread
-                server.serve()
-
-            thread = threading.Thread(target=serve, daemon=True)
-            thread.start()
-            try:
-                yield Worker(server.address, server, service)
-            finally:
-                server.stop()
-                thread.join(10.0)
-                assert not thread.is_alive(), "the worker did not stop"
-    finally:
-        shutil.rmtree(directory)
+    process: Process
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small products are quicker on one thread, and two sides compute in turn on two cores."""
+    """Small products are faster on one thread, and the two sides compute in turn on two cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -206,10 +110,21 @@ def layer_split(plain: Small, plain_worker: Worker) -> Iterator[SplitLlamaForCau
 
 
 @pytest.fixture(scope="session")
-def smollm2_starting() -> Iterator[WorkerProcess]:
-    """A worker process for the demo model; it loads while this process goes on."""
-    with WorkerProcess(["--model", str(demo_model()), "--dtype", "float32"]) as process:
-        yield process
+def llama_mother(tiny: Path) -> Iterator[Mother]:
+    """What commands and workers are forked from, since importing torch and transformers takes seconds."""
+    own = environment(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="10000")  # as the command sets them for a worker
+    mother = Mother(ROOT / "tests/support/processes/warm.py", tiny, environment=own)
+    yield mother
+    mother.end()
+
+
+@pytest.fixture(scope="session")
+def smollm2_starting(llama_mother: Mother, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starting]:
+    """A worker process for the demo model; it loads while the tests continue."""
+    address = f"ipc://{tmp_path_factory.mktemp('smollm2')}/worker.ipc"
+    process = Child(llama_mother, FORKED, "worker", "--bind", address, "--model", str(demo_model()))
+    yield Starting(address, process)
+    process.end()
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +135,38 @@ def unsplit_smollm2() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def smollm2_address(smollm2_starting: WorkerProcess, unsplit_smollm2: LlamaForCausalLM) -> str:
-    """The address of a worker process that serves the demo model, ready."""
-    smollm2_starting.wait_until_ready()
+def smollm2_address(smollm2_starting: Starting) -> str:
+    """The address of a worker process that serves the demo model in float32, ready."""
+    smollm2_starting.process.wait_until_ready()
     return smollm2_starting.address
+
+
+@pytest.fixture(scope="module")
+def workers(llama_mother: Mother, plain: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Workers of the one small model, none of them started."""
+    running = Workers(llama_mother, plain.path, f"ipc://{tmp_path_factory.mktemp('workers')}/w.ipc")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama of 32 positions with a tokenizer of whole words: "w0" … "w1999"."""
+    path = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(TINY_VOCABULARY)}, unk_token="w0"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(path)  # noqa: S106
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=TINY_VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path

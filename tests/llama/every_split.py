@@ -1,6 +1,6 @@
-"""Compares a generation of every split with the unsplit model's: ``python -m tests.llama.every_split``.
+"""Compare a generation of every split with the unsplit model's: ``python -m tests.llama.every_split``.
 
-For whichever versions are installed: it prints them, then a line for each split, and fails where tokens differ.
+Prints the installed versions, then a line for each split; fails where tokens differ.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from llama_split import Mode, SplitLlamaForCausalLM
-
-from .conftest import random_llama, worker_in_thread
-from .prompts import LONG, padded_prompts
+from tests.support.llamas import random_llama, worker_in_thread
+from tests.support.prompts import LONG, padded_prompts
 
 PACKAGES = ("torch", "numpy", "pyzmq", "msgspec", "transformers")
 

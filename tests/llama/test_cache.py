@@ -1,4 +1,4 @@
-"""``GrowingCache`` is to transformers what ``DynamicCache`` is."""
+"""``GrowingCache`` behaves in transformers as ``DynamicCache`` does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from llama_split.cache import GrowingCache
+from llama_split.model.kv_cache import GrowingCache
 
 LAYERS = 2
 HEADS, WIDTH = 2, 4
@@ -26,7 +26,7 @@ steps = st.one_of(
 
 
 class Pair:
-    """A growing and a dynamic cache that are told the same things."""
+    """A growing and a dynamic cache that get the same edits."""
 
     def __init__(self) -> None:
         self.growing = GrowingCache(LAYERS)
@@ -90,7 +90,7 @@ def test_any_sequence_of_edits_leaves_what_a_dynamic_cache_has(sequence: list[tu
 
 
 def test_a_fresh_cache_is_empty_and_may_be_edited() -> None:
-    """What transformers may do to a cache before the first forward does nothing."""
+    """The edits that transformers may make before the first forward have no effect."""
     cache = GrowingCache(LAYERS)
     assert cache.get_seq_length() == 0
     assert cache.get_mask_sizes(4, 0) == (4, 0)
@@ -102,7 +102,7 @@ def test_a_fresh_cache_is_empty_and_may_be_edited() -> None:
 
 
 def test_crop_refuses_a_positive_number() -> None:
-    """As in transformers, whose crop once took the final length: a caller of that time must not lose tokens."""
+    """As in transformers, whose crop once took the final length: a caller from that time must not lose tokens."""
     with pytest.raises(ValueError, match="minus the number"):
         GrowingCache(LAYERS).crop(3)
 
@@ -131,7 +131,7 @@ def test_a_batch_of_another_size_is_refused_not_broadcast() -> None:
 
 
 def test_a_deep_copy_goes_on_alone() -> None:
-    """A prompt's cache may be copied and continued in two ways."""
+    """A prompt's cache may be copied, and original and copy continued differently."""
     pair = Pair()
     pair.update(3)
     kept = [layer.keys.clone() for layer in pair.growing.layers]
@@ -159,7 +159,7 @@ EDITS: dict[str, Callable[[GrowingCache], object]] = {
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("tokens", [1, 300], ids=["within", "growing"])
 def test_a_cache_filled_in_inference_mode_may_be_used_outside(edit: str, again: str, tokens: int) -> None:
-    """And the other way round, whatever was done to it: in no mode is memory allocated that only it may write."""
+    """And the other way round, after any edit: no mode allocates memory that only it may write."""
 
     def use(cache: GrowingCache, name: str, tokens: int) -> GrowingCache:
         found = EDITS[name](cache)

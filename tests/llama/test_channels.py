@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.operations import Mode
+from llama_split.boundary.operations import Mode
 from shmtransport import CHANNEL_KINDS, ChannelKind
-
-from .conftest import Small, Worker
-from .prompts import SHARED, single_prompt
+from tests.support.llamas import Small, Worker
+from tests.support.prompts import SHARED, single_prompt
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -23,5 +22,5 @@ def test_greedy_tokens_do_not_depend_on_the_channel(
     with SplitLlamaForCausalLM.from_pretrained(
         plain.path, worker=plain_worker.address, mode=mode, channel=channel
     ) as split:
-        assert split.link.client.channel == channel
+        assert split.worker.client.channel == channel
         assert torch.equal(split.generate(**single_prompt(), **SHARED, do_sample=False), expected)

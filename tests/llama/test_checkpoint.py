@@ -1,4 +1,4 @@
-"""Checkpoints: what is read equals what transformers holds, each side reads what it needs, once."""
+"""Checkpoints: the tensors equal those of transformers, and each side reads only what it needs, once."""
 
 from __future__ import annotations
 
@@ -10,49 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import llama_split.checkpoint.base
 from llama_split import CheckpointError, SplitLlamaForCausalLM, WorkerMismatch
-from llama_split.checkpoint import (
-    EMBEDDING,
-    FINAL_NORM,
-    LM_HEAD,
-    Checkpoint,
-    SafetensorsCheckpoint,
-    open_checkpoint,
-)
+from llama_split.boundary.operations import Mode
+from llama_split.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, SafetensorsCheckpoint, open_checkpoint
 from llama_split.checkpoint.base import SAMPLED_NUMBERS, SAMPLED_ROWS
-from llama_split.operations import Mode
 from llama_split.trusted.part import TrustedPart
-from llama_split.worker.kernels import Weights
-
-from .conftest import Small, worker_in_thread
-
-CPU = torch.device("cpu")
-
-
-def needed(checkpoint: Checkpoint) -> set[str]:
-    """Every parameter of the model by transformers' names; a tied output matrix is the embedding."""
-    with torch.device("meta"):
-        names = set(LlamaForCausalLM(checkpoint.config).state_dict())
-    return names - {LM_HEAD} if checkpoint.config.tie_word_embeddings else names
-
-
-def assert_equal_to(checkpoint: Checkpoint, model: LlamaForCausalLM) -> None:
-    state = model.state_dict()
-    loaded = checkpoint.load(needed(checkpoint), torch.float32, CPU)
-    assert set(loaded) == needed(checkpoint)
-    for name, tensor in loaded.items():
-        assert torch.equal(tensor, state[name]), name
-        assert tensor.is_contiguous()
-        middle = len(tensor) // 2 - 1
-        for start, stop in ((0, 1), (0, middle), (middle, len(tensor))):
-            assert torch.equal(checkpoint.rows(name, start, stop), state[name][start:stop]), name
+from llama_split.worker.weights import Weights
+from tests.support.checkpoints import CPU, assert_equal_to, changed, needed
+from tests.support.llamas import Small, worker_in_thread
 
 
 def test_every_tensor_of_a_directory_equals_the_models(small: Small) -> None:
-    """What transformers saved is what is read, for tied and untied embeddings, grouped heads and biases."""
+    """Tied and untied embeddings, grouped heads and biases are read exactly as transformers saved them."""
     assert_equal_to(open_checkpoint(str(small.path)), small.unsplit)
 
 
@@ -66,7 +38,7 @@ def test_a_sharded_directory_is_the_same_model(small: Small, tmp_path: Path) -> 
 
 
 def test_other_weights_have_another_fingerprint(plain: Small, save_small: Callable[..., Small]) -> None:
-    """Two models of one shape are told apart."""
+    """Two models of one shape have different fingerprints."""
     other = save_small(seed=6)
     assert open_checkpoint(str(plain.path)).fingerprint() != open_checkpoint(str(other.path)).fingerprint()
 
@@ -118,7 +90,7 @@ def test_the_worker_reads_each_of_its_tensors_once_and_the_embedding_only_if_tie
 
 
 def test_a_fingerprint_reads_some_rows_of_every_matrix(plain: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Telling models apart costs no second reading of the weights, and leaves no matrix out."""
+    """Comparing models needs no second reading of all weights, and covers every matrix."""
     monkeypatch.setattr(llama_split.checkpoint.base, "SAMPLED_NUMBERS", 1)
     checkpoint = Recording(plain.path, open_checkpoint(str(plain.path)).config)
     checkpoint.fingerprint()
@@ -131,15 +103,6 @@ def test_a_fingerprint_reads_some_rows_of_every_matrix(plain: Small, monkeypatch
             assert 8 < len(rows) <= SAMPLED_ROWS
             assert rows[-1] == count - 1
             assert len({after - before for before, after in itertools.pairwise(rows)}) == 1
-
-
-def changed(small: Small, directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    """A copy of a model with other weights in its file."""
-    shutil.copytree(small.path, directory, dirs_exist_ok=True)
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    return directory
 
 
 @pytest.mark.parametrize("sampled_numbers", [1, SAMPLED_NUMBERS])
@@ -163,7 +126,7 @@ def test_a_change_to_any_one_matrix_changes_the_fingerprint(
 
 
 def test_a_worker_with_an_adapter_merged_is_refused(plain: Small, tmp_path: Path) -> None:
-    """A worker whose query matrices alone are others serves another model."""
+    """A worker that differs in its query matrices alone serves another model."""
 
     def merge(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.self_attn.q_proj.weight"] *= 1.001
@@ -178,7 +141,7 @@ def test_a_worker_with_an_adapter_merged_is_refused(plain: Small, tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("block_numbers")
 def test_groups_are_stacked_by_rows(save_small: Callable[..., Small], dtype: torch.dtype) -> None:
-    """A group's matrices lie one under the other, and its biases end to end, as ``torch.cat`` of them would."""
+    """A group's matrices are stacked row on row, and its biases end to end, as ``torch.cat`` would."""
     small = save_small(attention_bias=True)
     state = small.unsplit.state_dict()
     stems = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
@@ -194,7 +157,7 @@ def test_groups_are_stacked_by_rows(save_small: Callable[..., Small], dtype: tor
 
 
 def test_a_group_of_unequal_widths_is_refused(plain: Small) -> None:
-    """Stacking what does not stack is the caller's mistake; so is a group of nothing."""
+    """Unequal widths are the caller's mistake; so is an empty group."""
     checkpoint = open_checkpoint(str(plain.path))
     for group in ((EMBEDDING, "model.layers.0.mlp.down_proj.weight"), (EMBEDDING, FINAL_NORM), ()):
         with pytest.raises(ValueError, match="one width"):
@@ -202,7 +165,7 @@ def test_a_group_of_unequal_widths_is_refused(plain: Small) -> None:
 
 
 def test_nothing_is_read_before_all_is_found_right(plain: Small) -> None:
-    """A missing last tensor is said at once, not after minutes of loading."""
+    """A missing last tensor is reported at once, not after minutes of loading."""
     checkpoint = Recording(plain.path, open_checkpoint(str(plain.path)).config)
     with pytest.raises(CheckpointError, match=r"model\.layers\.9"):
         checkpoint.load([EMBEDDING, "model.layers.9.mlp.up_proj.weight"], torch.float32, CPU)

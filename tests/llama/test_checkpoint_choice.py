@@ -1,4 +1,4 @@
-"""Which of a directory's files and tensors are used, and in which dtype: those that transformers uses."""
+"""Which of a directory's files and tensors are used, and in which dtype: the same as in transformers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,11 @@ from transformers import LlamaForCausalLM
 
 from llama_split import CheckpointError, SplitLlamaForCausalLM
 from llama_split.checkpoint import EMBEDDING, LM_HEAD, open_checkpoint
+from tests.support.checkpoints import CPU, Tensors, changed, edit_config, refusal
+from tests.support.llamas import Small, random_llama, worker_in_thread
+from tests.support.prompts import prompt
 
-from .conftest import Small, random_llama, worker_in_thread
-from .prompts import prompt
-from .test_checkpoint import CPU, changed
-from .test_checkpoint_refusals import refusal
-
-Tensors = dict[str, torch.Tensor]
 INDEX = "model.safetensors.index.json"
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    """Change a model's configuration; a value of ``...`` removes the field."""
-    file = directory / "config.json"
-    config = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
 
 
 def assert_used_as_by_transformers(directory: Path) -> None:
@@ -69,7 +59,7 @@ def test_a_tied_matrix_is_one_model_whether_stored_once_or_twice(
 
 
 def test_a_tied_embedding_may_be_stored_as_the_output_matrix(save_small: Callable[..., Small], tmp_path: Path) -> None:
-    """Either name will do for the one matrix."""
+    """Either name works for the one matrix."""
     small = save_small(seed=12, tie_word_embeddings=True)
     assert_used_as_by_transformers(
         changed(small, tmp_path, lambda tensors: tensors.update({LM_HEAD: tensors.pop(EMBEDDING)}))
@@ -90,7 +80,7 @@ def test_the_single_file_is_used_where_an_index_lies_beside_it(plain: Small, tmp
 
 
 def test_of_two_shards_with_one_tensor_the_later_is_used(plain: Small, tmp_path: Path) -> None:
-    """A shard's names count, in the order of the shards' names; the index says only which shards there are."""
+    """The shards' own contents count, in the order of their names; the index only lists the shards."""
     plain.unsplit.save_pretrained(tmp_path, max_shard_size="40KB")
     last = sorted(tmp_path.glob("*.safetensors"))[-1]
     save_file({**load_file(last), EMBEDDING: torch.ones(160, 64)}, last, {"format": "pt"})
@@ -100,7 +90,7 @@ def test_of_two_shards_with_one_tensor_the_later_is_used(plain: Small, tmp_path:
 
 @pytest.mark.parametrize("named", ["other.safetensors", "other.safetensors.index.json"])
 def test_a_file_that_the_configuration_names_is_used(plain: Small, tmp_path: Path, named: str) -> None:
-    """``transformers_weights`` goes before model.safetensors."""
+    """``transformers_weights`` takes precedence over model.safetensors."""
     changed(plain, tmp_path, lambda _tensors: None)
     other = random_llama(seed=14).state_dict()
     save_file(other, tmp_path / "other.safetensors", {"format": "pt"})
@@ -114,7 +104,7 @@ def test_a_file_that_the_configuration_names_is_used(plain: Small, tmp_path: Pat
 def test_names_without_the_prefix_and_with_it_twice_are_known(
     plain: Small, tmp_path: Path, renamed: Callable[[str], str]
 ) -> None:
-    """What transformers renames while it loads, we do too; the rest is missing for both."""
+    """What transformers renames on loading, we rename too; other names are missing for both."""
 
     def rename(tensors: Tensors) -> None:
         for name in [name for name in tensors if name == LM_HEAD or renamed(name)[:6] != "model."]:
@@ -127,7 +117,7 @@ def test_names_without_the_prefix_and_with_it_twice_are_known(
 def test_without_a_dtype_in_the_configuration_the_files_tell(
     plain: Small, tmp_path: Path, stored: torch.dtype, address: str
 ) -> None:
-    """That of the first tensor of floats; ``dtype="auto"`` asks for it, ``torch_dtype`` is another name."""
+    """The first floating-point tensor's dtype counts; ``dtype="auto"`` asks for it, ``torch_dtype`` is another name."""
 
     def convert(tensors: Tensors) -> None:
         tensors.update({name: tensor.to(stored) for name, tensor in tensors.items()})
@@ -151,7 +141,7 @@ def test_a_checkpoint_that_is_opened_once_keeps_its_own_dtype(plain: Small, plai
 
 
 def test_an_adapter_beside_the_weights_is_refused(plain: Small, tmp_path: Path) -> None:
-    """An adapter is applied by transformers where peft is installed: it is never left out in silence."""
+    """Where peft is installed transformers applies an adapter, so we must not ignore it silently."""
     changed(plain, tmp_path, lambda _tensors: None)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "merge" in refusal(tmp_path)

@@ -1,4 +1,4 @@
-"""What lies where a model's file should be: stand-ins are refused before they are opened, links are followed."""
+"""Stand-ins in place of a model's files are refused before they are opened; links are followed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ import pytest
 
 from llama_split import CheckpointError
 from llama_split.checkpoint import open_checkpoint
-from llama_split.synthetic import RandomCheckpoint
-
-from .conftest import Small, random_llama
-from .test_checkpoint import changed
-from .test_checkpoint_gguf import as_gguf
-from .test_checkpoint_refusals import refusal
+from llama_split.checkpoint.synthetic import RandomCheckpoint
+from tests.support.checkpoints import as_gguf, changed, refusal
+from tests.support.llamas import Small, random_llama
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,7 +39,7 @@ def use(directory: Path) -> None:
 
 
 def one_line_about(directory: Path, name: str) -> str:
-    """The refusal of a model, which names this file."""
+    """The one-line refusal of the model, which names this file."""
     with pytest.raises(CheckpointError) as caught:
         use(directory)
     text = str(caught.value)
@@ -52,7 +49,7 @@ def one_line_about(directory: Path, name: str) -> str:
 
 
 def test_a_complete_directory_is_used(plain: Small, tmp_path: Path) -> None:
-    """What the other tests break is whole to begin with."""
+    """The directory that the other tests damage is valid to begin with."""
     use(complete(plain, tmp_path))
     assert all((tmp_path / name).is_file() for name in FILES)
 
@@ -68,7 +65,7 @@ def make_socket(path: Path) -> None:
 def test_what_is_no_regular_file_is_refused_before_it_is_opened(
     plain: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path], object]
 ) -> None:
-    """A FIFO would keep its reader for as long as it has no writer."""
+    """Opening a FIFO would block for as long as it has no writer."""
     monkeypatch.chdir(tmp_path)
     complete(plain, tmp_path)
     (tmp_path / name).unlink()
@@ -78,7 +75,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(
 
 @pytest.mark.parametrize("name", ["config.json", SINGLE, "generation_config.json"])
 def test_a_directory_in_place_of_a_file_is_refused(plain: Small, tmp_path: Path, name: str) -> None:
-    """It is not taken for a file that is not there, which the model could do without."""
+    """It is not treated as a missing optional file."""
     complete(plain, tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
@@ -97,7 +94,7 @@ def test_a_link_to_a_fifo_is_refused(plain: Small, tmp_path: Path, name: str) ->
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_git_lfs_pointer_is_called_by_its_name(plain: Small, tmp_path: Path, name: str) -> None:
-    """A clone without Git LFS has small texts in place of large files; the remedy is given."""
+    """A clone without Git LFS has small texts in place of large files; the error gives the remedy."""
     complete(plain, tmp_path)
     (tmp_path / name).write_text(POINTER)
     assert "git lfs pull" in one_line_about(tmp_path, name)
@@ -105,7 +102,7 @@ def test_a_git_lfs_pointer_is_called_by_its_name(plain: Small, tmp_path: Path, n
 
 @pytest.mark.parametrize("pattern", ["model-00002-of-*.safetensors", INDEX])
 def test_a_git_lfs_pointer_among_shards_is_called_by_its_name(plain: Small, tmp_path: Path, pattern: str) -> None:
-    """One large file of several may have been left out."""
+    """One large file of several may be missing."""
     plain.unsplit.save_pretrained(tmp_path, max_shard_size="120KB")
     (file,) = tmp_path.glob(pattern)
     file.write_text(POINTER)
@@ -129,7 +126,7 @@ def index(directory: Path, weight_map: object) -> Path:
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/hostname", "a/../../model.safetensors", "..", "/"])
 def test_a_shard_outside_of_the_directory_is_refused_by_its_name(plain: Small, tmp_path: Path, shard: str) -> None:
-    """An index names files of its own directory, by their text alone, whether they exist or not."""
+    """An index may only name files of its own directory; the name alone decides, whether or not the file exists."""
     changed(plain, tmp_path, lambda _tensors: None)
     model = tmp_path / "model"
     shutil.copytree(plain.path, model)
@@ -147,7 +144,7 @@ def test_an_index_that_names_no_files_is_refused(plain: Small, tmp_path: Path, w
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", INDEX])
 def test_brackets_without_end_are_refused(plain: Small, tmp_path: Path, name: str) -> None:
-    """Nested deeper than a parser goes."""
+    """JSON nested deeper than the parser goes."""
     complete(plain, tmp_path)
     if name == INDEX:
         (tmp_path / SINGLE).unlink()
@@ -156,7 +153,7 @@ def test_brackets_without_end_are_refused(plain: Small, tmp_path: Path, name: st
 
 
 def test_a_hubs_cache_is_made_of_links_and_is_read(plain: Small, tmp_path: Path) -> None:
-    """Links out of the directory are followed: in a cache all files of a model are."""
+    """Links out of the directory are followed: all files of a model in a cache are such links."""
     complete(plain, tmp_path / "blobs")
     snapshot = tmp_path / "snapshots" / "revision"
     snapshot.mkdir(parents=True)
@@ -175,7 +172,7 @@ def test_a_link_to_nothing_is_refused(plain: Small, tmp_path: Path) -> None:
 
 
 def test_one_part_of_a_split_gguf_file_is_called_by_its_number(tmp_path: Path) -> None:
-    """The remedy is given; the first part alone would lack layers, the others have no configuration."""
+    """The error gives the remedy; the first part alone would lack layers, the others have no configuration."""
     for number in (0, 1):
         file = as_gguf(
             random_llama(),

@@ -1,4 +1,4 @@
-"""GGUF files: the model that they were made of, whatever its quantisation; and what is no such file."""
+"""GGUF files: each gives the model it was converted from, in any quantisation; other files are refused."""
 
 from __future__ import annotations
 
@@ -17,79 +17,13 @@ from transformers import LlamaForCausalLM
 
 import llama_split.checkpoint.base
 from llama_split import CheckpointError
-from llama_split.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, Checkpoint, GgufCheckpoint, open_checkpoint
+from llama_split.checkpoint import EMBEDDING, FINAL_NORM, Checkpoint, GgufCheckpoint, open_checkpoint
 from llama_split.checkpoint.gguf_file import GgufFile
-from llama_split.settings import demo_model
-
-from .conftest import Small, random_llama
-from .test_checkpoint import CPU, assert_equal_to
-from .test_checkpoint_refusals import refusal
+from llama_split.commands.settings import demo_model
+from tests.support.checkpoints import CPU, as_gguf, assert_equal_to, refusal
+from tests.support.llamas import Small, random_llama
 
 UNREADABLE = Kind.Q8_1
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def as_gguf(
-    model: LlamaForCausalLM,
-    path: Path,
-    architecture: str = "llama",
-    kind: Kind = Kind.F32,
-    more: Callable[[gguf.GGUFWriter], None] = lambda _writer: None,
-    leave_out: str | None = None,
-) -> Path:
-    """Write a model as llama.cpp's converter does: matrices of ``kind``, what ``more`` adds, not the one left out."""
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_bos_token_id(1)
-    for name, tensor in model.state_dict().items():
-        if name == LM_HEAD and config.tie_word_embeddings:
-            continue
-        values = tensor.numpy()
-        if ".q_proj." in name or ".k_proj." in name:
-            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-            halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
-            values = halves.swapaxes(1, 2).reshape(values.shape)
-        stem, suffix = name.rsplit(".", 1)
-        if stem.startswith("model.layers."):
-            _, _, index, part = stem.split(".", 3)
-            stem = f"blk.{index}.{GGUF_NAMES[part]}"
-        else:
-            stem = GGUF_NAMES[stem]
-        if stem == leave_out:
-            continue
-        values = np.ascontiguousarray(values)
-        if values.ndim == 1 or kind is Kind.F32:
-            writer.add_tensor(f"{stem}.{suffix}", values)
-        else:
-            writer.add_tensor(f"{stem}.{suffix}", gguf.quantize(values, kind), raw_dtype=kind)
-    more(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 @pytest.mark.parametrize(
@@ -116,7 +50,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(overrides: dict[str, Any],
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 20, 100, 500, 1500, 0.5, 0.999])
 def test_a_truncated_gguf_file_is_refused(plain: Small, tmp_path: Path, keep: float) -> None:
-    """Wherever a GGUF file was cut off, that is found when it is opened."""
+    """Wherever a GGUF file was cut off, opening it finds out."""
     file = as_gguf(plain.unsplit, tmp_path / "model.gguf")
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
@@ -125,7 +59,7 @@ def test_a_truncated_gguf_file_is_refused(plain: Small, tmp_path: Path, keep: fl
 
 @pytest.mark.parametrize("head", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"GGUF\x00\x00\x00\x03"])
 def test_garbage_is_no_gguf_file(tmp_path: Path, head: bytes) -> None:
-    """Bytes of something else are refused, with or without a GGUF file's first bytes."""
+    """Other bytes are refused, with or without a GGUF file's first bytes."""
     file = tmp_path / "model.gguf"
     file.write_bytes(head + bytes(range(256)) * 4)
     assert str(file) in refusal(file)
@@ -139,7 +73,7 @@ def test_a_gguf_file_of_another_architecture_is_refused_by_its_name(plain: Small
 
 
 def test_several_gguf_files_must_be_chosen_from(plain: Small, tmp_path: Path) -> None:
-    """A directory of two GGUF files is ambiguous; naming one is the remedy, and a wrong name is said."""
+    """A directory with two GGUF files is ambiguous; naming one is the remedy, and a wrong name is reported."""
     for name in ("a.gguf", "b.gguf"):
         as_gguf(plain.unsplit, tmp_path / name)
     assert "a.gguf" in refusal(tmp_path)
@@ -189,7 +123,7 @@ def test_the_demo_models_tensors_are_those_that_transformers_reads(
 
 
 def can_undo(kind: Kind) -> bool:
-    """Whether the gguf package dequantises a kind."""
+    """Whether the gguf package can dequantise this type."""
     try:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -201,7 +135,7 @@ READABLE = [kind for kind in Kind if can_undo(kind)]
 
 
 def test_the_gguf_package_undoes_the_usual_kinds() -> None:
-    """The list that the next test goes through is not empty by accident."""
+    """The list that the next test goes through isn't empty by accident."""
     usual = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}
     assert usual <= {kind.name for kind in READABLE}
     assert UNREADABLE not in READABLE
@@ -244,7 +178,7 @@ def test_quantised_query_and_key_keep_transformers_row_order(kind: Kind, tmp_pat
 
 
 def test_a_quantisation_that_can_not_be_undone_is_refused_with_those_that_can(tmp_path: Path) -> None:
-    """The tensor and its kind are named, and what could be read."""
+    """The error names the tensor, its type, and the types that could be read."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[UNREADABLE]
 
     def add(writer: gguf.GGUFWriter) -> None:
@@ -256,7 +190,7 @@ def test_a_quantisation_that_can_not_be_undone_is_refused_with_those_that_can(tm
 
 
 def test_a_vocabulary_is_stepped_over(tmp_path: Path) -> None:
-    """Opening a file allocates nothing for each word: neither for its text, nor for its score."""
+    """Opening a file allocates nothing per word: neither its text nor its score."""
     words = 50_000
 
     def add(writer: gguf.GGUFWriter) -> None:
@@ -285,12 +219,12 @@ def test_a_vocabulary_is_stepped_over(tmp_path: Path) -> None:
     ids=["experts", "partly rotated heads", "nested arrays"],
 )
 def test_a_llama_of_another_make_is_refused(add: Callable[[gguf.GGUFWriter], None], said: str, tmp_path: Path) -> None:
-    """The architecture's name alone does not make a model a dense Llama."""
+    """The architecture's name alone doesn't make a model a dense Llama."""
     assert said in refusal(as_gguf(random_llama(), tmp_path / "model.gguf", more=add))
 
 
 def test_layers_of_different_sizes_are_refused(tmp_path: Path) -> None:
-    """A size that is a list, one for each layer, is not taken for its default."""
+    """A size given as a list, one per layer, is not replaced by the default."""
 
     def add(writer: gguf.GGUFWriter) -> None:
         writer.add_array("llama.attention.key_length", [16, 16, 16])
@@ -299,7 +233,7 @@ def test_layers_of_different_sizes_are_refused(tmp_path: Path) -> None:
 
 
 def test_any_changed_byte_of_a_header_opens_or_is_refused(plain: Small, tmp_path: Path) -> None:
-    """Whatever a damaged header says, it ends in a CheckpointError or a model, soon."""
+    """Whatever a damaged header says, the result is a CheckpointError or a model, quickly."""
     file = as_gguf(plain.unsplit, tmp_path / "model.gguf")
     data = bytearray(file.read_bytes())
     refused = 0

@@ -1,4 +1,4 @@
-"""Peak memory of loading: the result, and little beside it, however large a tensor is and however it is stored."""
+"""Peak memory of loading: the result and little more, however large a tensor is and however it is stored."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_split.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
-from llama_split.synthetic import RandomCheckpoint
+from llama_split.checkpoint.synthetic import RandomCheckpoint
+from shmtransport.units import MIB
+from tests.support.checkpoints import as_gguf, growth_of_peak
 
-from .test_checkpoint_gguf import as_gguf
-
-MIB = 1 << 20
 ROWS, WIDTH = 32768, 1024
 RESULT_BYTES = ROWS * WIDTH * 2
 BESIDE_BYTES = 40 * MIB  # a few blocks of 4 MiB and what they are made of; a float32 copy would be 128 MiB
@@ -37,8 +36,8 @@ SIZES: dict[str, Any] = {
 # Prints this process's peak of resident memory, of every kind, before and after loading, in KiB.
 TRUSTED_SIDE = """
 import json, sys, torch
-from llama_split.operations import Mode
-from llama_split.synthetic import RandomCheckpoint
+from llama_split.boundary.operations import Mode
+from llama_split.checkpoint.synthetic import RandomCheckpoint
 from llama_split.trusted.model import SplitLlamaForCausalLM
 from llama_split.trusted.part import TrustedPart
 def peak():
@@ -50,20 +49,6 @@ loaded = checkpoint.load(names, torch.bfloat16, torch.device("cpu"))
 checkpoint.fingerprint()
 print(json.dumps([before * 1024, peak() * 1024, loaded["model.embed_tokens.weight"].nbytes]))
 """
-
-
-def status(field: str) -> int:
-    """A figure of this process's memory, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def growth_of_peak(action: Callable[[], object]) -> int:
-    """By how many bytes resident memory, mapped files included, grew at its highest while something was done."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status("VmRSS")
-    action()
-    return status("VmHWM") - before
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +89,7 @@ def test_loading_holds_little_beside_the_result(
 
 
 def test_stacking_holds_little_beside_the_result() -> None:
-    """Parts go straight to their rows: there is no time at which they exist twice."""
+    """Parts are read straight into their rows: they never exist twice."""
     checkpoint = RandomCheckpoint("llama-3.2-1b", **{**SIZES, "intermediate_size": ROWS // 2})
     group = {"gate_up": [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]}
     grown = growth_of_peak(lambda: checkpoint.load_stacked(group, torch.bfloat16, torch.device("cpu")))
@@ -112,7 +97,7 @@ def test_stacking_holds_little_beside_the_result() -> None:
 
 
 def test_the_trusted_process_of_llama_1b_stays_near_its_embedding() -> None:
-    """Mode fused in bfloat16: the whole process, imports included, peaks below the embedding and 400 MiB."""
+    """Mode fused in bfloat16: the whole process, imports included, peaks below the embedding plus 400 MiB."""
     done = subprocess.run([sys.executable, "-c", TRUSTED_SIDE], capture_output=True, text=True, check=True)
     before, peak, embedding = json.loads(done.stdout)
     assert embedding == 501 * MIB

@@ -1,4 +1,4 @@
-"""Quantised weights are refused by their method, field or tensor: their scales are not applied."""
+"""Quantised weights are refused, by method, field or tensor: the loader doesn't apply their scales."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ import pytest
 import torch
 
 from llama_split.checkpoint import EMBEDDING, FINAL_NORM, LM_HEAD, open_checkpoint
-
-from .conftest import Small, random_llama
-from .test_checkpoint import changed
-from .test_checkpoint_choice import Tensors, edit_config
-from .test_checkpoint_gguf import as_gguf
-from .test_checkpoint_refusals import refusal
+from tests.support.checkpoints import Tensors, as_gguf, changed, edit_config, refusal
+from tests.support.llamas import Small, random_llama
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -40,7 +36,7 @@ def test_a_quantisation_in_the_configuration_is_refused_by_its_method(
 
 @pytest.mark.parametrize("config", [{"bits": 4}, [1], "fp8", True])
 def test_a_quantisation_of_no_known_form_is_refused(plain: Small, tmp_path: Path, config: Any) -> None:
-    """A field that can't be read is not taken for none."""
+    """An unreadable field doesn't count as none."""
     assert "quantised" in refusal(copy(plain, tmp_path, quantization_config=config))
 
 
@@ -91,7 +87,7 @@ def test_a_stored_dtype_that_is_no_float_of_16_bits_or_more_is_refused(
     ],
 )
 def test_scales_and_adapters_beside_plain_weights_are_refused(plain: Small, tmp_path: Path, part: str) -> None:
-    """A linear layer has a weight and a bias; what else lies beside them would have to be applied."""
+    """A linear layer has a weight and a bias; anything else beside them would have to be applied."""
     text = refusal(changed(plain, tmp_path, lambda tensors: tensors.update({part: torch.ones(1)})))
     assert part in text
 
@@ -104,7 +100,7 @@ def test_what_is_no_part_of_a_weight_is_left_alone(plain: Small, tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_wider_and_half_floats_are_read(plain: Small, tmp_path: Path, dtype: torch.dtype) -> None:
-    """What is converted without a scale is no quantisation."""
+    """Converting these needs no scale, so they are not quantised."""
 
     def convert(tensors: Tensors) -> None:
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})

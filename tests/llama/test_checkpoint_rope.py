@@ -16,11 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_split.checkpoint import LM_HEAD, Checkpoint, open_checkpoint
 from llama_split.checkpoint.gguf_rope import FREQUENCY_FACTORS
-
-from .conftest import random_llama
-from .test_checkpoint import CPU, needed
-from .test_checkpoint_gguf import as_gguf
-from .test_checkpoint_refusals import refusal
+from tests.support.checkpoints import CPU, as_gguf, needed, refusal
+from tests.support.llamas import random_llama
 
 Add = Callable[[gguf.GGUFWriter], None]
 
@@ -77,7 +74,7 @@ def scaled(kind: str | None = None, factor: float | None = None, **more: float) 
 
 
 def assert_same_model(checkpoint: Checkpoint, model: LlamaForCausalLM) -> None:
-    """Cosines and sines at near and far positions, and logits, are the model's."""
+    """Check that cosines and sines at near and far positions, and logits, are the model's."""
     hidden, positions = torch.zeros(1), torch.arange(0, 1024).unsqueeze(0)
     found = LlamaRotaryEmbedding(checkpoint.config)(hidden, positions)
     for mine, theirs in zip(found, LlamaRotaryEmbedding(model.config)(hidden, positions), strict=True):
@@ -182,7 +179,7 @@ def test_scaling_of_another_kind_is_refused(add: Add, said: str, tmp_path: Path)
 
 
 def test_two_scalings_at_once_are_refused(tmp_path: Path) -> None:
-    """Factors for each frequency beside a linear factor have no agreed meaning."""
+    """Factors for each frequency together with a linear factor have no agreed meaning."""
 
     def add(writer: gguf.GGUFWriter) -> None:
         scaled("linear", 4.0)(writer)

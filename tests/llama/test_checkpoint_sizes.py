@@ -1,4 +1,4 @@
-"""Sizes and settings from files: whatever they are, a model is computed or refused in one line, in bounded memory."""
+"""Sizes and settings from files: any value gives a model or a one-line refusal, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import gguf
 import pytest
 
 from llama_split.checkpoint import open_checkpoint
+from shmtransport.units import MIB
+from tests.support.checkpoints import as_gguf, changed, edit_config, growth_of_peak, refusal
+from tests.support.llamas import Small, random_llama
 
-from .conftest import Small, random_llama
-from .test_checkpoint import changed
-from .test_checkpoint_choice import edit_config
-from .test_checkpoint_gguf import as_gguf
-from .test_checkpoint_memory import growth_of_peak
-from .test_checkpoint_refusals import refusal
-
-MIB = 1 << 20
 SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "max_position_embeddings"),
@@ -37,7 +32,7 @@ def copy(small: Small, directory: Path, **config: Any) -> Path:
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 def test_a_size_that_is_none_is_refused_by_its_name(plain: Small, tmp_path: Path, name: str, value: Any) -> None:
-    """Zero, below zero, no whole number, beyond all bounds: before anything is made of it."""
+    """Zero, negative, not a whole number, far too large: refused before anything is allocated for it."""
     copy(plain, tmp_path, **{name: value})
     assert growth_of_peak(lambda: name in refusal(tmp_path)) < 50 * MIB
     assert name in refusal(tmp_path)
@@ -48,7 +43,7 @@ def test_a_size_that_is_none_is_refused_by_its_name(plain: Small, tmp_path: Path
 def test_a_size_that_the_files_contradict_is_refused_in_bounded_memory(
     plain: Small, tmp_path: Path, name: str, value: int
 ) -> None:
-    """No list is made of as many layers, and no table of as wide heads, as only the configuration has."""
+    """The loader builds no list or table whose size only the configuration claims."""
     copy(plain, tmp_path, **{name: value})
     if (name, value) in (
         ("num_hidden_layers", 1),
@@ -59,7 +54,7 @@ def test_a_size_that_the_files_contradict_is_refused_in_bounded_memory(
 
 
 def test_one_layer_too_many_is_refused_with_both_numbers(plain: Small, tmp_path: Path) -> None:
-    """The files' number of layers and the configuration's."""
+    """The error gives the number of layers in the files and in the configuration."""
     text = refusal(copy(plain, tmp_path, num_hidden_layers=4))
     assert "holds 3 layers" in text
     assert "4" in text
@@ -77,13 +72,13 @@ def test_an_odd_head_is_refused(plain: Small, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [160, 161, 10**9, -161])
 def test_a_padding_token_beyond_the_vocabulary_is_refused(plain: Small, tmp_path: Path, value: int) -> None:
-    """The unsplit model can't be made with it either."""
+    """The unsplit model refuses it too."""
     assert "pad_token_id" in refusal(copy(plain, tmp_path, pad_token_id=value))
 
 
 @pytest.mark.parametrize("value", [None, 0, 159, -1])
 def test_a_padding_token_that_transformers_takes_is_taken(plain: Small, tmp_path: Path, value: int | None) -> None:
-    """The first Llama's -1 among them."""
+    """Among them the -1 of the first Llama."""
     assert open_checkpoint(str(copy(plain, tmp_path, pad_token_id=value))).config.pad_token_id == value
 
 
@@ -113,7 +108,7 @@ def test_a_padding_token_that_transformers_takes_is_taken(plain: Small, tmp_path
 def test_rotary_positions_that_can_not_be_computed_are_refused(
     plain: Small, tmp_path: Path, rope: dict[str, Any]
 ) -> None:
-    """When the model is opened, at the first and the last position: not in the first forward."""
+    """The refusal comes when the model is opened, for the first and the last position: not in the first forward."""
     assert "rotary" in refusal(copy(plain, tmp_path, rope_parameters=rope)).replace("rotates", "rotary")
 
 
@@ -133,7 +128,7 @@ def test_rotary_positions_that_can_not_be_computed_are_refused(
     ids=str,
 )
 def test_other_values_that_can_not_be_used_are_refused(plain: Small, tmp_path: Path, change: dict[str, Any]) -> None:
-    """Whatever is not a size."""
+    """Settings other than sizes."""
     assert str(tmp_path) in refusal(copy(plain, tmp_path, **change))
 
 
@@ -158,7 +153,7 @@ def fields(**values: int) -> Callable[[gguf.GGUFWriter], None]:
     ],
 )
 def test_sizes_of_a_gguf_file_are_checked_alike(tmp_path: Path, name: str, value: int) -> None:
-    """The same rule in the same place."""
+    """The same rule applies in the same place."""
     file = as_gguf(random_llama(), tmp_path / "model.gguf", more=fields(**{name: value}))
     assert growth_of_peak(lambda: refusal(file)) < 50 * MIB
     assert "whole number" in refusal(file)
@@ -167,7 +162,7 @@ def test_sizes_of_a_gguf_file_are_checked_alike(tmp_path: Path, name: str, value
 @pytest.mark.parametrize("kind", [gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT8, gguf.GGUFValueType.FLOAT64])
 @pytest.mark.parametrize("count", [1 << 62, 1 << 63, (1 << 64) - 1])
 def test_an_array_longer_than_its_file_is_refused(tmp_path: Path, kind: gguf.GGUFValueType, count: int) -> None:
-    """Its length is the file's own word, and may be anything."""
+    """The length comes from the file, and may be anything."""
     name = b"tokenizer.ggml.tokens"
     array = struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, kind, count)
     file = tmp_path / "model.gguf"
@@ -177,7 +172,7 @@ def test_an_array_longer_than_its_file_is_refused(tmp_path: Path, kind: gguf.GGU
 
 @pytest.mark.parametrize("length", [1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
 def test_a_word_longer_than_its_file_is_refused(tmp_path: Path, length: int) -> None:
-    """As an item of an array, which is stepped over, as a value and as a name."""
+    """As an array's item, which is skipped, as a value and as a name."""
     file, word = tmp_path / "model.gguf", struct.pack("<Q", length)
     key = struct.pack("<Q", 1) + b"a"
     for field in (
@@ -190,7 +185,7 @@ def test_a_word_longer_than_its_file_is_refused(tmp_path: Path, length: int) -> 
 
 
 def test_every_end_that_a_gguf_file_names_ends_a_generation(tmp_path: Path) -> None:
-    """The end of a turn and of a message beside that of a text; the configuration stays transformers'."""
+    """The end of a turn and of a message as well as that of a text; the configuration stays as in transformers."""
 
     def add(writer: gguf.GGUFWriter) -> None:
         writer.add_eos_token_id(2)

@@ -1,4 +1,4 @@
-"""Keywords of a forward that are not in its signature: as in the unsplit model, or refused by their name."""
+"""Keywords of a forward outside its signature work as in the unsplit model, or are refused by name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from transformers.utils import TransformersKwargs
 
 from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit
 from llama_split.trusted.keywords import WITHOUT_EFFECT
-
-from .conftest import Small
-from .prompts import prompt
+from tests.support.llamas import Small
+from tests.support.prompts import prompt
 
 IDS = prompt(9, batch=2)
 SHIFTED = IDS.roll(-1, dims=1)
@@ -32,7 +31,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 def test_the_loss_is_the_unsplit_models(
     plain: Small, plain_split: SplitLlamaForCausalLM, keywords: dict[str, Any]
 ) -> None:
-    """Whatever the loss takes reaches it."""
+    """Every argument of the loss reaches it."""
     with torch.inference_mode():
         expected = plain.unsplit(IDS, labels=IDS, **keywords).loss
         torch.testing.assert_close(plain_split(IDS, labels=IDS, **keywords).loss, expected, atol=1e-4, rtol=1e-4)
@@ -49,7 +48,7 @@ def test_a_loss_of_ones_own_is_given_its_keywords(plain_split: SplitLlamaForCaus
 
 
 def test_every_keyword_of_transformers_is_known() -> None:
-    """One that a new version adds is looked at before it is taken."""
+    """A keyword that a new version adds must be examined before it is accepted."""
     here = {"num_items_in_batch", "output_hidden_states", "output_attentions", "position_ids", "is_causal"}
     assert TransformersKwargs.__annotations__.keys() - WITHOUT_EFFECT - here == set()
 
@@ -79,14 +78,14 @@ def test_a_keyword_without_effect_is_taken(plain: Small, plain_split: SplitLlama
     ],
 )
 def test_any_other_keyword_is_refused_by_its_name(plain_split: SplitLlamaForCausalLM, name: str, value: Any) -> None:
-    """The unsplit model's attention could have read it; None stands for none, and generation passes it on."""
+    """The unsplit model's attention might read it; None counts as absent, and generation passes it on."""
     with pytest.raises(UnsupportedBySplit, match=f"forward takes no {name} "):
         plain_split(IDS, **{name: value})
     plain_split(IDS, **{name: None})
 
 
 def test_causal_attention_may_be_asked_for(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """It is what there is."""
+    """The split model's attention is always causal."""
     with torch.inference_mode():
         expected = plain.unsplit(IDS, is_causal=True).logits
         torch.testing.assert_close(plain_split(IDS, is_causal=True).logits, expected, atol=1e-4, rtol=1e-4)
@@ -131,7 +130,7 @@ def test_logits_are_kept_as_by_the_unsplit_model(plain: Small, plain_split: Spli
 
 
 def test_a_cache_that_is_none_of_transformers_is_refused(plain_split: SplitLlamaForCausalLM) -> None:
-    """Tuples of tensors, as old versions took them, and caches of other engines."""
+    """Tuples of tensors, which old versions took, and caches of other engines."""
     for cache in (((torch.zeros(1),),), object()):
         with pytest.raises(UnsupportedBySplit, match="past_key_values is a"):
             plain_split(IDS, past_key_values=cache)

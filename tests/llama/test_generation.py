@@ -1,4 +1,4 @@
-"""Small random models: split or not, what ``generate`` gives is the same."""
+"""Small random models: ``generate`` gives the same results split and unsplit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ from transformers import (
 )
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.synthetic import RandomCheckpoint
-from llama_split.transformers_versions import CACHE_NAME, CACHE_NAMES
-
-from .conftest import Small, worker_in_thread
-from .prompts import LONG, NEW_TOKENS, SHARED, STATIC, Spelled, difference, padded_prompts, prompt, single_prompt
+from llama_split.checkpoint.synthetic import RandomCheckpoint
+from llama_split.trusted.transformers_versions import CACHE_NAME, CACHE_NAMES
+from tests.support.llamas import Small, worker_in_thread
+from tests.support.prompts import (
+    LONG,
+    NEW_TOKENS,
+    SHARED,
+    STATIC,
+    Spelled,
+    difference,
+    padded_prompts,
+    prompt,
+    single_prompt,
+)
 
 
 @pytest.mark.parametrize("prompts", [single_prompt, padded_prompts])
@@ -63,7 +72,7 @@ def test_sampled_tokens_are_those_of_the_unsplit_model(
 def test_beam_search_finds_the_unsplit_models_sequences(
     plain: Small, plain_split: SplitLlamaForCausalLM, prompts: Callable[[], dict[str, torch.Tensor]]
 ) -> None:
-    """Beams reorder the cache after every token, wherever it lives."""
+    """Beams reorder the cache after every token, on whichever side it is."""
     options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     expected = plain.unsplit.generate(**prompts(), **SHARED, **options)
     assert torch.equal(plain_split.generate(**prompts(), **SHARED, **options), expected)
@@ -79,7 +88,7 @@ def test_several_sequences_of_a_prompt_are_the_unsplit_models(plain: Small, plai
 
 
 def test_prompt_lookup_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """Guessed tokens are checked several at a time and the wrong ones cropped from the cache: the tokens stay."""
+    """Guessed tokens are checked several at a time, and wrong ones cropped from the cache: the tokens stay the same."""
     ids = prompt(6).repeat(1, 4)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     expected = plain.unsplit.generate(ids, **options, **SHARED)
@@ -87,7 +96,7 @@ def test_prompt_lookup_gives_the_greedy_tokens(plain: Small, plain_split: SplitL
 
 
 def test_an_assistant_model_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """A smaller model here may guess for the split one."""
+    """A smaller local model may guess for the split one."""
     expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
     assert torch.equal(
         plain_split.generate(**single_prompt(), **SHARED, do_sample=False, assistant_model=plain.unsplit), expected
@@ -95,14 +104,14 @@ def test_an_assistant_model_gives_the_greedy_tokens(plain: Small, plain_split: S
 
 
 def test_generation_without_a_cache_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """``use_cache=False`` computes everything anew for each token."""
+    """``use_cache=False`` recomputes everything for each token."""
     options: dict[str, Any] = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
     expected = plain.unsplit.generate(**padded_prompts(), **options)
     assert torch.equal(plain_split.generate(**padded_prompts(), **options, use_cache=False), expected)
 
 
 def test_chunked_prefill_gives_the_greedy_tokens(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """A prompt may be taken in pieces."""
+    """A prompt may be processed in chunks."""
     expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
     tokens = plain_split.generate(**single_prompt(), **SHARED, do_sample=False, prefill_chunk_size=4)
     assert torch.equal(tokens, expected)
@@ -118,7 +127,7 @@ def test_generation_stops_where_the_unsplit_model_does(plain: Small, plain_split
 
 
 class AfterTokens(StoppingCriteria):  # type: ignore[misc]
-    """Stops at a length."""
+    """Stops at a given length."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -150,7 +159,7 @@ def test_a_stop_string_ends_the_text(plain: Small, plain_split: SplitLlamaForCau
 def test_a_text_streamer_prints_the_tokens(
     plain: Small, plain_split: SplitLlamaForCausalLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is streamed are the unsplit model's tokens, in order."""
+    """The streamer gets the unsplit model's tokens, in order."""
     expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
     plain_split.generate(
         **single_prompt(), **SHARED, do_sample=False, streamer=TextStreamer(Spelled(), skip_prompt=True)
@@ -159,7 +168,7 @@ def test_a_text_streamer_prints_the_tokens(
 
 
 def test_an_iterator_streamer_is_fed_from_another_thread(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """Generation may run in a thread while this one reads the text."""
+    """Generation may run in a thread while another one reads the text."""
     expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
     streamer = TextIteratorStreamer(Spelled(), skip_prompt=True, timeout=30.0)
     options = {**single_prompt(), **SHARED, "do_sample": False, "streamer": streamer}
@@ -200,9 +209,9 @@ def test_a_second_turn_goes_on_with_the_firsts_cache(plain: Small, plain_split: 
     assert sent < difference(before, plain_split.statistics(), "tensor_bytes_sent"), "the cache was not used"
 
 
-@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # the comparison below says it better
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")  # the comparison below gives a better message
 def test_the_models_own_generation_settings_are_in_force(save_small: Callable[..., Small], mode: str) -> None:
-    """generation_config.json of the directory counts, as its several end tokens do in instruction-tuned Llamas."""
+    """generation_config.json in the directory counts; instruction-tuned Llamas name several end tokens there."""
     small = save_small(seed=11)
     free = small.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
     settings = GenerationConfig(eos_token_id=[159, int(free[0, 11 + 5])], pad_token_id=0, max_new_tokens=NEW_TOKENS)
@@ -252,7 +261,7 @@ def test_a_cache_is_taken_by_each_of_its_names(plain: Small, plain_split: SplitL
 
 
 def test_two_caches_by_two_names_are_refused(plain_split: SplitLlamaForCausalLM) -> None:
-    """None is used beside the other in silence."""
+    """The split model doesn't silently use one and ignore the other."""
     caches = {name: plain_split.new_cache() for name in CACHE_NAMES}
     with pytest.raises(ValueError, match="two different ones"):
         plain_split(prompt(), **caches)

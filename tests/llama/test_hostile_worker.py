@@ -1,4 +1,4 @@
-"""A worker that is broken, hostile or none at all is noticed before what it says is used."""
+"""A split model notices a broken, hostile or false worker before it uses the answer."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM, WorkerMismatch
+from llama_split.boundary.operations import GATE_UP, OPERATIONS, Mode
 from llama_split.checkpoint import open_checkpoint
-from llama_split.operations import GATE_UP, OPERATIONS, Mode
 from llama_split.worker.sessions import SessionLimits
 from shmtransport import RemoteError, Server
-
-from .conftest import Small, Worker, worker_in_thread
-from .hollow import hollow_handlers
-from .prompts import SHARED, prompt, single_prompt
+from tests.support.hollow import hollow_handlers
+from tests.support.llamas import Small, Worker, worker_in_thread
+from tests.support.prompts import SHARED, prompt, single_prompt
 
 Serve = Callable[..., Server]
 
 
 def _liar(small: Small, answer: Callable[[torch.Tensor], Any]) -> dict[str, Callable[..., Any]]:
-    """Handlers of a worker that describes itself rightly, and answers with what ``answer`` makes of a right result."""
+    """Handlers of a worker that describes itself correctly, and returns what ``answer`` makes of a correct result."""
     checkpoint = open_checkpoint(str(small.path))
     return hollow_handlers(checkpoint, torch.float32, lambda shape: answer(torch.zeros(shape)))
 
@@ -55,14 +54,14 @@ def test_results_of_another_shape_or_kind_are_refused(
 def test_a_server_that_describes_itself_otherwise_is_no_worker(
     plain: Small, serve: Serve, address: str, description: Any
 ) -> None:
-    """What is no description of a worker is one clear error, not a traceback."""
+    """A false description gives one clear error, not a traceback."""
     serve(describe=lambda: description)
     with pytest.raises(WorkerMismatch, match="does not describe itself"):
         SplitLlamaForCausalLM.from_pretrained(plain.path, worker=address)
 
 
 def test_another_kind_of_server_is_no_worker(plain: Small, serve: Serve, address: str) -> None:
-    """A server of this transport that knows nothing of Llamas is named as such."""
+    """The error tells that the server at this address knows nothing of Llamas."""
     serve(echo=lambda value: value)
     with pytest.raises(WorkerMismatch, match="is no worker of llama-split"):
         SplitLlamaForCausalLM.from_pretrained(plain.path, worker=address)
@@ -71,7 +70,7 @@ def test_another_kind_of_server_is_no_worker(plain: Small, serve: Serve, address
 def test_a_client_can_not_open_sessions_without_bound(
     plain_worker: Worker, layer_split: SplitLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One client's KV sessions are limited, and the error says so; ending one makes room."""
+    """The error for one client's KV sessions gives the limit; ending a session makes room."""
     monkeypatch.setattr(plain_worker.service.sessions, "_limits", SessionLimits(max_sessions_per_client=2))
     caches = [layer_split.new_cache() for _ in range(3)]
     for cache in caches[:2]:
@@ -89,7 +88,7 @@ def test_a_client_can_not_open_sessions_without_bound(
 def test_logits_that_are_no_numbers_are_refused(
     plain: Small, serve: Serve, address: str, mode: Mode, number: float
 ) -> None:
-    """A generation would go on with token 0, or whichever comes first; the cache is as it was before."""
+    """Generation would continue with token 0, or whichever comes first; the cache is as before."""
 
     def answer(right: torch.Tensor) -> torch.Tensor:
         if right.shape[-1] == plain.unsplit.config.vocab_size and right.shape[1]:
@@ -109,7 +108,7 @@ def test_logits_that_are_no_numbers_are_refused(
 
 @pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
 def test_room_that_could_never_be_had_costs_others_nothing(plain: Small, mode: Mode) -> None:
-    """A text is as long as the worker's limit of KV allows; one beyond it ends no idle session of another."""
+    """The worker's limit of KV bounds a text; a longer one ends no other client's idle session."""
     limits = SessionLimits(max_kv_bytes=2 * 3 * 32 * 4 * 300, idle_s=0.0)
     with (
         worker_in_thread(plain.path, limits=limits) as worker,
@@ -124,16 +123,16 @@ def test_room_that_could_never_be_had_costs_others_nothing(plain: Small, mode: M
 
 def test_a_forward_that_ended_half_way_shows_no_other_memory(layer_split: SplitLlamaForCausalLM) -> None:
     """After an aborted forward only what every layer has cached counts as past."""
-    client, cache = layer_split.link.client, layer_split.new_cache()
+    client, cache = layer_split.worker.client, layer_split.new_cache()
     hidden = torch.zeros(1, 4, layer_split.config.hidden_size)
     start = {"positions": torch.arange(4)[None], "padding": None, "past": 0, "select": None}
-    client.call("layer", hidden, layer=0, session=cache.session, start=start)
+    client.call("layer", hidden, layer=0, session=cache.session_id, start=start)
     with pytest.raises(RemoteError, match="this session has 0"):
-        client.call("layer", hidden, layer=0, session=cache.session, start={**start, "past": 4})
+        client.call("layer", hidden, layer=0, session=cache.session_id, start={**start, "past": 4})
 
 
 def test_the_boundary_names_what_the_worker_is_asked_for(plain_worker: Worker) -> None:
     """The worker registers the boundary's operations and nothing else that computes."""
-    registered = set(plain_worker.server._handlers)
+    registered = set(plain_worker.server._handlers._by_name)
     assert registered == {operation.name for operation in OPERATIONS} | {"describe", "end_session"}
     assert GATE_UP.name in registered

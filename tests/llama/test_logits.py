@@ -1,4 +1,4 @@
-"""Small random models: split or not, what ``forward`` gives is the same."""
+"""Small random models: ``forward`` gives the same results split and unsplit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.transformers_versions import CACHE_NAME
-
-from .conftest import Small, Worker, worker_in_thread
-from .prompts import SHARED, padded_prompts, prompt, single_prompt
+from llama_split.trusted.transformers_versions import CACHE_NAME
+from tests.support.llamas import Small, Worker, worker_in_thread
+from tests.support.prompts import SHARED, padded_prompts, prompt, single_prompt
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -22,7 +21,7 @@ from .prompts import SHARED, padded_prompts, prompt, single_prompt
 def test_logits_of_a_direct_call_are_those_of_the_unsplit_model(
     small: Small, split: SplitLlamaForCausalLM, use_cache: bool, padded: bool
 ) -> None:
-    """``model(ids)`` with or without padding and cache, every position that is no padding within 1e-4."""
+    """``model(ids)`` with or without padding and cache: every position but padding is within 1e-4."""
     inputs = padded_prompts() if padded else {"input_ids": prompt(17, batch=2)}
     with torch.inference_mode():
         expected = small.unsplit(**inputs, use_cache=use_cache)
@@ -51,7 +50,7 @@ def test_only_the_logits_asked_for_cross(plain: Small, plain_split: SplitLlamaFo
 
 
 def test_ids_and_positions_may_be_of_32_bits(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """As the unsplit model takes them."""
+    """The unsplit model takes them too."""
     ids, positions = prompt(9).int(), torch.arange(9, dtype=torch.int32).unsqueeze(0)
     with torch.inference_mode():
         expected, output = (model(ids, position_ids=positions) for model in (plain.unsplit, plain_split))
@@ -172,7 +171,7 @@ def test_half_precision_logits_are_near_those_of_the_unsplit_model(
 
 @pytest.mark.parametrize("mode", ["op", "fused", "layer"])
 def test_hidden_states_are_those_of_the_unsplit_model(plain: Small, plain_worker: Worker, mode: str) -> None:
-    """Embeddings, each layer's, and the last after the final norm, in every split where they cross; in parts too."""
+    """Embeddings, each layer's, and the last after the final norm, in every split where they cross; with parts too."""
     ids = prompt(50, batch=2)
     for arena_bytes in (None, 64 << 10):  # the smaller one cuts the forward
         with (
@@ -189,7 +188,7 @@ def test_hidden_states_are_those_of_the_unsplit_model(plain: Small, plain_worker
 
 @pytest.mark.parametrize("mode", ["op", "fused"])
 def test_attention_weights_are_those_of_the_unsplit_model(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """Where attention is this side's, its weights are there as transformers' eager attention gives them."""
+    """Where the trusted side attends, it returns weights as transformers' eager attention does."""
     unsplit = LlamaForCausalLM.from_pretrained(plain.path, attn_implementation="eager")
     with torch.inference_mode():
         outputs = [model(**padded_prompts(), output_attentions=True) for model in (plain_split, unsplit)]

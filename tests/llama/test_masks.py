@@ -1,4 +1,4 @@
-"""Which tokens attend to which is as in the unsplit model, in every split, or refused."""
+"""In every split, attention masks work as in the unsplit model or are refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from transformers import LlamaForCausalLM, StaticCache
 
 from llama_split import LlamaSplitError, SplitLlamaForCausalLM, UnsupportedBySplit
 from llama_split.errors import InvalidInput
-from llama_split.transformers_versions import CACHE_NAME
+from llama_split.trusted.transformers_versions import CACHE_NAME
 from llama_split.worker.sessions import SessionLimits
-
-from .conftest import Small, Worker, worker_in_thread
-from .prompts import SHARED, padded_prompts, prompt
+from tests.support.llamas import Small, Worker, worker_in_thread
+from tests.support.prompts import SHARED, padded_prompts, prompt
 
 TOKENS = 60  # enough for three parts of a pipeline
 CAUSAL = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
 
 
 def padding(left: int = 0, right: int = 0) -> torch.Tensor:
-    """A mask of two rows, of which the first one is padded."""
+    """A mask of two rows, the first one padded."""
     mask = torch.ones(2, TOKENS, dtype=torch.int64)
     mask[0, :left] = 0
     mask[0, TOKENS - right :] = 0
@@ -112,7 +111,7 @@ def way(request: pytest.FixtureRequest, plain: Small, served: Worker) -> Iterato
 
 
 def outcome(model: LlamaForCausalLM, **inputs: Any) -> torch.Tensor | Exception:
-    """The logits, or the error instead."""
+    """Return the logits, or the error in their place."""
     try:
         with torch.no_grad():
             logits: torch.Tensor = model(prompt(TOKENS, batch=2), **inputs).logits
@@ -122,7 +121,7 @@ def outcome(model: LlamaForCausalLM, **inputs: Any) -> torch.Tensor | Exception:
 
 
 def assert_same(found: torch.Tensor | Exception, expected: torch.Tensor | Exception) -> None:
-    """The same logits at every place, padded ones included; where the unsplit model fails, one of our own errors."""
+    """Check that all logits are equal, padded places included; where the unsplit model fails, expect our own error."""
     if isinstance(expected, Exception):
         assert isinstance(found, LlamaSplitError)
     else:
@@ -136,7 +135,7 @@ def assert_same(found: torch.Tensor | Exception, expected: torch.Tensor | Except
 def test_each_combination_of_mask_positions_and_cache_gives_the_unsplit_logits(
     plain: Small, way: SplitLlamaForCausalLM, mask: str, positions: torch.Tensor | None, use_cache: bool
 ) -> None:
-    """Texts that are packed into a row see each other exactly where they do in the unsplit model."""
+    """Texts packed into a row see each other exactly where they do in the unsplit model."""
     inputs = {"attention_mask": FLAT[mask], "position_ids": positions, "use_cache": use_cache}
     assert_same(outcome(way, **inputs), outcome(plain.unsplit, **inputs))
 
@@ -146,7 +145,7 @@ def test_each_combination_of_mask_positions_and_cache_gives_the_unsplit_logits(
 def test_a_mask_of_two_dimensions_means_what_it_means_unsplit(
     plain: Small, way: SplitLlamaForCausalLM, mask: torch.Tensor | None, use_cache: bool
 ) -> None:
-    """Of any dtype and length: the same logits, or refused where the unsplit model fails."""
+    """Of any dtype and length: the same logits, or a refusal where the unsplit model fails."""
     inputs = {"attention_mask": mask, "use_cache": use_cache}
     assert_same(outcome(way, **inputs), outcome(plain.unsplit, **inputs))
 
@@ -155,7 +154,7 @@ def test_a_mask_of_two_dimensions_means_what_it_means_unsplit(
 def test_a_mask_of_four_dimensions_means_what_it_means_unsplit(
     plain: Small, way: SplitLlamaForCausalLM, mask: torch.Tensor
 ) -> None:
-    """Boolean or added, causal or not; it can't cross, so where the worker attends it is refused by name."""
+    """Boolean or additive, causal or not; it can't cross, so a split whose worker attends refuses it by name."""
     found = outcome(way, attention_mask=mask)
     if way.mode.worker_keeps_kv:
         assert isinstance(found, UnsupportedBySplit)
@@ -198,7 +197,7 @@ def test_what_fits_no_forward_is_refused_in_the_same_line_by_all_splits(
 
 
 def test_the_mask_of_a_static_cache_hides_what_it_hides_unsplit(plain: Small, way: SplitLlamaForCausalLM) -> None:
-    """For a cache of fixed size, whose room is partly filled, generate prepares a boolean mask itself."""
+    """For a cache of fixed size, partly filled, generate prepares a boolean mask itself."""
     for named in ("static", "dynamic", "sliding_window"):
         options = {**SHARED, "do_sample": False, "cache_implementation": named}
         expected = plain.unsplit.generate(**padded_prompts(), **options)
@@ -209,7 +208,7 @@ def test_the_mask_of_a_static_cache_hides_what_it_hides_unsplit(plain: Small, wa
 def test_attention_weights_over_a_static_cache_are_those_of_the_unsplit_model(
     plain: Small, plain_split: SplitLlamaForCausalLM
 ) -> None:
-    """The boolean mask of such a cache becomes the one to be added that eager attention needs; padded rows too."""
+    """Eager attention needs an additive mask, so the boolean one is converted; padded rows too."""
     options = {**SHARED, "do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
     eager = LlamaForCausalLM.from_pretrained(plain.path, attn_implementation="eager")
     outputs = [
@@ -222,7 +221,7 @@ def test_attention_weights_over_a_static_cache_are_those_of_the_unsplit_model(
 
 @pytest.mark.parametrize("mode", ["op", "fused"])
 def test_a_callers_own_static_cache_works_as_unsplit(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """By hand, with a mask of two dimensions and with a boolean one of four."""
+    """Called by hand, with a mask of two dimensions and with a boolean one of four."""
 
     def run(model: LlamaForCausalLM) -> Iterator[torch.Tensor]:
         cache = StaticCache(config=model.config, max_cache_len=30)
@@ -242,12 +241,12 @@ def test_a_callers_own_static_cache_works_as_unsplit(plain: Small, plain_split: 
 
 @pytest.mark.parametrize("mode", ["layer", "stack"])
 def test_packed_texts_stay_apart_when_their_kv_is_built_again(plain: Small, mode: str) -> None:
-    """The worker loses the first calls' KV in the middle of a forward without a cache, which is cut into several."""
+    """The worker loses the first calls' KV in the middle of a forward without a cache, which takes several calls."""
     with (
         worker_in_thread(plain.path) as worker,
         SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode, arena_bytes=32768) as split,
     ):
-        submit, sent = split.link.client.submit, 0
+        submit, sent = split.worker.client.submit, 0
 
         def losing(method: str, *arguments: Any, **keywords: Any) -> Any:
             nonlocal sent
@@ -257,7 +256,7 @@ def test_packed_texts_stay_apart_when_their_kv_is_built_again(plain: Small, mode
                 worker.service.sessions.end_connection(client)
             return submit(method, *arguments, **keywords)
 
-        split.link.client.submit = losing  # type: ignore[method-assign]
+        split.worker.client.submit = losing  # type: ignore[method-assign]
         inputs = {"position_ids": POSITIONS["packed-otherwise-in-each-row"], "use_cache": False}
         assert_same(outcome(split, **inputs), outcome(plain.unsplit, **inputs))
         assert sent == 1

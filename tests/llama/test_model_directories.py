@@ -1,6 +1,6 @@
-"""Model directories with one field of one file changed: each is used or refused in one line, never tripped over.
+"""Model directories with one changed field: each is used or refused in one line, never a traceback.
 
-Every field of every JSON file gets values of each kind in turn. What both sides do before the first forward is done.
+Every field of every JSON file gets values of each kind; both sides do all that precedes the first forward.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import transformers
 from transformers import GenerationConfig
 
 from llama_split import CheckpointError
+from llama_split.boundary.operations import Mode
 from llama_split.checkpoint import open_checkpoint
-from llama_split.operations import Mode
-from llama_split.synthetic import RandomCheckpoint
+from llama_split.checkpoint.synthetic import RandomCheckpoint
 from llama_split.trusted.model import TrustedPart
-from llama_split.worker.kernels import Weights
-
-from .conftest import Small
+from llama_split.worker.weights import Weights
+from tests.support.llamas import Small
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers warns of many a value that it uses all the same
 
@@ -70,7 +69,7 @@ def directory(save_small: Callable[..., Small]) -> Path:
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """What transformers logs of each odd value is not of interest here."""
+    """Silence transformers, which logs each odd value."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield
@@ -78,7 +77,7 @@ def quiet() -> Iterator[None]:
 
 
 def fields_of(value: Any, at: Field = ()) -> Iterator[Field]:
-    """The way to each field of a JSON value, at any depth; of lists and long tables to the first two."""
+    """The path to each field of a JSON value, at any depth; for lists and long tables, to the first two."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     for key, below in items[: 2 if isinstance(value, list) or len(items) > 40 else None]:
         yield (*at, key)
@@ -86,7 +85,7 @@ def fields_of(value: Any, at: Field = ()) -> Iterator[Field]:
 
 
 def changed(content: Any, field: Field, value: Any) -> Any:
-    """The same with another value in one field, or without the field."""
+    """The same value with one field changed, or removed."""
     result = copy.deepcopy(content)
     holder = result
     for key in field[:-1]:
@@ -99,7 +98,7 @@ def changed(content: Any, field: Field, value: Any) -> Any:
 
 
 def use(directory: Path) -> None:
-    """All that is done with a model's files before the first forward, on either side."""
+    """Do everything that either side does with a model's files before the first forward."""
     checkpoint = open_checkpoint(str(directory))
     checkpoint.generation_config()
     checkpoint.fingerprint()
@@ -109,7 +108,7 @@ def use(directory: Path) -> None:
 
 
 def refusal_of(action: Callable[[], object], change: object) -> str | None:
-    """Why a changed model is refused; None if it is used."""
+    """Return why a changed model is refused; None if it is used."""
     try:
         action()
     except CheckpointError as error:
@@ -126,7 +125,7 @@ def refusal_of(action: Callable[[], object], change: object) -> str | None:
 def try_all(
     file: Path, variants: Iterator[tuple[object, bytes]], action: Callable[[Path], object] = use
 ) -> tuple[int, int]:
-    """How many variants of a file were used, and how many refused; the file is as before afterwards."""
+    """Try all variants of a file; count the used and the refused ones, and restore the file afterwards."""
     before = file.read_bytes()
     used = refused = 0
     try:
@@ -164,7 +163,7 @@ def test_any_value_of_any_field_of_a_configuration_is_used_or_refused(directory:
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
 def test_any_value_of_any_field_of_a_tokenizer_is_used_or_refused(directory: Path, name: str) -> None:
-    """A panic of the tokenizer's compiled part is an error like others."""
+    """A panic in the tokenizer's compiled part is an error like any other."""
     file = directory / name
     checkpoint = open_checkpoint(str(directory))
     variants = ((change, as_json(other)) for change, other in every_change(json.loads(file.read_text())))
@@ -175,7 +174,7 @@ def test_any_value_of_any_field_of_a_tokenizer_is_used_or_refused(directory: Pat
 
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 def test_any_value_of_any_rotary_parameter_is_used_or_refused(directory: Path, rope_type: str) -> None:
-    """Those of every scaling that transformers knows, needed or not."""
+    """The parameters of every scaling that transformers knows, needed or not."""
     file = directory / "config.json"
     content = json.loads(file.read_text())
     variants = (
@@ -188,7 +187,7 @@ def test_any_value_of_any_rotary_parameter_is_used_or_refused(directory: Path, r
 
 
 def test_any_value_for_generation_is_one_that_transformers_takes(directory: Path) -> None:
-    """What is not refused when the model is opened is taken by the unsplit model's ``generate`` too."""
+    """A value accepted on opening also works in the unsplit model's ``generate``."""
     names = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - ASK_FOR_MORE
     checkpoint = open_checkpoint(str(directory))
     unsplit = transformers.LlamaForCausalLM.from_pretrained(directory).eval()
@@ -228,7 +227,7 @@ def test_any_value_for_generation_is_one_that_transformers_takes(directory: Path
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
 def test_any_text_in_place_of_a_file_is_used_or_refused(directory: Path, name: str) -> None:
-    """No JSON, other JSON, no UTF-8, nothing, and every tenth beginning of the file."""
+    """No JSON, other JSON, no UTF-8, nothing, and the file cut off at each tenth of its length."""
     whole = (directory / name).read_bytes()
     texts = [b"", b"\0", b"\xff\xfe{}", b"null", b"3", b'"x"', b"[]", b"{}", b"{" * 9999, b"[" * 100_000]
     texts += [whole[:end] for end in range(0, len(whole), max(1, len(whole) // 10))]

@@ -1,4 +1,4 @@
-"""A prompt in several parts under way together: the same results, more calls, both sides at work."""
+"""A prompt in several parts that are in flight together: the same results, more calls, both sides at work."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.config import MOST_PIPELINED
+from llama_split.boundary.choices import MOST_PIPELINED
+from llama_split.boundary.operations import OUT_PROJ, Mode
 from llama_split.errors import LlamaSplitError
-from llama_split.operations import Mode, O
-from llama_split.steps import Step, Steps
-from llama_split.trusted.pipeline import FEWEST_TOKENS, cut, run_in_turn
-
-from .conftest import Small, Worker, worker_in_thread
-from .prompts import SHARED, prompt
-from .test_lost_workers import Workers, killing, workers  # noqa: F401 - the last is a fixture
+from llama_split.model.program import Program, WorkerOp
+from llama_split.trusted.pipeline import FEWEST_TOKENS, execute_in_turn, split_prompt
+from tests.support.llamas import Small, Worker, worker_in_thread
+from tests.support.prompts import SHARED, prompt
+from tests.support.workers import Workers, killing
 
 _TRUSTED_MODES = [Mode.OP, Mode.FUSED]
 _LONG = 5 * FEWEST_TOKENS + 3
@@ -40,7 +39,7 @@ def pipelined(plain: Small, worker: Worker, request: pytest.FixtureRequest) -> I
 
 
 def padded() -> dict[str, torch.Tensor]:
-    """Two prompts, the first one's beginning is padding."""
+    """Two prompts; the first one starts with padding."""
     mask = torch.ones(2, _LONG, dtype=torch.int64)
     mask[0, : FEWEST_TOKENS + 5] = 0
     return {"input_ids": prompt(_LONG, batch=2) * mask, "attention_mask": mask}
@@ -64,12 +63,12 @@ def test_logits_are_those_of_the_unsplit_model(plain: Small, pipelined: SplitLla
 
 @torch.inference_mode()
 def test_parts_are_under_way_together(plain: Small, worker: Worker, pipelined: SplitLlamaForCausalLM) -> None:
-    """As many calls as parts at once; each part makes its own, the tensors of linear layers cross once as before."""
+    """One call in flight per part; each part makes its own calls, and linear layers' tensors still cross only once."""
     ids = prompt(_LONG)
     with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=pipelined.mode) as whole:
         outside = 1 + (pipelined.mode is Mode.OP)  # lm_head, and in op the embedding, see the whole prompt
         for split in (pipelined, whole):
-            split.link.client.call("describe")
+            split.worker.client.call("describe")
         before = pipelined.statistics(), whole.statistics()
         pipelined(ids)
         whole(ids)
@@ -84,7 +83,7 @@ def test_parts_are_under_way_together(plain: Small, worker: Worker, pipelined: S
 
 @torch.inference_mode()
 def test_what_can_not_be_cut_goes_through_whole(plain: Small, pipelined: SplitLlamaForCausalLM) -> None:
-    """Short prompts, forwards without a cache, and forwards of which more than logits is asked for."""
+    """Short prompts, forwards without a cache, and forwards that must return more than logits."""
     for options in (
         {"input_ids": prompt(2 * FEWEST_TOKENS - 1)},
         {"input_ids": prompt(_LONG), "use_cache": False},
@@ -100,7 +99,7 @@ def test_what_can_not_be_cut_goes_through_whole(plain: Small, pipelined: SplitLl
 
 @torch.inference_mode()
 def test_parts_that_the_arenas_have_no_room_for_wait_for_each_other(plain: Small, worker: Worker) -> None:
-    """With an arena that can't take all parts' tensors, the results are the same."""
+    """With an arena too small for all parts' tensors, the results are the same."""
     with SplitLlamaForCausalLM.from_pretrained(
         plain.path, worker=worker.address, mode="op", pipeline=4, arena_bytes=40_000
     ) as split:
@@ -113,11 +112,11 @@ def test_parts_that_the_arenas_have_no_room_for_wait_for_each_other(plain: Small
 @torch.inference_mode()
 def test_a_worker_killed_with_parts_under_way_costs_no_token(
     plain: Small,
-    workers: Workers,  # noqa: F811
+    workers: Workers,
     mode: Mode,
     channel: Any,
 ) -> None:
-    """Killed -9 again and again before a part's call, with others under way: the same logits, one epoch a kill."""
+    """Killed -9 again and again before a part's call, with others in flight: the same logits, one epoch per kill."""
     ids = prompt(_LONG)
     expected = plain.unsplit(ids).logits
     workers.start()
@@ -127,13 +126,13 @@ def test_a_worker_killed_with_parts_under_way_costs_no_token(
         kills = killing(split, workers.kill, every=10)
         torch.testing.assert_close(split(ids).logits, expected, atol=1e-4, rtol=1e-4)
         assert kills
-        assert split.link.epoch == len(kills)
+        assert split.worker.epoch == len(kills)
         workers.kill()
 
 
 @pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
 def test_where_the_worker_attends_there_is_nothing_to_overlap(plain: Small, worker: Worker, mode: Mode) -> None:
-    """More than one part is refused with the modes that can."""
+    """More than one part is refused; the error lists the modes that allow it."""
     with pytest.raises(LlamaSplitError, match="use fused or op"):
         SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode, pipeline=2)
 
@@ -148,8 +147,8 @@ def test_a_senseless_number_of_parts_is_refused(plain: Small, worker: Worker, pa
 @pytest.mark.parametrize("tokens", [0, 1, FEWEST_TOKENS, 2 * FEWEST_TOKENS, _LONG, 1000])
 @pytest.mark.parametrize("parts", [1, 2, 3, MOST_PIPELINED])
 def test_parts_cover_a_prompt_in_order(tokens: int, parts: int) -> None:
-    """Every token in one part, none shorter than worthwhile unless it is the only one, none much longer than others."""
-    found = cut(tokens, parts)
+    """Every token is in one part; none is shorter than worthwhile unless it is the only one; none is much longer."""
+    found = split_prompt(tokens, parts)
     assert [token for part in found for token in range(part.start, part.stop)] == list(range(tokens))
     assert len(found) == max(min(parts, tokens // FEWEST_TOKENS), 1)
     lengths = [part.stop - part.start for part in found]
@@ -161,18 +160,18 @@ def test_parts_take_turns_in_their_order() -> None:
     """Each part's n-th step is begun, and its result used, before the next part's n-th."""
     events: list[tuple[str, int, float]] = []
 
-    def forward(part: int) -> Steps:
+    def forward(part: int) -> Program:
         for number in range(3):
-            result = yield Step(O, number, (torch.tensor(10 * part + number),))
+            result = yield WorkerOp(OUT_PROJ, number, (torch.tensor(10 * part + number),))
             events.append(("used", part, result.item()))
         return torch.tensor(part)
 
-    def begin(step: Step) -> Callable[[], torch.Tensor]:
-        (argument,) = step.arguments
+    def begin(op: WorkerOp) -> Callable[[], torch.Tensor]:
+        (argument,) = op.arguments
         events.append(("begun", int(argument) // 10, argument.item()))
         return lambda: argument
 
-    assert [int(result) for result in run_in_turn([forward(0), forward(1)], begin)] == [0, 1]
+    assert [int(result) for result in execute_in_turn([forward(0), forward(1)], begin)] == [0, 1]
     for kind in ("begun", "used"):
         assert [(part, value) for one, part, value in events if one == kind] == [
             (part, 10 * part + number) for number in range(3) for part in range(2)

@@ -1,6 +1,6 @@
-"""Every split shows the worker the prompt: what the first layer gets is the embedding, and a look-up names the token.
+"""Every split shows the worker the prompt: the first layer's input is the embedding, so a look-up gives the tokens.
 
-The documents claim no more than this. A mask over activations would have to make these tests fail first.
+The documents claim only this. A mask over activations would have to make these tests fail first.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM
+from llama_split.boundary.operations import EMBED, LAYER, QKV, REVEALED, STACK, Mode
 from llama_split.checkpoint import EMBEDDING, LAYER_NORMS, Checkpoint, layer_name, open_checkpoint
-from llama_split.operations import EMBED, LAYER, QKV, REVEALED, STACK, Mode
-from llama_split.settings import demo_model
+from llama_split.commands.settings import demo_model
 from shmtransport import Server
-
-from .hollow import hollow_handlers
+from tests.support.hollow import hollow_handlers
 
 FIRST = {Mode.OP: EMBED, Mode.FUSED: QKV, Mode.LAYER: LAYER, Mode.STACK: STACK}
 
@@ -28,7 +27,7 @@ def checkpoint() -> Checkpoint:
 
 
 def nearest(seen_TD: torch.Tensor, embedding_VD: torch.Tensor) -> torch.Tensor:
-    """The token whose embedding points where each row points: a norm changes a row's length only."""
+    """The token whose embedding points in each row's direction: a norm changes a row's length only."""
     return (torch.nn.functional.normalize(seen_TD) @ torch.nn.functional.normalize(embedding_VD).T).argmax(-1)
 
 

@@ -1,4 +1,4 @@
-"""What a split model refuses: workers of other models, and what can't cross."""
+"""What a split model refuses: workers of other models, and whatever can't cross."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from transformers import DynamicCache
 
 from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit, WorkerMismatch
-
-from .conftest import Small, Worker
-from .prompts import QUANTIZED, SHARED, prompt, single_prompt
+from tests.support.llamas import Small, Worker
+from tests.support.prompts import QUANTIZED, SHARED, prompt, single_prompt
 
 
 def mismatch(small: Small, worker: Worker, **options: Any) -> str:
-    """The one line that says why this model and worker don't fit."""
+    """The one-line error for this model and worker."""
     with pytest.raises(WorkerMismatch) as caught:
         SplitLlamaForCausalLM.from_pretrained(small.path, worker=worker.address, **options).close()
     text = str(caught.value)
@@ -28,7 +27,7 @@ def mismatch(small: Small, worker: Worker, **options: Any) -> str:
 
 
 def test_a_worker_of_another_geometry_is_refused(plain_worker: Worker, save_small: Callable[..., Small]) -> None:
-    """Both geometries are shown."""
+    """The error shows both geometries."""
     text = mismatch(save_small(num_hidden_layers=2), plain_worker)
     assert "layers=3" in text
     assert "layers=2" in text
@@ -36,7 +35,7 @@ def test_a_worker_of_another_geometry_is_refused(plain_worker: Worker, save_smal
 
 
 def test_a_worker_of_other_weights_is_refused(plain_worker: Worker, save_small: Callable[..., Small]) -> None:
-    """The same shape with other weights would answer nonsense."""
+    """The same shape with other weights would give nonsense."""
     assert "other weights" in mismatch(save_small(seed=9), plain_worker)
 
 
@@ -52,12 +51,12 @@ def test_a_worker_of_other_weights_is_refused(plain_worker: Worker, save_small: 
 def test_a_worker_of_the_same_weights_under_another_configuration_is_refused(
     plain_worker: Worker, save_small: Callable[..., Small], overrides: dict[str, Any]
 ) -> None:
-    """What isn't in the weights but changes the arithmetic, which in layer mode is the worker's, must agree too."""
+    """Settings outside the weights that change the arithmetic, which in layer mode is the worker's, must agree too."""
     mismatch(save_small(seed=5, **overrides), plain_worker, mode="layer")
 
 
 def test_a_worker_of_another_dtype_is_refused(plain: Small, plain_worker: Worker) -> None:
-    """Both dtypes are shown."""
+    """The error shows both dtypes."""
     text = mismatch(plain, plain_worker, dtype="bfloat16")
     assert "float32" in text
     assert "bfloat16" in text
@@ -75,7 +74,7 @@ def test_a_worker_of_another_dtype_is_refused(plain: Small, plain_worker: Worker
 def test_a_cache_that_the_worker_does_not_have_is_refused_by_its_name(
     layer_split: SplitLlamaForCausalLM, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    """However transformers lets it be named: its numbers or its place would be others."""
+    """By whichever name transformers knows it: its numbers or its place would differ."""
     with pytest.raises(UnsupportedBySplit, match=r"quantized|offloaded_static"):
         layer_split.generate(prompt(), *arguments, **keywords)
 
@@ -96,7 +95,7 @@ def test_an_output_that_a_split_does_not_have_is_refused(
 
 
 def test_training_is_refused(plain_split: SplitLlamaForCausalLM) -> None:
-    """In training mode dropout and gradients would be expected, and none crosses to the worker."""
+    """Training mode implies dropout and gradients, and neither crosses to the worker."""
     plain_split.train()
     with pytest.raises(UnsupportedBySplit, match="can't be trained"):
         plain_split(prompt())
@@ -105,7 +104,7 @@ def test_training_is_refused(plain_split: SplitLlamaForCausalLM) -> None:
 
 
 def test_gradients_are_refused(plain_split: SplitLlamaForCausalLM) -> None:
-    """Inputs or parameters that want a gradient would get none; without gradients they are welcome."""
+    """Inputs or parameters that require a gradient would get none; without gradients they are accepted."""
     embedded = torch.randn(1, 5, plain_split.config.hidden_size, requires_grad=True)
     with pytest.raises(UnsupportedBySplit, match="gradient"):
         plain_split(inputs_embeds=embedded)
@@ -118,7 +117,7 @@ def test_gradients_are_refused(plain_split: SplitLlamaForCausalLM) -> None:
 
 
 def test_a_cache_of_another_kind_is_refused_where_the_worker_keeps_the_kv(layer_split: SplitLlamaForCausalLM) -> None:
-    """A dynamic cache here can't be the worker's; the remedy is named."""
+    """A local dynamic cache can't hold the worker's KV; the error gives the remedy."""
     with pytest.raises(UnsupportedBySplit, match="new_cache"):
         layer_split(prompt(), past_key_values=DynamicCache())
     with pytest.raises(UnsupportedBySplit, match="new_cache"):
@@ -148,7 +147,7 @@ def test_a_cache_of_another_models_connection_is_refused(
 def test_what_can_not_cross_is_refused_where_the_worker_attends(
     layer_split: SplitLlamaForCausalLM, inputs: dict[str, Any]
 ) -> None:
-    """A mask that is not padding, and positions between numbers; a cache is none the worse for it."""
+    """A mask other than padding, and positions between integers; the cache stays usable."""
     cache = layer_split(prompt(4), use_cache=True).past_key_values
     with pytest.raises(UnsupportedBySplit, match="use mode fused"):
         layer_split(prompt(4), **inputs)

@@ -1,4 +1,4 @@
-"""Which versions of torch and transformers are taken: those that were tested, and what the others are told."""
+"""Which versions of torch and transformers are accepted: the tested ones; others get a one-line error."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from llama_split import MissingPackage, requirements
-from llama_split.requirements import TESTED, Range, check_requirements
+from llama_split import MissingPackage
+from llama_split.boundary import requirements
+from llama_split.boundary.requirements import TESTED, Range, check_requirements
 
 ROOT = Path(__file__).parents[2]
 
 
 def run_with(directory: Path, package: str, version: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run Python where this version of a package seems to be installed."""
+    """Run Python with this version of a package apparently installed."""
     metadata = directory / f"{package}-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
@@ -26,7 +27,7 @@ def run_with(directory: Path, package: str, version: str, *command: str) -> subp
 
 @pytest.mark.parametrize("package", TESTED)
 def test_pyproject_states_the_tested_range(package: str) -> None:
-    """Those that pip takes are those that are accepted."""
+    """The range that pip installs is the range that the package accepts."""
     assert f'"{package}{TESTED[package]}"' in (ROOT / "pyproject.toml").read_text()
 
 
@@ -42,7 +43,7 @@ def test_these_tests_run_in_the_tested_range() -> None:
 def test_a_version_outside_of_the_range_ends_every_command_with_one_line(
     tmp_path: Path, package: str, version: str, command: str
 ) -> None:
-    """Before anything computes: generation could print nonsense with it."""
+    """The error comes before any computation: generation might print nonsense."""
     ended = run_with(tmp_path, package, version, "-m", "llama_split", command)
     assert ended.returncode == 2
     assert ended.stdout == ""
@@ -52,7 +53,7 @@ def test_a_version_outside_of_the_range_ends_every_command_with_one_line(
 
 
 def test_a_version_outside_of_the_range_is_refused_from_python(tmp_path: Path) -> None:
-    """By the package's own error, where the model's class is first named."""
+    """The package's own error comes as soon as the model's class is named."""
     program = (
         "import llama_split\ntry: llama_split.SplitLlamaForCausalLM\nexcept llama_split.LlamaSplitError as e: print(e)"
     )
@@ -62,14 +63,36 @@ def test_a_version_outside_of_the_range_is_refused_from_python(tmp_path: Path) -
 
 
 def test_a_missing_package_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra installs it."""
+    """The remedy is the extra that installs it."""
     monkeypatch.setattr(requirements, "TESTED", {"no-such-package": Range((1,), None)})
     with pytest.raises(MissingPackage, match=r"needs the package no-such-package: pip install 'shmtransport\[llama\]'"):
         check_requirements()
 
 
+@pytest.mark.parametrize(
+    ("statement", "missing"),
+    [
+        ("from llama_split.checkpoint import open_checkpoint", "transformers"),
+        ("from llama_split.checkpoint import GgufCheckpoint", "gguf"),
+        ("from llama_split import SplitLlamaForCausalLM", "transformers"),
+        ("import runpy; runpy.run_module('llama_split', run_name='__main__')", "typer"),
+    ],
+)
+def test_a_bare_installation_names_the_extra(statement: str, missing: str) -> None:
+    """From Python and from the command line, whatever is asked for first."""
+    program = f"import sys; sys.modules['{missing}'] = None; {statement}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.splitlines()[-1].endswith(
+        f"llama_split needs the package {missing}: pip install 'shmtransport[llama]'"
+    )
+
+
 def test_a_generation_with_these_versions_is_the_unsplit_models() -> None:
-    """The script that compares them, whichever versions are installed, passes here."""
+    """The comparison script passes with the installed versions."""
     command = [sys.executable, "-m", "tests.llama.every_split"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -81,5 +104,5 @@ def test_a_generation_with_these_versions_is_the_unsplit_models() -> None:
     [("5.20.0", True), ("5.20", True), ("5.24.9.post1", True), ("5.25.0.dev0", False), ("5.25", False), ("6", False)],
 )
 def test_a_range_is_compared_by_numbers(found: str, inside: bool) -> None:
-    """A development version of the next one is that one already."""
+    """A development version of the next release counts as that release."""
     assert (requirements._release(found) in TESTED["transformers"]) is inside

@@ -1,4 +1,4 @@
-"""Rotary positions whose frequencies depend on the length of the text: as in the unsplit model, whoever rotates."""
+"""Rotary positions whose frequencies depend on the text's length equal the unsplit model's, whichever side rotates."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.rotary import Rotary
-from llama_split.transformers_versions import CACHE_NAME
+from llama_split.model.rotary import Rotary
+from llama_split.trusted.transformers_versions import CACHE_NAME
 from llama_split.worker.sessions import SessionLimits
 from shmtransport import RemoteError
-
-from .conftest import Small, Worker, worker_in_thread
-from .prompts import SHARED, prompt
+from tests.support.llamas import Small, Worker, worker_in_thread
+from tests.support.prompts import SHARED, prompt
 
 OWN_LENGTH = 64
 ROPES: dict[str, dict[str, Any]] = {
@@ -58,20 +57,20 @@ def scaled(request: pytest.FixtureRequest, save_small: Callable[..., Small]) -> 
 
 @pytest.fixture(scope="module")
 def scaled_worker(scaled: Small) -> Iterator[Worker]:
-    """Its worker."""
+    """A worker for that model."""
     with worker_in_thread(scaled.path) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def narrow(scaled: Small) -> Iterator[Worker]:
-    """A worker that has room for one session, which every other one takes."""
+    """A worker with room for one session, which any other session takes over."""
     with worker_in_thread(scaled.path, limits=SessionLimits(max_sessions=1, idle_s=0.0)) as running:
         yield running
 
 
 def unsplit(small: Small) -> LlamaForCausalLM:
-    """The model as it is loaded: transformers' rotary module remembers lengths that it has seen."""
+    """A freshly loaded model: transformers' rotary module remembers the lengths it has seen."""
     return LlamaForCausalLM.from_pretrained(small.path)
 
 
@@ -100,7 +99,7 @@ def test_logits_are_the_unsplit_models_for_texts_of_any_length(
 def test_generation_goes_on_beyond_the_models_own_length(
     scaled: Small, scaled_worker: Worker, options: dict[str, Any]
 ) -> None:
-    """As the unsplit model does, token by token, with beams, with drafts that are taken back and chunks of a prompt."""
+    """It equals the unsplit model's, token by token, with beams, with rejected drafts and with chunked prompts."""
     right = unsplit(scaled)
     with SplitLlamaForCausalLM.from_pretrained(scaled.path, worker=scaled_worker.address, **options) as split:
         for length, how in (
@@ -135,7 +134,7 @@ def test_kv_is_built_again_with_the_frequencies_that_its_tokens_had(
 
 
 def test_rotary_remembers_nothing(save_small: Callable[..., Small]) -> None:
-    """The same positions give the same, whatever was asked before, and without a length nothing is guessed."""
+    """The same positions give the same result after any other call; without a length it raises instead of guessing."""
     config = save_small(seed=21, **ROPES["dynamic"]).unsplit.config
     rotary = Rotary(config, torch.device("cpu"))
     positions = torch.arange(10)[None]
@@ -163,7 +162,7 @@ def test_rotary_remembers_nothing(save_small: Callable[..., Small]) -> None:
     ids=str,
 )
 def test_a_worker_refuses_what_fits_no_forward(save_small: Callable[..., Small], name: str, wrong: Any) -> None:
-    """A client's mistake is its own error, and its session is as before."""
+    """The error for a client's mistake is its own, and its session is as before."""
     small = save_small(seed=21, **ROPES["dynamic"])
     with (
         worker_in_thread(small.path) as worker,
@@ -173,5 +172,5 @@ def test_a_worker_refuses_what_fits_no_forward(save_small: Callable[..., Small],
         start = {"positions": torch.arange(4)[None], "padding": None, "past": 0, "select": None}
         right = {**start, "lengths": torch.full((4,), 4), "sequences": None}
         with pytest.raises(RemoteError, match=name if wrong is not None else "length of the text"):
-            split.link.client.call("layer", hidden, layer=0, session=1, start={**right, name: wrong})
-        split.link.client.call("layer", hidden, layer=0, session=1, start=right)
+            split.worker.client.call("layer", hidden, layer=0, session=1, start={**right, name: wrong})
+        split.worker.client.call("layer", hidden, layer=0, session=1, start=right)

@@ -1,4 +1,4 @@
-"""The worker's KV sessions: whose they are, and when they are freed."""
+"""The worker's KV sessions: who owns them, and when they are freed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import torch
 from transformers import TextStreamer
 
 from llama_split import SplitLlamaForCausalLM
-
-from .conftest import Small, Worker
-from .prompts import SHARED, Spelled, padded_prompts, prompt, single_prompt
+from tests.support.llamas import Small, Worker
+from tests.support.prompts import SHARED, Spelled, padded_prompts, prompt, single_prompt
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}])
 def test_a_session_is_freed_when_generation_ends(
     plain_worker: Worker, layer_split: SplitLlamaForCausalLM, options: dict[str, Any]
 ) -> None:
-    """Nobody holds the cache any more, so the worker doesn't either."""
+    """When the cache's last reference goes, the worker frees it too."""
     layer_split.generate(**single_prompt(), pad_token_id=0, max_new_tokens=6, do_sample=False, **options)
     assert plain_worker.sessions_become(0)
 

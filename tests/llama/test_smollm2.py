@@ -1,4 +1,4 @@
-"""The demo model, split between two real processes, writes what transformers alone writes."""
+"""The demo model, split between two real processes, generates what transformers alone generates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llama_split import SplitLlamaForCausalLM
 from llama_split.checkpoint import Checkpoint, open_checkpoint
-from llama_split.launcher import WorkerProcess
-from llama_split.settings import demo_model
+from llama_split.commands.settings import demo_model
 
 CHAT = ["What is the capital of France?", "Write a haiku about shared memory."]
 PLAIN = "In the beginning of the nineteenth century, the"
@@ -46,7 +45,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
 
 
 def choices(unsplit: LlamaForCausalLM, text: torch.Tensor, new: int) -> torch.Tensor:
-    """The token that the unsplit model would choose at each of the last ``new`` places of a text.
+    """The tokens that the unsplit model would choose at each of the last ``new`` places of a text.
 
     If they are the text's own, the text is what greedy generation writes: each token is its choice after those before.
     One forward over the text takes a fraction of the time of generating it. The end token is ruled out, as
@@ -70,7 +69,8 @@ def generated(unsplit_smollm2: LlamaForCausalLM, prompts: list[torch.Tensor]) ->
 @pytest.fixture(scope="module", params=["op", "fused", "layer", "stack"])
 def split(
     request: pytest.FixtureRequest,
-    smollm2_starting: WorkerProcess,  # first, so that it loads while this process does
+    smollm2_starting: object,  # first, so that it loads while this process does
+    unsplit_smollm2: LlamaForCausalLM,
     checkpoint: Checkpoint,
     prompts: list[torch.Tensor],
     smollm2_address: str,

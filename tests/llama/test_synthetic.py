@@ -12,12 +12,12 @@ from transformers import LlamaForCausalLM
 
 import llama_split.checkpoint.base
 from llama_split import CheckpointError, SplitLlamaForCausalLM
-from llama_split.synthetic import SHAPES, RandomCheckpoint
-from llama_split.worker.kernels import Weights
+from llama_split.checkpoint.shapes import SHAPES
+from llama_split.checkpoint.synthetic import RandomCheckpoint
 from llama_split.worker.service import Service
+from llama_split.worker.weights import Weights
 from shmtransport import Server
-
-from .prompts import prompt
+from tests.support.prompts import prompt
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {
 
 
 def test_an_unknown_shape_is_refused_with_those_that_there_are() -> None:
-    """The error lists the names."""
+    """The error lists the known names."""
     with pytest.raises(CheckpointError, match=r"llama-9.*llama-3\.2-1b, llama-3\.1-8b, tinyllama-1\.1b"):
         RandomCheckpoint("llama-9")
 
@@ -48,7 +48,7 @@ def test_the_parameters_are_those_of_the_shape(name: str) -> None:
 
 
 def test_weights_follow_from_name_and_seed_alone() -> None:
-    """Two processes make the same numbers; another seed or another tensor has others; no two rows are alike."""
+    """Two processes make the same numbers; another seed or tensor gives others; no two rows are alike."""
     one, same, other = (RandomCheckpoint("llama-3.2-1b", seed, **SMALL) for seed in (1, 1, 2))
     name, sibling = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(one.read(name), same.read(name))
@@ -61,7 +61,7 @@ def test_weights_follow_from_name_and_seed_alone() -> None:
 
 @pytest.mark.parametrize("block_numbers", [1, 1000, 3 << 20])
 def test_weights_depend_on_neither_blocks_nor_dtype(block_numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However a side loads a matrix, its numbers are the pool's, over and over, from its place on, rounded once."""
+    """However a side loads a matrix, its numbers repeat the pool from the matrix's offset on, rounded once."""
     monkeypatch.setattr(llama_split.checkpoint.base, "BLOCK_NUMBERS", block_numbers)
     checkpoint = RandomCheckpoint(
         "llama-3.2-1b", 4, **{**SMALL, "intermediate_size": 40_000 if block_numbers > 1 else 96}

@@ -1,4 +1,4 @@
-"""Every public method of transformers' Llama works on a split one as on an unsplit one, or is refused by its name."""
+"""Every public method of transformers' Llama works on a split model as on an unsplit one, or is refused by name."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from transformers import LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit
 from llama_split.trusted.unsupported import REFUSED
+from tests.support.llamas import Small
+from tests.support.prompts import SHARED, prompt, single_prompt
 
-from .conftest import Small
-from .prompts import SHARED, prompt, single_prompt
-
-# What is neither refused nor changed: it tells of the class, its modules and flags, or has a test here or elsewhere.
+# Neither refused nor changed: they describe the class, its modules and flags, or have a test here or elsewhere.
 SAME = """
 T_destination add_model_tags add_module adjust_generation_fn apply base_model base_model_prefix buffers call_super_init
 can_generate can_record_outputs children compute_transition_scores config_class device dtype dummy_inputs dump_patches
@@ -42,7 +41,7 @@ BY_APPLY = ["to", "cpu", "cuda", "ipu", "mtia", "xpu", "type", "half", "bfloat16
 
 
 def test_every_method_of_a_llama_is_known() -> None:
-    """One that a new version adds is looked at before it is allowed: does it need weights that are not here?"""
+    """A method that a new version adds must be examined before it is allowed: does it need weights of the worker?"""
     names = {name for name in dir(LlamaForCausalLM) if not name.startswith("_") and name not in dir(object)}
     assert names - {*SAME, *OWN, *BY_APPLY, *REFUSED} == set()
     assert not {*SAME, *OWN, *BY_APPLY} & REFUSED.keys()
@@ -52,7 +51,7 @@ def test_every_method_of_a_llama_is_known() -> None:
 def test_a_method_that_needs_what_is_not_here_is_refused_by_its_name(
     plain_split: SplitLlamaForCausalLM, name: str, tmp_path: Path
 ) -> None:
-    """With whichever arguments; nothing is written, and the model goes on as before."""
+    """With any arguments; nothing is written, and the model works as before."""
     before = plain_split(prompt()).logits
     with pytest.raises(UnsupportedBySplit, match=f"^{name}: "):
         getattr(plain_split, name)(tmp_path / "model")
@@ -76,7 +75,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_a_change_of_this_sides_weights_alone_is_refused(
     plain_split: SplitLlamaForCausalLM, change: Callable[[Any], Any]
 ) -> None:
-    """The worker's would stay as they are; no weight has changed after the refusal."""
+    """The worker's weights would stay as they are; no weight has changed after the refusal."""
     before = plain_split(prompt()).logits
     with pytest.raises(UnsupportedBySplit, match="this side's weights"):
         change(plain_split)
@@ -85,14 +84,14 @@ def test_a_change_of_this_sides_weights_alone_is_refused(
 
 
 def test_a_change_to_what_the_weights_are_already_does_nothing(plain_split: SplitLlamaForCausalLM) -> None:
-    """As pipelines do it for every model."""
+    """Pipelines do this for every model."""
     before = plain_split(prompt()).logits
     assert plain_split.to("cpu").float().cpu().to(torch.float32) is plain_split
     assert torch.equal(plain_split(prompt()).logits, before)
 
 
 def test_embedding_and_head_can_be_asked(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """Wherever their weights are; ids may be of 32 bits, and what comes back belongs to the caller."""
+    """On either side; ids may be of 32 bits, and the caller owns the result."""
     with torch.inference_mode():
         for ids in (prompt(7, batch=2), prompt(7, batch=2).int()):
             expected = plain.unsplit.get_input_embeddings()(ids)
@@ -105,7 +104,7 @@ def test_embedding_and_head_can_be_asked(plain: Small, plain_split: SplitLlamaFo
 
 
 def test_weights_that_are_the_workers_are_refused_by_their_name(plain_split: SplitLlamaForCausalLM, mode: str) -> None:
-    """No None, and no AttributeError."""
+    """The caller gets neither None nor an AttributeError, but an error that names the weight."""
     with pytest.raises(UnsupportedBySplit, match=r"RemoteHead.weight"):
         _ = plain_split.get_output_embeddings().weight
     if mode == "op":
@@ -114,14 +113,14 @@ def test_weights_that_are_the_workers_are_refused_by_their_name(plain_split: Spl
 
 
 def test_the_inner_model_is_refused(plain_split: SplitLlamaForCausalLM) -> None:
-    """``model.model`` and ``get_decoder()`` name what to call."""
+    """The errors for ``model.model`` and ``get_decoder()`` name what to call instead."""
     for part in (plain_split.model, plain_split.get_decoder(), plain_split.base_model):
         with pytest.raises(UnsupportedBySplit, match="call the model itself"):
             part(prompt())
 
 
 def test_other_attention_is_refused_and_its_own_is_taken(plain_split: SplitLlamaForCausalLM) -> None:
-    """Flash and flexible attention would be named and not used."""
+    """Flash and flexible attention would be accepted but never used."""
     before = plain_split(prompt()).logits
     for name in ("flash_attention_2", "flex_attention", "paged|sdpa", {"": "flash_attention_3"}):
         with pytest.raises(UnsupportedBySplit, match="set_attn_implementation"):
@@ -131,7 +130,7 @@ def test_other_attention_is_refused_and_its_own_is_taken(plain_split: SplitLlama
 
 
 def test_continuous_batching_is_refused_under_each_of_its_names(plain_split: SplitLlamaForCausalLM) -> None:
-    """It would end without an exception, with one token of eight."""
+    """It would end without an exception, with one token out of eight."""
     with pytest.raises(UnsupportedBySplit, match="continuous batching"):
         plain_split.generate_batch([[1, 5, 7], [1, 9]], max_new_tokens=4)
     with pytest.raises(UnsupportedBySplit, match="continuous batching"):
@@ -139,7 +138,7 @@ def test_continuous_batching_is_refused_under_each_of_its_names(plain_split: Spl
 
 
 def test_an_early_exit_is_refused_and_leaves_the_model_whole(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """It would have the configuration say another number of layers."""
+    """The early exit would change the configuration's number of layers."""
     with pytest.raises(UnsupportedBySplit, match="assistant_early_exit"):
         plain_split.generate(**single_prompt(), **SHARED, assistant_early_exit=1)
     assert plain_split.config.num_hidden_layers == plain.unsplit.config.num_hidden_layers
@@ -150,7 +149,7 @@ def test_an_early_exit_is_refused_and_leaves_the_model_whole(plain: Small, plain
 def test_a_configuration_that_its_owner_changes_leaves_the_model_as_it_is(
     plain: Small, plain_split: SplitLlamaForCausalLM
 ) -> None:
-    """The geometry was fixed when the weights were loaded."""
+    """The geometry is fixed when the weights are loaded."""
     expected = plain.unsplit.generate(**single_prompt(), **SHARED, do_sample=False)
     changed: dict[str, Any] = {
         "num_hidden_layers": 1,
@@ -207,7 +206,7 @@ def test_a_generation_from_embeddings_goes_on_from_its_cache(plain: Small, plain
 
 
 def test_what_describes_a_model_tells_the_same(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
-    """Device, dtype and what it can do."""
+    """Its device, dtype and capabilities."""
     for name in ("device", "dtype", "use_kernels", "main_input_name", "base_model_prefix"):
         assert getattr(plain_split, name) == getattr(plain.unsplit, name)
     assert plain_split.can_generate()

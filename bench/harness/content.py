@@ -1,0 +1,108 @@
+"""What a call carries, how the server answers, and how the client checks the answer.
+
+All tensors of the round-trip benchmarks are one-dimensional int64. There are two kinds of calls:
+
+* *stamped*, the measured kind: the sender writes one number into the first, the middle and the last word, and the
+  receiver reads these three. The server answers with the number plus one in the same places. Neither side touches
+  the rest, so a transport that doesn't copy isn't charged for memory traffic that only the benchmark would cause;
+* *full*, before and after the measured ones: every word is random, the server adds one to each, and the client
+  compares every word of the answer. The first word is negative, which is how the server recognises a full request.
+
+Every contender uses these functions, so that all do the same work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+WORD_BYTES = 8
+SMALLEST_BYTES = 8 * WORD_BYTES
+_WRONG = -(1 << 62)  # the server's answer to a damaged request
+
+
+class WrongAnswer(Exception):
+    """A contender delivered something other than what was sent."""
+
+
+def view(memory: Any) -> torch.Tensor:
+    """A tensor over these bytes, without a copy."""
+    return torch.from_numpy(np.frombuffer(memory, np.int64))
+
+
+def words(nbytes: int) -> int:
+    """How many words a tensor of ``nbytes`` bytes has.
+
+    Raises:
+        ValueError: The size can't be stamped.
+    """
+    if nbytes < SMALLEST_BYTES or nbytes % WORD_BYTES:
+        raise ValueError(f"a size must be a multiple of {WORD_BYTES} and at least {SMALLEST_BYTES} bytes, not {nbytes}")
+    return nbytes // WORD_BYTES
+
+
+def stamp(tensor: torch.Tensor, value: int) -> None:
+    """Write ``value`` (not negative) into the first, middle and last word."""
+    array = tensor.numpy()
+    array[0] = array[len(array) // 2] = array[-1] = value
+
+
+def stamped_with(tensor: torch.Tensor) -> int:
+    """The value of a stamp; ``_WRONG`` if the three words differ."""
+    array = tensor.numpy()
+    first = int(array[0])
+    return first if array[len(array) // 2] == first and array[-1] == first else _WRONG
+
+
+def respond(request: torch.Tensor, reply: torch.Tensor) -> None:
+    """In the server: write the answer to ``request`` into ``reply``, which has the same size."""
+    if request.numpy()[0] < 0:
+        np.add(request.numpy(), 1, out=reply.numpy())
+    else:
+        stamp(reply, stamped_with(request) + 1)
+
+
+def check_stamp(reply: torch.Tensor, value: int, nbytes: int) -> None:
+    """Check that ``reply`` answers a request that was stamped with ``value``.
+
+    Args:
+        reply: What came back.
+        value: The request's stamp.
+        nbytes: The request's size.
+
+    Raises:
+        WrongAnswer: It has another size or another stamp.
+    """
+    if reply.nbytes != nbytes:
+        raise WrongAnswer(f"sent {nbytes} bytes, but {reply.nbytes} came back")
+    found = stamped_with(reply)
+    if found != value + 1:
+        raise WrongAnswer(f"the answer to stamp {value} has stamp {found} instead of {value + 1}")
+
+
+def fill(request: torch.Tensor, seed: int) -> None:
+    """Write a full request: random words, the first of them negative."""
+    array = request.numpy()
+    generator = np.random.default_rng(seed)
+    array[:] = generator.integers(-(1 << 62), 1 << 62, size=len(array), dtype=np.int64)
+    array[0] = -1 - abs(int(array[0]))
+
+
+def check_full(reply: torch.Tensor, seed: int, nbytes: int) -> None:
+    """Check that every word of ``reply`` answers the full request with this seed.
+
+    Args:
+        reply: What came back.
+        seed: The seed that the request was filled with.
+        nbytes: The request's size.
+
+    Raises:
+        WrongAnswer: Some word doesn't.
+    """
+    expected = torch.empty(words(nbytes), dtype=torch.int64)
+    fill(expected, seed)
+    np.add(expected.numpy(), 1, out=expected.numpy())
+    if not torch.equal(reply, expected):
+        raise WrongAnswer(f"some of the {nbytes} bytes that came back are wrong")

@@ -1,0 +1,1 @@
+"""What is made of results: tables, plots, the sections of the documents, and the comparison with stored ratios."""

@@ -1,0 +1,1 @@
+"""The contract between the trusted side and the worker: operations, shapes, traffic."""

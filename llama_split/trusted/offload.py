@@ -1,0 +1,143 @@
+"""Sends the operations of a program to the worker, in chunks where a tensor is too large for the arenas.
+
+Shape suffixes: B batch, T tokens, N tokens whose logits are asked for, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from shmtransport import Closed, PeerDied
+
+from ..boundary.compute import DTYPE_NAMES
+from ..boundary.operations import EMBED, LM_HEAD
+from ..model.program import WorkerOp
+from .worker_client import CheckedReply, WorkerClient
+
+not_compiled: Any = torch.compiler.disable(reason="it asks another process")  # type: ignore[no-untyped-call]
+"""Decorates what torch.compile leaves alone: it breaks its graph there."""
+
+_ARENA_SHARE = 4
+"""A tensor may take one part in this many of the arena; larger ones cross in several calls."""
+
+
+class ArenaWorkspace:
+    """A ``Workspace`` in the request arena: what is written there crosses without a copy.
+
+    Args:
+        worker: whose arena it is.
+        limit: the most elements that one call may carry; a larger tensor gets ordinary memory, since it is sent in
+            chunks.
+    """
+
+    def __init__(self, worker: WorkerClient, limit: int) -> None:
+        self._worker = worker
+        self._limit = limit
+
+    def empty(self, shape: Sequence[int]) -> torch.Tensor:
+        if torch.Size(shape).numel() > self._limit:
+            return torch.empty(tuple(shape), dtype=self._worker.wire)
+        return self._worker.empty(shape)
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.empty(tensor.shape).copy_(tensor)
+
+
+class _Extent(NamedTuple):
+    """The result's shape, how many rows (of the first two dimensions) cross, and the widest tensor's elements a row."""
+
+    result: tuple[int, ...]
+    rows: int
+    width: int
+
+
+class Offload:
+    """Executes operations on the worker.
+
+    Where tensors are too large for the arenas, an operation is split into several calls: rows of the first two
+    dimensions, tokens or heads, are independent of each other.
+
+    Args:
+        worker: who computes.
+        arena_bytes: the size of each direction's arena.
+        in_flight: how many operations may be in flight at once; they share the arenas.
+    """
+
+    def __init__(self, worker: WorkerClient, arena_bytes: int, in_flight: int = 1) -> None:
+        self._worker = worker
+        self._limit = arena_bytes // (_ARENA_SHARE * in_flight * worker.wire.itemsize)
+        self.workspace = ArenaWorkspace(worker, self._limit)
+
+    def execute(self, op: WorkerOp) -> torch.Tensor:
+        """Execute one operation, in one call or several."""
+        extent = self._extent(op)
+        if extent.rows * extent.width > self._limit:
+            return self._execute_in_chunks(op, extent)
+        return self._worker.execute(op.operation, op.arguments, extent.result, **self._keywords(op))
+
+    def begin(self, op: WorkerOp) -> Callable[[], torch.Tensor]:
+        """Begin an operation, and return the function that waits for its result.
+
+        That function executes the operation itself where the arenas have no room beside others, or the worker has died.
+        """
+        begun: list[CheckedReply] = []
+        extent = self._extent(op)
+        if extent.rows * extent.width <= self._limit:
+            with contextlib.suppress(PeerDied, Closed):
+                begun.append(self._worker.submit(op.operation, op.arguments, extent.result, **self._keywords(op)))
+
+        def finish() -> torch.Tensor:
+            if begun:
+                with contextlib.suppress(PeerDied, Closed):
+                    return begun.pop().result()  # in no variable: an error's traceback would hold it, and it the error
+            return self.execute(op)
+
+        return finish
+
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Look up embeddings: [B, T, D] in the wire's dtype."""
+        return self.execute(WorkerOp(EMBED, 0, (ids_BT,)))
+
+    def lm_head(self, hidden_BND: torch.Tensor) -> torch.Tensor:
+        """Compute logits: [B, N, V] in the wire's dtype."""
+        return self.execute(WorkerOp(LM_HEAD, 0, (hidden_BND,)))
+
+    def rows_per_call(self, width: int) -> int:
+        """The most rows of ``width`` elements that one call may carry; at least one."""
+        return max(self._limit // width, 1)
+
+    def _execute_in_chunks(self, op: WorkerOp, extent: _Extent) -> torch.Tensor:
+        result = torch.empty(extent.result, dtype=self._worker.wire)
+        whole = result.view(1, extent.rows, *extent.result[2:])
+        first, *others = (argument.reshape(1, extent.rows, *argument.shape[2:]) for argument in op.arguments)
+        rows_a_call = self.rows_per_call(extent.width)
+        # A row that is too large by itself, as of attention scores, is split by the tokens of the first argument.
+        tokens = whole.shape[2] if whole.dim() > 3 else 1
+        tokens_a_call = tokens if extent.width <= self._limit else max(tokens * self._limit // extent.width, 1)
+        keywords = self._keywords(op)
+        for row in range(0, extent.rows, rows_a_call):
+            rows = slice(row, row + rows_a_call)
+            for token in range(0, tokens, tokens_a_call):
+                some = slice(token, token + tokens_a_call)
+                argument = first[:, rows, some] if first.dim() > 3 else first[:, rows]
+                target = whole[:, rows, some] if whole.dim() > 3 else whole[:, rows]
+                arguments = (argument, *(other[:, rows] for other in others))
+                target.copy_(self._worker.execute(op.operation, arguments, target.shape, **keywords))
+        return result
+
+    def _extent(self, op: WorkerOp) -> _Extent:
+        sizes = op.operation.bind(op.arguments, self._worker.geometry)
+        result = op.operation.result.shape(sizes)
+        width = max(math.prod(shape[2:]) for shape in (*(argument.shape for argument in op.arguments), result))
+        return _Extent(result, result[0] * result[1], width)
+
+    def _keywords(self, op: WorkerOp) -> dict[str, Any]:
+        """What goes along with the tensors."""
+        if op.operation is EMBED:
+            return {"dtype": DTYPE_NAMES[self._worker.wire]}
+        return {"layer": op.layer} if op.operation.per_layer else {}

@@ -1,0 +1,1 @@
+"""Channels carry encoded messages: over ZeroMQ, or over the doorbell's message rings."""

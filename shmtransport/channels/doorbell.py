@@ -1,0 +1,126 @@
+"""The client's end of the doorbell channel: message rings in shared memory, and bells.
+
+Rules that both ends keep (the server's is in ``doorbell_server``):
+
+* A side that writes a message posts the peer's bell; for each message it reads, it takes one post from its own bell. So
+  neither side announces that it sleeps, and the order of the two processes' stores and loads doesn't matter here.
+* A wait first polls for ``spin_us`` microseconds, then blocks in the kernel. It blocks in slices, so a hostile peer
+  that takes a post away delays it by one slice.
+* A writer never blocks. When the ring is full, the client's ``send`` returns False; the server queues the message.
+* The handshake, and so every new client, comes by ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from ..core import MessageRing
+from ..errors import PeerProtocolError
+from ..memory.bell import Bells
+from . import relay
+from .base import Channel
+
+
+class DoorbellChannel(Channel):
+    """A client's end.
+
+    Args:
+        handshake_channel: the channel that the connection was made over. It stays open as long as this one, and carries
+            the goodbye if the ring is full.
+        ring: the message rings of both segments.
+        bells: this side's bell and the peer's.
+        spin_us: how long a wait polls before it blocks, in microseconds.
+    """
+
+    name = "doorbell"
+    looks_first = True
+
+    def __init__(self, handshake_channel: Channel, ring: MessageRing, bells: Bells, spin_us: float) -> None:
+        self._handshake_channel = handshake_channel
+        self._ring = ring
+        self._own_bell, self._peer_bell = bells
+        self._spin_s = spin_us * 1e-6
+        self._wants_room = False
+        self._unconsumed_posts = 0  # those of messages that polling has found
+        self._relay: relay.Relay | None = None
+        self._event_fd = -1
+        self._closed = False
+
+    def send(self, data: bytes) -> bool:
+        if not self._ring.write(data):
+            self._wants_room = True
+            self._ring.want_room(True)
+            if not self._ring.write(data):
+                return False
+        if self._wants_room:
+            self._wants_room = False
+            self._ring.want_room(False)
+        self._peer_bell.post()
+        return True
+
+    def receive(self) -> bytes | None:
+        data = self._ring.read()
+        if data is None:
+            if self._event_fd < 0:
+                return None
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._event_fd)
+            data = self._ring.read()  # what came before the event was cleared
+            if data is None:
+                return None
+        self._unconsumed_posts += 1
+        return data
+
+    def wait(self, timeout_s: float) -> bool:
+        ring = self._ring
+        while self._unconsumed_posts and self._own_bell.take():
+            self._unconsumed_posts -= 1
+        if ring.wait_readable(time.perf_counter() + self._spin_s if self._spin_s else 0.0):
+            return False
+        posted = self._own_bell.wait(min(max(timeout_s, 0.0), relay.SLICE_S))
+        if posted and ring.readable():
+            self._unconsumed_posts -= 1
+        return True
+
+    def wake(self) -> None:
+        if not self._closed:
+            self._own_bell.post()
+
+    def fileno(self) -> int:
+        if self._event_fd < 0:
+            self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._relay = relay.Relay("shmtransport doorbell", self._wake_event_loop, self._own_bell.post)
+        return self._event_fd
+
+    def ended(self) -> bool:
+        return self._ring.ended()
+
+    def say_goodbye(self, data: bytes) -> None:
+        """Say it behind what was sent before, if there is room; on the other channel it would overtake that."""
+        said = False
+        with contextlib.suppress(PeerProtocolError):
+            said = not self._closed and self.send(data)
+        if not said:
+            self._handshake_channel.say_goodbye(data)
+
+    def abandon(self) -> None:
+        self._closed = True
+        self._handshake_channel.abandon()
+
+    def close(self, *, flush: bool, wait: bool = False) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._relay is not None:
+            self._relay.stop()
+            os.close(self._event_fd)
+        self._ring.end()
+        self._own_bell.close()
+        self._handshake_channel.close(flush=flush, wait=wait)
+
+    def _wake_event_loop(self) -> None:
+        posted = self._own_bell.wait(relay.SLICE_S)
+        if posted or self._ring.readable() or self._ring.ended():
+            os.eventfd_write(self._event_fd, 1)

@@ -1,0 +1,321 @@
+"""The server's end of the doorbell channel, beside the ZeroMQ channel of its other clients.
+
+A thread can't wait for a semaphore and for file descriptors at once. So a relay thread waits for one of them and wakes
+the server by the other:
+
+* ``ThreadDoorbells``, for a server with its own thread: the server waits for the bell, the relay for ZeroMQ.
+* ``LoopDoorbells``, for an event loop: the loop waits for descriptors, the relay for the bell.
+
+Messages are taken from doorbell clients and from ZeroMQ in turn, so neither can starve the other. The rules of the
+channel itself are in ``doorbell``.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections import deque
+
+from ..core import MessageRing
+from ..errors import MessageTooLarge, OutOfResources, PeerProtocolError
+from ..memory.bell import Bell
+from . import relay
+from .backlog import BoundedQueue
+from .base import BrokenPeer, ServerChannel
+from .zmq import ZmqServerChannel
+
+
+class _DoorbellPeer:
+    """One client's message ring and bell, and the messages that the ring has no room for."""
+
+    def __init__(self, client_key: bytes, ring: MessageRing, bell: Bell) -> None:
+        self.client_key = client_key
+        self.ring = ring
+        self.bell = bell
+        self.queue = BoundedQueue()
+
+    def send(self, data: bytes) -> bool:
+        """Send or queue one message; return False if too much is queued."""
+        if not self.queue and self._publish(data):
+            return True
+        within_limits = self.queue.add(data)
+        self.ring.want_room(True)
+        self.flush()
+        return within_limits
+
+    def flush(self) -> None:
+        """Send the queued messages that there is room for."""
+        if self.queue.flush(self._publish):
+            self.ring.want_room(False)
+
+    def receive(self) -> bytes | None:
+        """Return the client's next message, or None if there is none now."""
+        if self.queue:
+            self.flush()
+        return self.ring.read()
+
+    def _publish(self, data: bytes) -> bool:
+        if not self.ring.write(data):
+            return False
+        self.bell.post()
+        return True
+
+
+class DoorbellServerChannel(ServerChannel):
+    """The server's end for doorbell clients, and by way of ``base`` for all others.
+
+    ``connect`` makes a client a doorbell client. While ``in_use`` is False, a server may use ``base`` directly.
+
+    Args:
+        base: the ZeroMQ channel.
+        spin_us: how long a wait polls before it blocks, in microseconds.
+    """
+
+    def __init__(self, base: ZmqServerChannel, spin_us: float) -> None:
+        self._base = base
+        self._spin_s = spin_us * 1e-6
+        self._bell: Bell | None = None
+        self._relay: relay.Relay | None = None
+        self._peers: dict[bytes, _DoorbellPeer] = {}
+        self._in_turn: tuple[_DoorbellPeer, ...] = ()
+        self._last = -1  # index of the peer that was read last
+        self._base_first = False
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a doorbell client is connected or connecting."""
+        return self._bell is not None
+
+    def bell(self) -> Bell:
+        """Return the bell that wakes this server, created for the first doorbell client.
+
+        Raises:
+            SegmentError: the bell can't be created.
+            OutOfResources: the relay thread can't be started.
+        """
+        if self._bell is None:
+            bell = Bell.create()
+            try:
+                self._relay = self._start_relay(bell)
+            except RuntimeError as error:
+                bell.close()
+                raise OutOfResources(f"the doorbell channel needs a thread: {error}") from error
+            self._bell = bell
+        return self._bell
+
+    def channel_of(self, client_key: bytes) -> str:
+        """Return the name of the channel that a client uses."""
+        return "doorbell" if client_key in self._peers else "zmq"
+
+    def connect(self, client_key: bytes, ring: MessageRing, bell: Bell) -> None:
+        """Route a client's messages through its ring from now on.
+
+        Args:
+            client_key: the client, as ZeroMQ names it.
+            ring: the message rings of both segments.
+            bell: the client's bell.
+        """
+        self._peers[client_key] = _DoorbellPeer(client_key, ring, bell)
+        self._in_turn = tuple(self._peers.values())
+
+    def disconnect(self, client_key: bytes) -> None:
+        self._base.disconnect(client_key)
+        peer = self._peers.pop(client_key, None)
+        if peer is None:
+            return
+        peer.ring.end()
+        peer.bell.post()
+        self._in_turn = tuple(self._peers.values())
+        self.drop_unused_bell()
+
+    def drop_unused_bell(self) -> None:
+        """Close the bell if no doorbell client is left, for example after a failed handshake."""
+        if self._peers:
+            return
+        if self._relay is not None:
+            self._relay.stop()
+            self._relay = None
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
+
+    def send(self, client_key: bytes, data: bytes) -> bool:
+        peer = self._peers.get(client_key)
+        if peer is None:
+            return self._base.send(client_key, data)
+        try:
+            return peer.send(data)
+        except PeerProtocolError as error:
+            raise BrokenPeer(client_key, error) from error
+        except MessageTooLarge:  # a goodbye with a long reason; replies keep to the agreed size
+            return False
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        self._base_first = not self._base_first
+        if self._base_first:
+            return self._receive_from_base() or self._receive_from_peers()
+        return self._receive_from_peers() or self._receive_from_base()
+
+    @property
+    def sender_pid(self) -> int | None:
+        return self._base.sender_pid
+
+    def know(self, client_key: bytes) -> None:
+        self._base.know(client_key)
+
+    def watch(self, descriptor: int) -> None:
+        self._base.watch(descriptor)
+
+    def unwatch(self, descriptor: int) -> None:
+        self._base.unwatch(descriptor)
+
+    def fileno(self) -> int:
+        return self._base.fileno()
+
+    @property
+    def wake_descriptor(self) -> int:
+        return self._base.wake_descriptor
+
+    def wake(self) -> None:
+        self._base.wake()
+
+    def abandon(self) -> None:
+        self._base.abandon()
+        if self._bell is not None:
+            self._bell.abandon()
+        self._relay = None
+        self._peers.clear()
+        self._in_turn = ()
+
+    def remove_names(self) -> None:
+        self._base.remove_names()
+        bell = self._bell
+        if bell is not None:
+            bell.unlink()
+
+    def close(self, *, flush: bool = True) -> None:
+        for client_key in list(self._peers):
+            self.disconnect(client_key)
+        self.drop_unused_bell()
+        self._base.close(flush=flush)
+
+    def take_readable(self) -> list[int]:
+        """Return the readable descriptors that the relay has seen and ``wait`` has not returned yet."""
+        return []
+
+    @abstractmethod
+    def _start_relay(self, bell: Bell) -> relay.Relay:
+        """Start the thread that waits for what the server's own thread does not wait for.
+
+        Raises:
+            RuntimeError: the thread can't be started.
+        """
+
+    def _receive_from_base(self) -> tuple[bytes, bytes] | None:
+        return self._base.receive()
+
+    def _receive_from_peers(self) -> tuple[bytes, bytes] | None:
+        peers = self._in_turn
+        turn = self._last
+        for _ in peers:
+            turn = turn + 1 if turn + 1 < len(peers) else 0
+            peer = peers[turn]
+            try:
+                data = peer.receive()
+            except PeerProtocolError as error:
+                raise BrokenPeer(peer.client_key, error) from error
+            if data is not None:
+                self._last = turn
+                return peer.client_key, data
+        return None
+
+    def _peers_readable(self) -> bool:
+        for peer in self._in_turn:  # noqa: SIM110 - any() takes several times as long, and this is the spin loop
+            if peer.ring.readable():
+                return True
+        return False
+
+
+class ThreadDoorbells(DoorbellServerChannel):
+    """For a server with its own thread, which waits for the bell; the relay waits for ZeroMQ."""
+
+    def __init__(self, base: ZmqServerChannel, spin_us: float) -> None:
+        super().__init__(base, spin_us)
+        self._unconsumed_posts = 0  # those of messages that polling has found
+        # Written by the relay, read here:
+        self._base_readable = True
+        self._readable: deque[int] = deque()
+
+    def send(self, client_key: bytes, data: bytes) -> bool:
+        if client_key not in self._peers:
+            self._base_readable = True  # sending can consume the edge-triggered event that the relay waits for
+        return super().send(client_key, data)
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        if self._relay is not None and not self._base_readable:
+            return self._receive_from_peers()
+        return super().receive()
+
+    def wait(self, timeout_s: float | None) -> list[int]:
+        if self._relay is None:
+            readable = self.take_readable()
+            return [*readable, *self._base.wait(0 if readable else timeout_s)]  # seen by the relay before it ended
+        bell = self.bell()
+        while self._unconsumed_posts and bell.take():
+            self._unconsumed_posts -= 1
+        deadline = time.perf_counter() + self._spin_s if self._spin_s else 0.0
+        while not (self._peers_readable() or self._base_readable or self._readable):
+            if time.perf_counter() >= deadline:
+                self.waits += 1
+                posted = bell.wait(relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
+                if posted and self._peers_readable():
+                    self._unconsumed_posts -= 1
+                break
+        return self.take_readable()
+
+    def drop_unused_bell(self) -> None:
+        super().drop_unused_bell()
+        if self._bell is None:
+            self._unconsumed_posts = 0
+
+    def _start_relay(self, bell: Bell) -> relay.Relay:
+        def post_for_base() -> None:
+            self._readable.extend(self._base.poll(None))
+            self._base_readable = True
+            bell.post()
+
+        self._base_readable = True  # its event may have been consumed already
+        return relay.Relay("shmtransport zmq", post_for_base, self._base.wake)
+
+    def _receive_from_peers(self) -> tuple[bytes, bytes] | None:
+        received = super()._receive_from_peers()
+        if received is not None:
+            self._unconsumed_posts += 1
+        return received
+
+    def _receive_from_base(self) -> tuple[bytes, bytes] | None:
+        self._base_readable = False  # first: what comes from now on is received here, or the relay sets it again
+        received = super()._receive_from_base()
+        if received is not None:
+            self._base_readable = True
+        return received
+
+    def take_readable(self) -> list[int]:
+        taken = []
+        while self._readable:
+            taken.append(self._readable.popleft())
+        return taken
+
+
+class LoopDoorbells(DoorbellServerChannel):
+    """For an event loop, which waits for descriptors; the relay waits for the bell."""
+
+    def wait(self, timeout_s: float | None) -> list[int]:
+        return self._base.wait(timeout_s)
+
+    def _start_relay(self, bell: Bell) -> relay.Relay:
+        def wake_event_loop() -> None:
+            if bell.wait(relay.SLICE_S) or self._peers_readable():
+                self._base.wake()
+
+        return relay.Relay("shmtransport doorbell", wake_event_loop, bell.post)

@@ -1,0 +1,78 @@
+"""Integers, bytes and addresses: no torch, no sockets, no files.
+
+What a call spends its time in has two twins: one in Python, the executable specification, and one in C. Each provides
+all names of ``CONTRACT``, and nothing else differs between them: the same bytes, the same errors.
+
+The Python twin is the default, compiled or not: the C twin does not have the rest of the call path yet, and becomes the
+default with it. ``SHMTRANSPORT_CORE=native`` or ``=python`` in the environment chooses one; a choice that can't be had
+is an ImportError.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import python_twin
+
+if TYPE_CHECKING:
+    from .python_twin import (
+        Block,
+        MessageRing,
+        NextFitAllocator,
+        decode_call,
+        decode_values,
+        encode_reply,
+        encode_request,
+    )
+
+__all__ = [
+    "CONTRACT",
+    "CORE",
+    "CORE_REASON",
+    "Block",
+    "MessageRing",
+    "NextFitAllocator",
+    "decode_call",
+    "decode_values",
+    "encode_reply",
+    "encode_request",
+]
+
+CONTRACT = (
+    "Block",
+    "MessageRing",
+    "NextFitAllocator",
+    "decode_call",
+    "decode_values",
+    "encode_reply",
+    "encode_request",
+)
+"""What each twin provides."""
+
+SWITCH = "SHMTRANSPORT_CORE"
+
+
+def choose(wanted: str) -> tuple[ModuleType, str, str]:
+    """A twin, its name, and why it is the one; ``wanted`` is a name, or empty for the default.
+
+    Raises:
+        ImportError: there is no such twin, or it can't be loaded.
+    """
+    if wanted not in ("", "python", "native"):
+        raise ImportError(f"{SWITCH}={wanted} names no core: set it to python or native, or unset it")
+    if wanted != "native":
+        return python_twin, "python", f"{SWITCH}=python" if wanted else "it is the default"
+    try:
+        return import_module(".native_twin", __name__), "native", f"{SWITCH}=native"
+    except ImportError as error:
+        raise ImportError(
+            f"{SWITCH}=native, but the compiled core can't be loaded ({error}): install shmtransport where there is a "
+            f"C compiler, or unset {SWITCH}"
+        ) from error
+
+
+_twin, CORE, CORE_REASON = choose(os.environ.get(SWITCH, ""))
+globals().update({name: getattr(_twin, name) for name in CONTRACT})

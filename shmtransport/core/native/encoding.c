@@ -1,0 +1,385 @@
+/* The bytes of requests and replies: core/codec.py's encode_request and encode_reply.
+ *
+ * Values of exactly the plain types, and lists, tuples and dicts of them, are packed here. Everything else goes to the
+ * caller's pack(value, depth), which returns it in plain types and msgspec's Ext: tensors, arrays, subclasses, and the
+ * refusal of what can't be sent. That is Python code: what is walked through here is held meanwhile, and looked at again
+ * after it, as Python's own iteration does.
+ */
+#include "module.h"
+
+#include "layout.h"
+#include "packer.h"
+
+#define MAX_DEPTH 32      /* as in core/codec.py, held to it by a test */
+#define ARGUMENT_DEPTH 2
+#define TUPLE_CODE 3
+#define DEEPEST 100 /* of what pack returns; it keeps to MAX_DEPTH itself */
+
+static PyObject *ext_type;                                              /* msgspec.msgpack.Ext */
+static PyObject *name_code, *name_data;                                 /* its attributes */
+static PyObject *descriptor_names[5]; /* a descriptor's, in the order of the message */
+
+struct encoder {
+    struct packer packer;
+    PyObject *pack;
+};
+
+static bool put_value(struct encoder *encoder, PyObject *value, int depth);
+static bool put_packed(struct encoder *encoder, PyObject *value, int depth);
+typedef bool put_item(struct encoder *encoder, PyObject *value, int depth);
+
+static bool check_size(Py_ssize_t size)
+{
+    if ((size_t)size <= PACK_LIMIT)
+        return true;
+    refuse("beyond_32_bits", "(n)", size);
+    return false;
+}
+
+static bool put_int(struct encoder *encoder, PyObject *value)
+{
+    int overflow;
+    long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (overflow == 0) {
+        if (number == -1 && PyErr_Occurred())
+            return false;
+        pack_signed(&encoder->packer, number);
+        return true;
+    }
+    if (overflow > 0) {
+        unsigned long long large = PyLong_AsUnsignedLongLong(value);
+        if (!PyErr_Occurred()) {
+            pack_unsigned(&encoder->packer, large);
+            return true;
+        }
+        PyErr_Clear();
+    }
+    refuse("beyond_64_bits", "()");
+    return false;
+}
+
+static bool put_text(struct encoder *encoder, PyObject *value)
+{
+    Py_ssize_t nbytes;
+    const char *utf8 = PyUnicode_AsUTF8AndSize(value, &nbytes);
+    if (utf8 == NULL || !check_size(nbytes))
+        return false;
+    pack_text(&encoder->packer, utf8, (size_t)nbytes);
+    return true;
+}
+
+static bool put_bytes(struct encoder *encoder, PyObject *value)
+{
+    Py_ssize_t nbytes = PyBytes_Size(value);
+    if (!check_size(nbytes))
+        return false;
+    pack_binary(&encoder->packer, PyBytes_AsString(value), (size_t)nbytes);
+    return true;
+}
+
+/* One of the types without items; *done tells whether it was one. */
+static bool put_plain(struct encoder *encoder, PyObject *value, bool *done)
+{
+    PyTypeObject *type = Py_TYPE(value);
+    *done = true;
+    if (value == Py_None)
+        pack_nil(&encoder->packer);
+    else if (type == &PyBool_Type)
+        pack_bool(&encoder->packer, value == Py_True);
+    else if (type == &PyFloat_Type)
+        pack_double(&encoder->packer, PyFloat_AsDouble(value));
+    else if (type == &PyLong_Type)
+        return put_int(encoder, value);
+    else if (type == &PyUnicode_Type)
+        return put_text(encoder, value);
+    else if (type == &PyBytes_Type)
+        return put_bytes(encoder, value);
+    else
+        *done = false;
+    return true;
+}
+
+static bool changed_size(void)
+{
+    refuse("changed_size", "()");
+    return false;
+}
+
+/* As Python iterates over a list that changes meanwhile: an item that came is packed, one that went is not. */
+static bool put_list(struct encoder *encoder, PyObject *list, int depth, put_item *put)
+{
+    Py_ssize_t size = PyList_Size(list), index = 0;
+    size_t start = encoder->packer.length;
+    if (!check_size(size))
+        return false;
+    pack_array(&encoder->packer, (size_t)size);
+    for (; index < PyList_Size(list); index++) {
+        PyObject *item = Py_NewRef(PyList_GetItem(list, index)); /* a callback may take it out of the list */
+        bool put_it = put(encoder, item, depth + 1);
+        Py_DECREF(item);
+        if (!put_it)
+            return false;
+    }
+    if (index == size)
+        return true;
+    if (!check_size(index))
+        return false;
+    repack_array(&encoder->packer, start, (size_t)size, (size_t)index);
+    return true;
+}
+
+static bool put_tuple(struct encoder *encoder, PyObject *tuple, int depth)
+{
+    Py_ssize_t size = PyTuple_Size(tuple);
+    if (!check_size(size + 1))
+        return false;
+    pack_array(&encoder->packer, (size_t)size + 1);
+    pack_extension(&encoder->packer, TUPLE_CODE, NULL, 0);
+    for (Py_ssize_t index = 0; index < size; index++)
+        if (!put_value(encoder, PyTuple_GetItem(tuple, index), depth + 1))
+            return false;
+    return true;
+}
+
+static bool bad_key(PyObject *key)
+{
+    refuse("bad_key", "(O)", Py_TYPE(key));
+    return false;
+}
+
+typedef bool put_key(struct encoder *encoder, PyObject *key);
+
+static bool put_dict_key(struct encoder *encoder, PyObject *key)
+{
+    if (Py_TYPE(key) == &PyUnicode_Type)
+        return put_text(encoder, key);
+    return Py_TYPE(key) == &PyLong_Type ? put_int(encoder, key) : bad_key(key);
+}
+
+/* Python takes subclasses of str as names of keyword arguments. */
+static bool put_name(struct encoder *encoder, PyObject *name)
+{
+    if (PyUnicode_Check(name))
+        return put_text(encoder, name);
+    return PyLong_Check(name) ? put_int(encoder, name) : bad_key(name);
+}
+
+/* As Python iterates over a dict that changes meanwhile: another size is an error, and so is one entry too many. */
+static bool put_entries(struct encoder *encoder, PyObject *dict, int depth, put_key *put_its_key, put_item *put)
+{
+    Py_ssize_t size = PyDict_Size(dict), position = 0, found = 0;
+    size_t start = encoder->packer.length;
+    PyObject *key, *item;
+    if (!check_size(size))
+        return false;
+    pack_map(&encoder->packer, (size_t)size);
+    while (PyDict_Next(dict, &position, &key, &item)) {
+        if (++found > size)
+            return changed_size();
+        Py_INCREF(key);
+        Py_INCREF(item);
+        bool put_it = put_its_key(encoder, key) && put(encoder, item, depth + 1);
+        Py_DECREF(item);
+        Py_DECREF(key);
+        if (!put_it)
+            return false;
+        if (PyDict_Size(dict) != size)
+            return changed_size();
+    }
+    if (found < size)
+        repack_map(&encoder->packer, start, (size_t)size, (size_t)found);
+    return true;
+}
+
+static bool put_dict(struct encoder *encoder, PyObject *dict, int depth, put_item *put)
+{
+    return put_entries(encoder, dict, depth, put_dict_key, put);
+}
+
+/* What the caller makes of a value of another type. */
+static bool put_other(struct encoder *encoder, PyObject *value, int depth)
+{
+    PyObject *number = PyLong_FromLong(depth);
+    PyObject *packed = number == NULL ? NULL : PyObject_CallFunctionObjArgs(encoder->pack, value, number, NULL);
+    Py_XDECREF(number);
+    bool put_it = packed != NULL && put_packed(encoder, packed, 0);
+    Py_XDECREF(packed);
+    return put_it;
+}
+
+static bool put_value(struct encoder *encoder, PyObject *value, int depth)
+{
+    PyTypeObject *type = Py_TYPE(value);
+    bool is_plain;
+    if (!put_plain(encoder, value, &is_plain))
+        return false;
+    if (is_plain)
+        return true;
+    bool is_list = type == &PyList_Type, is_tuple = type == &PyTuple_Type;
+    if (!is_list && !is_tuple && type != &PyDict_Type)
+        return put_other(encoder, value, depth);
+    if (depth >= MAX_DEPTH) {
+        refuse("nested_too_deep", "(i)", MAX_DEPTH);
+        return false;
+    }
+    if (is_list)
+        return put_list(encoder, value, depth, put_value);
+    return is_tuple ? put_tuple(encoder, value, depth) : put_dict(encoder, value, depth, put_value);
+}
+
+static bool put_ext(struct encoder *encoder, PyObject *ext)
+{
+    PyObject *code = PyObject_GetAttr(ext, name_code);
+    PyObject *data = PyObject_GetAttr(ext, name_data);
+    bool put_it = false;
+    long number = code == NULL ? 0 : PyLong_AsLong(code);
+    char *bytes;
+    Py_ssize_t nbytes;
+    if (data != NULL && !PyErr_Occurred() && PyBytes_AsStringAndSize(data, &bytes, &nbytes) == 0 && check_size(nbytes)) {
+        pack_extension(&encoder->packer, (int8_t)number, bytes, (size_t)nbytes);
+        put_it = true;
+    }
+    Py_XDECREF(code);
+    Py_XDECREF(data);
+    return put_it;
+}
+
+/* What the caller's pack has returned. */
+static bool put_packed(struct encoder *encoder, PyObject *value, int depth)
+{
+    PyTypeObject *type = Py_TYPE(value);
+    bool is_plain;
+    if (!put_plain(encoder, value, &is_plain))
+        return false;
+    if (is_plain)
+        return true;
+    if ((PyObject *)type == ext_type)
+        return put_ext(encoder, value);
+    if (depth < DEEPEST && type == &PyList_Type)
+        return put_list(encoder, value, depth, put_packed);
+    if (depth < DEEPEST && type == &PyDict_Type)
+        return put_dict(encoder, value, depth, put_packed);
+    PyErr_SetObject(PyExc_TypeError, value);
+    return false;
+}
+
+static bool put_shape(struct encoder *encoder, PyObject *shape)
+{
+    Py_ssize_t size = PyTuple_Size(shape);
+    if (size < 0 || !check_size(size))
+        return false;
+    pack_array(&encoder->packer, (size_t)size);
+    for (Py_ssize_t index = 0; index < size; index++)
+        if (!put_packed(encoder, PyTuple_GetItem(shape, index), 0))
+            return false;
+    return true;
+}
+
+static bool put_descriptor(struct encoder *encoder, PyObject *descriptor)
+{
+    const int fields = sizeof descriptor_names / sizeof *descriptor_names;
+    pack_array(&encoder->packer, (size_t)fields);
+    for (int index = 0; index < fields; index++) {
+        PyObject *field = PyObject_GetAttr(descriptor, descriptor_names[index]);
+        if (field == NULL)
+            return false;
+        bool put_it = PyTuple_Check(field) ? put_shape(encoder, field) : put_packed(encoder, field, 0);
+        Py_DECREF(field);
+        if (!put_it)
+            return false;
+    }
+    return true;
+}
+
+static bool put_descriptors(struct encoder *encoder, PyObject *descriptors)
+{
+    Py_ssize_t size = PyList_Size(descriptors);
+    if (size < 0 || !check_size(size))
+        return false;
+    pack_array(&encoder->packer, (size_t)size);
+    for (Py_ssize_t index = 0; index < size; index++) {
+        PyObject *descriptor = PyList_GetItem(descriptors, index);
+        if (descriptor == NULL)
+            return false;
+        Py_INCREF(descriptor);
+        bool put_it = put_descriptor(encoder, descriptor);
+        Py_DECREF(descriptor);
+        if (!put_it)
+            return false;
+    }
+    return true;
+}
+
+static void begin_message(struct encoder *encoder, PyObject *pack, size_t fields, uint64_t tag)
+{
+    packer_begin(&encoder->packer);
+    encoder->pack = pack;
+    pack_byte(&encoder->packer, MAGIC_BYTE);
+    pack_byte(&encoder->packer, FORMAT_VERSION);
+    pack_array(&encoder->packer, 1 + fields);
+    pack_unsigned(&encoder->packer, tag);
+}
+
+/* The message, unless something went wrong. */
+static PyObject *end_message(struct encoder *encoder, bool is_whole)
+{
+    struct packer *packer = &encoder->packer;
+    PyObject *data = NULL;
+    if (packer->out_of_memory && is_whole)
+        PyErr_NoMemory();
+    else if (is_whole)
+        data = PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
+    packer_end(packer);
+    return data;
+}
+
+static bool put_arguments(struct encoder *encoder, PyObject *arguments)
+{
+    Py_ssize_t size = PyTuple_Size(arguments);
+    if (!check_size(size))
+        return false;
+    pack_array(&encoder->packer, (size_t)size);
+    for (Py_ssize_t index = 0; index < size; index++)
+        if (!put_value(encoder, PyTuple_GetItem(arguments, index), ARGUMENT_DEPTH))
+            return false;
+    return true;
+}
+
+PyObject *encode_request(PyObject *Py_UNUSED(module), PyObject *parameters)
+{
+    PyObject *call_id, *method, *arguments, *keywords, *pack, *descriptors;
+    if (!PyArg_ParseTuple(parameters, "O!UO!O!OO!", &PyLong_Type, &call_id, &method, &PyTuple_Type, &arguments,
+                          &PyDict_Type, &keywords, &pack, &PyList_Type, &descriptors))
+        return NULL;
+    struct encoder encoder;
+    begin_message(&encoder, pack, 5, TAG_REQUEST);
+    return end_message(&encoder, put_int(&encoder, call_id) && put_text(&encoder, method)
+                                     && put_arguments(&encoder, arguments)
+                                     && put_entries(&encoder, keywords, ARGUMENT_DEPTH - 1, put_name, put_value)
+                                     && put_descriptors(&encoder, descriptors));
+}
+
+PyObject *encode_reply(PyObject *Py_UNUSED(module), PyObject *parameters)
+{
+    PyObject *call_id, *result, *pack, *descriptors;
+    if (!PyArg_ParseTuple(parameters, "O!OOO!", &PyLong_Type, &call_id, &result, &pack, &PyList_Type, &descriptors))
+        return NULL;
+    struct encoder encoder;
+    begin_message(&encoder, pack, 3, TAG_REPLY);
+    return end_message(&encoder, put_int(&encoder, call_id) && put_value(&encoder, result, 0)
+                                     && put_descriptors(&encoder, descriptors));
+}
+
+int prepare_encoding(void)
+{
+    static const char *const names[] = {"offset", "shape", "dtype", "slot", "sequence"};
+    for (size_t index = 0; index < sizeof names / sizeof *names; index++)
+        if ((descriptor_names[index] = PyUnicode_InternFromString(names[index])) == NULL)
+            return -1;
+    name_code = PyUnicode_InternFromString("code");
+    name_data = PyUnicode_InternFromString("data");
+    PyObject *msgpack = PyImport_ImportModule("msgspec.msgpack");
+    ext_type = msgpack == NULL ? NULL : PyObject_GetAttrString(msgpack, "Ext");
+    Py_XDECREF(msgpack);
+    return name_code == NULL || name_data == NULL || ext_type == NULL ? -1 : 0;
+}

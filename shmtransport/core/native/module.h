@@ -1,0 +1,36 @@
+/* What the files of this extension share. Every Python type of it is made in the module's exec step.
+ *
+ * Why this core is whole whatever a signal handler or a finalizer calls in the middle of a call: CPython runs those
+ * between two instructions of Python code, and in a garbage collection, which the making of a container may start.
+ * The C functions here run no Python code between their first look at an object's state and their last change of it:
+ * they make what they need first (bytes, integers and blocks, none of which is a container), and then change. Where one
+ * does let Python run, as a long wait does, its description says this, and it looks at the state again.
+ *
+ * They also rely on the GIL: on a Python without it this module must not be used by two threads at once, so it does not
+ * declare that it could be, and such a Python switches its GIL on.
+ */
+#ifndef SHMTRANSPORT_MODULE_H
+#define SHMTRANSPORT_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+/* Raise what shmtransport.core.refusals.<rule>(arguments) returns: no words in C. The format is that of Py_BuildValue
+ * for a tuple. Always NULL. */
+PyObject *refuse(const char *rule, const char *format, ...);
+
+/* The memory of an object of one of this module's types, without references in it, and its reference to its type. */
+void free_object(PyObject *self);
+
+int add_allocator_types(PyObject *module);
+int add_message_ring_type(PyObject *module);
+
+int prepare_encoding(void);
+PyObject *encode_request(PyObject *module, PyObject *parameters);
+PyObject *encode_reply(PyObject *module, PyObject *parameters);
+
+PyObject *decode_call(PyObject *module, PyObject *parameters);
+PyObject *decode_values(PyObject *module, PyObject *parameters);
+
+#endif

@@ -1,0 +1,21 @@
+#include "module.h"
+
+#include <stdarg.h>
+
+PyObject *refuse(const char *rule, const char *format, ...)
+{
+    va_list values;
+    va_start(values, format);
+    PyObject *arguments = Py_VaBuildValue(format, values);
+    va_end(values);
+    PyObject *refusals = arguments == NULL ? NULL : PyImport_ImportModule("shmtransport.core.refusals");
+    PyObject *function = refusals == NULL ? NULL : PyObject_GetAttrString(refusals, rule);
+    PyObject *error = function == NULL ? NULL : PyObject_CallObject(function, arguments);
+    if (error != NULL)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(error);
+    Py_XDECREF(function);
+    Py_XDECREF(refusals);
+    Py_XDECREF(arguments);
+    return NULL;
+}

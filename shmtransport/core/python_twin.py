@@ -1,0 +1,7 @@
+"""The core in Python: the executable specification, and what a machine without a compiler uses."""
+
+from .allocator import Block, NextFitAllocator
+from .codec import decode_call, decode_values, encode_reply, encode_request
+from .message_ring import MessageRing
+
+__all__ = ["Block", "MessageRing", "NextFitAllocator", "decode_call", "decode_values", "encode_reply", "encode_request"]

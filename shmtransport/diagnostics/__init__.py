@@ -1,0 +1,1 @@
+"""Facts about this machine, measurements of a running server, and the command line."""

@@ -1,0 +1,1 @@
+"""A connection from beginning to end: clients and servers, blocking and asyncio."""

@@ -1,0 +1,139 @@
+"""What one connection owns on either side: segments, arenas, ring, bells, the peer's watch."""
+
+from __future__ import annotations
+
+import warnings
+
+from ..core import MessageRing
+from ..core.layout import PAGE_BYTES, Layout, round_up
+from ..core.message_ring import message_ring_bytes
+from ..errors import Closed, PeerDied, PeerProtocolError
+from ..memory.bell import Bells
+from ..memory.peer_watch import PeerWatch
+from ..memory.receive_arena import ReceiveArena, release_cells
+from ..memory.segment import Segment
+from ..memory.send_arena import SendArena
+from ..protocol.values import Codec
+from ..statistics import Counters
+
+ASK_INTERVAL_S = 0.5
+"""How often to check a peer whose process the kernel does not show to this one, for example in another container."""
+
+
+def segment_layout(arena_bytes: int, largest_ring_message: int = 0) -> Layout:
+    """Return the layout of a segment whose data area has at least ``arena_bytes`` bytes.
+
+    ``largest_ring_message`` is the size in bytes of the largest message that its message ring must take; 0 means that
+    it has no message ring.
+    """
+    ring_bytes = message_ring_bytes(largest_ring_message) if largest_ring_message else 0
+    return Layout(data_bytes=round_up(max(arena_bytes, 1), PAGE_BYTES), message_ring_bytes=ring_bytes)
+
+
+def warn_of_drop(what: str) -> None:
+    """Warn that a client or server was dropped without being closed; for the finalizers of both."""
+    warnings.warn(
+        f"{what} was dropped without being closed: call close(), or use it in a 'with' block",
+        ResourceWarning,
+        stacklevel=3,
+    )
+
+
+class _PeerCheck:
+    """Checks the peer while a claim waits for it to release something.
+
+    Not a method of the connection, which holds the arena that asks: in a cycle, the memory of a closed connection
+    would stay until the next garbage collection, which never comes in an idle server.
+    """
+
+    def __init__(self, watch: PeerWatch) -> None:
+        self._watch = watch
+        self.closed = False
+
+    def __call__(self) -> None:
+        try:
+            alive = self._watch.alive()
+        except OSError:  # another thread has just closed it
+            alive = False
+        if self.closed:  # checked last: a closed watch says nothing about the peer
+            raise Closed("the connection was closed while a claim waited for room")
+        if not alive:
+            raise PeerDied(f"process {self._watch.pid} ended while a claim waited for it to release results")
+
+
+class ConnectionMemory:
+    """Both segments of one connection, mapped, and what they contain.
+
+    Args:
+        own: this side's segment.
+        peer: the peer's segment.
+        counters: where the connection counts.
+        max_message_bytes: the limit on the plain values of a call or result, in bytes.
+        bells: both sides' bells if the connection uses the doorbell channel (default None); ``ring`` is set with them.
+        snapshot: whether received tensors are copied (default False).
+        claim_timeout_s: how long a claim may block, in seconds (default 0).
+    """
+
+    def __init__(
+        self,
+        own: Segment,
+        peer: Segment,
+        counters: Counters,
+        max_message_bytes: int,
+        *,
+        bells: Bells | None = None,
+        snapshot: bool = False,
+        claim_timeout_s: float = 0.0,
+    ) -> None:
+        self._own = own
+        self._peer = peer
+        self.bells = bells
+        self.ring = None if bells is None else MessageRing(own.message_ring, peer.message_ring, bells.peer.post)
+        self.watch = PeerWatch(peer.fd)
+        self._peer_check = _PeerCheck(self.watch)
+        self.send_arena = SendArena(own, release_cells(peer), counters, claim_timeout_s, self._peer_check)
+        self.receive_arena = ReceiveArena(peer, release_cells(own))
+        self.codec = Codec(self.send_arena, self.receive_arena, counters, max_message_bytes, snapshot=snapshot)
+
+    def prefault(self) -> None:
+        """Map all pages of both segments into this process now."""
+        self._own.prefault()
+        self._peer.prefault()
+
+    def unlink_own(self) -> None:
+        """Remove the name of this side's segment, which the peer has mapped by now."""
+        self._own.unlink()
+
+    def check_owner(self, pid: int | None) -> None:
+        """Check that process ``pid``, which named the peer's segment, owns it; remove the name.
+
+        If either process is unknown, nothing is checked, and the name is left for its owner to remove.
+
+        Raises:
+            PeerProtocolError: another process owns it.
+        """
+        owner = self.watch.pid
+        if pid is None or owner <= 0:
+            return
+        if pid != owner:
+            raise PeerProtocolError("the peer gave the name of a segment that another process owns")
+        self._peer.unlink_for_owner()
+
+    def abandon(self) -> None:
+        """Give up the memory in a forked child; tensors that die there release nothing."""
+        self._peer_check.closed = True
+        self.receive_arena.abandon()
+        self._own.abandon()
+        self._peer.abandon()
+        if self.bells is not None:
+            for bell in self.bells:
+                bell.abandon()
+
+    def close(self) -> None:
+        """Give the segments back; tensors that still refer to them keep their memory."""
+        self._peer_check.closed = True
+        self.watch.close()
+        self._own.close()
+        self._peer.close()
+        if self.bells is not None:
+            self.bells.peer.close()

@@ -1,0 +1,180 @@
+"""Results that wait until their client has released enough of its reply arena.
+
+A client that keeps many results while it asks for more delays its own replies, and no other client's. A release is a
+plain store that wakes no one, so the server tries again after pauses. It gives a result up when its client cancels the
+call, as one does whose time is up, or has gone.
+
+Room is given in the order in which the results were made: a client that waits for its oldest call must not wait for
+room that later results have taken. While what waits is as large as the arena, or as many results as may wait, a
+``Server`` handles no more calls of the client; an ``AsyncServer`` makes no more parts of its streams, and the calls in
+progress are bounded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import ArenaFull
+from ..memory.send_arena import FIRST_PAUSE_S, LONGEST_PAUSE_S
+from ..statistics import Counters
+from .server_connection import ServerConnection
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor | np.ndarray[Any, Any]]:
+    """Iterate over all tensors and arrays in a result."""
+    if isinstance(result, (torch.Tensor, np.ndarray)):
+        yield result
+    elif isinstance(result, (list, tuple, dict)):
+        for one in result.values() if isinstance(result, dict) else result:
+            yield from _tensors(one)
+
+
+def _needs_room(connection: ServerConnection, result: Any) -> bool:
+    """Whether something in a result must be copied into the arena. What ``empty`` has lent is there already.
+
+    Such a result must not wait for an older one, which may wait for the room that it takes.
+    """
+    has_lent = connection.memory.send_arena.has_lent
+    return any(one.nbytes > 0 and not (isinstance(one, torch.Tensor) and has_lent(one)) for one in _tensors(result))
+
+
+class Deferred:
+    """A result for which there was no room.
+
+    Args:
+        connection: The client's.
+        call_id: The call.
+        result: What its handler returned, or a part of its stream.
+        is_part: Whether it is that.
+    """
+
+    def __init__(self, connection: ServerConnection, call_id: int, result: Any, is_part: bool) -> None:
+        self.connection = connection
+        self.call_id = call_id
+        self._nbytes = sum(int(one.nbytes) for one in _tensors(result))
+        self._result = result
+        self._is_part = is_part
+        self._since = time.monotonic()
+
+    def encode(self) -> bytes | None:
+        """Return the bytes of the reply; None while there is no room, or others come first.
+
+        Raises:
+            ArenaFull: There is none although the client holds nothing.
+            TransportError: The result can't be sent.
+        """
+        if self.connection.deferred[0] is not self:
+            return None
+        return _encode(self.connection, self.call_id, self._result, self._is_part)
+
+    def begin(self, counters: Counters) -> None:
+        """Begin to wait."""
+        self.connection.deferred.append(self)
+        self.connection.deferred_bytes += self._nbytes
+        counters.count_stall()
+
+    def end(self, counters: Counters) -> None:
+        """The wait is over, whatever became of the result."""
+        self.connection.deferred.remove(self)
+        self.connection.deferred_bytes -= self._nbytes
+        counters.count_stalled(time.monotonic() - self._since)
+
+
+def encoded(connection: ServerConnection, call_id: int, result: Any, *, is_part: bool = False) -> bytes | Deferred:
+    """Return the bytes of a result, or the result itself if it has to wait for room that may come.
+
+    Raises:
+        TransportError: The result can't be sent.
+    """
+    data = None
+    if not (connection.deferred and _needs_room(connection, result)):
+        data = _encode(connection, call_id, result, is_part)
+    return Deferred(connection, call_id, result, is_part) if data is None else data
+
+
+def _encode(connection: ServerConnection, call_id: int, result: Any, is_part: bool) -> bytes | None:
+    """Return the bytes of a result; None if there is no room, and some may come."""
+    encode = connection.protocol.encode_part if is_part else connection.protocol.encode_reply
+    try:
+        return encode(call_id, result)
+    except ArenaFull:
+        if not connection.may_have_room:
+            raise
+        return None
+
+
+class DeferredReplies:
+    """The deferred results of a blocking server, of all of its clients.
+
+    Args:
+        counters: Where waits for room are counted.
+        answer: Sends a reply to the client that waits for it.
+        fail: Answers a call with an error.
+    """
+
+    def __init__(
+        self,
+        counters: Counters,
+        answer: Callable[[Deferred, bytes], None],
+        fail: Callable[[Deferred, BaseException], None],
+    ) -> None:
+        self._counters = counters
+        self._answer = answer
+        self._fail = fail
+        self._waiting: dict[ServerConnection, None] = {}
+        """The connections that have such results, in order. A try looks at the oldest of each, however many wait."""
+        self._pause_s = FIRST_PAUSE_S
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, deferred: Deferred) -> None:
+        """Let a result wait."""
+        deferred.begin(self._counters)
+        self._waiting[deferred.connection] = None
+        self._pause_s = FIRST_PAUSE_S
+
+    def pause_s(self) -> float:
+        """Return how long to wait before the next try, a little longer each time."""
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+        return pause_s
+
+    def retry(self) -> bool:
+        """Send what there is room for now; return whether there was any."""
+        answered = False
+        for connection in list(self._waiting):
+            while connection.deferred and self._try(connection.deferred[0]):
+                answered = True
+            self._forget_if_none_waits(connection)
+        if answered:
+            self._pause_s = FIRST_PAUSE_S
+        return answered
+
+    def drop(self, connection: ServerConnection, call_id: int | None = None) -> None:
+        """Give up a call's result, or all of a connection's."""
+        for deferred in [one for one in connection.deferred if call_id in (None, one.call_id)]:
+            deferred.end(self._counters)
+        self._forget_if_none_waits(connection)
+
+    def _forget_if_none_waits(self, connection: ServerConnection) -> None:
+        if not connection.deferred:
+            self._waiting.pop(connection, None)
+
+    def _try(self, deferred: Deferred) -> bool:
+        """Answer with a connection's oldest result, if there is room now; return whether it waits no longer."""
+        try:
+            data = deferred.encode()
+        except Exception as error:  # noqa: BLE001 - a result may fail at anything; its caller learns of it
+            deferred.end(self._counters)
+            self._fail(deferred, error)
+            return True
+        if data is None:
+            return False
+        deferred.end(self._counters)
+        self._answer(deferred, data)
+        return True

@@ -1,0 +1,1 @@
+"""Shared-memory segments, and the tensors in them."""

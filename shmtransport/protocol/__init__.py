@@ -1,0 +1,1 @@
+"""What the bytes between two sides mean, without I/O."""

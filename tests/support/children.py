@@ -1,0 +1,114 @@
+"""Child processes that cost no import: forked from ``processes/mother.py``, which has imported torch once for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from os import pidfd_open  # tests take it away from ``os``
+from pathlib import Path
+from typing import IO
+
+from tests.support.process import ROOT, Process
+
+
+class Mother:
+    """The process that children are forked from; it waits for them, too.
+
+    Args:
+        first: a script with its arguments that it runs first, for what that imports.
+        environment: its own and its children's; by default that of ``Process``.
+    """
+
+    def __init__(self, *first: str | Path, environment: dict[str, str] | None = None) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        program = ROOT / "tests/support/processes/mother.py"
+        self._popen = subprocess.Popen(
+            [sys.executable, str(program), str(theirs.fileno()), *map(str, first)],
+            pass_fds=[theirs.fileno()],
+            env=environment or Process.environment(),
+        )
+        theirs.close()
+
+    def fork(
+        self,
+        script: str | Path,
+        arguments: tuple[str, ...],
+        standard: list[int],
+        environment: dict[str, str] | None = None,
+    ) -> int:
+        """Run a script with these descriptors as its standard input, output and error. Its process id."""
+        message = {"script": [str(script), *arguments], "environment": environment or {}}
+        socket.send_fds(self._socket, [json.dumps(message).encode()], standard)
+        return int(json.loads(self._socket.recv(64)))
+
+    def wait(self, pid: int) -> int:
+        """The exit code of a child, once it has ended."""
+        self._socket.send(json.dumps(pid).encode())
+        return int(json.loads(self._socket.recv(64)))
+
+    def end(self) -> None:
+        self._socket.close()
+        self._popen.wait(10)
+
+
+class Child(Process):
+    """A Python child process that prints "ready" once it is, as ``Process``, but forked.
+
+    Args:
+        mother: what it is forked from.
+        script: what it runs.
+        arguments: the script's.
+        said: what its standard input is read from; by default nothing.
+        errors: where its standard error goes; by default to its output.
+    """
+
+    def __init__(
+        self,
+        mother: Mother,
+        script: str | Path,
+        *arguments: str,
+        said: IO[str] | None = None,
+        errors: IO[str] | None = None,
+    ) -> None:
+        self._mother = mother
+        self._code: int | None = None
+        reader, writer = os.pipe()
+        self._output = os.fdopen(reader)
+        with open(os.devnull) as nothing:
+            standard = [(said or nothing).fileno(), writer, writer if errors is None else errors.fileno()]
+            self._pid = mother.fork(script, arguments, standard)
+        os.close(writer)
+        self.remember()
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    @property
+    def output(self) -> IO[str]:
+        return self._output
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        if self._code is None:
+            descriptor = pidfd_open(self._pid)
+            try:
+                ended, _, _ = select.select([descriptor], [], [], timeout_s)
+            finally:
+                os.close(descriptor)
+            if not ended:
+                raise subprocess.TimeoutExpired([str(self._pid)], timeout_s)
+            self._code = self._mother.wait(self._pid)
+        return self._code
+
+    def signal(self, number: int) -> None:
+        if self._code is None:
+            os.kill(self._pid, number)
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.forget(self.wait())

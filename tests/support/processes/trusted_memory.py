@@ -1,0 +1,27 @@
+"""The trusted side of Llama-3.2-1B's shape in bfloat16, fused: ``trusted_memory.py ADDRESS``.
+
+Generates a few tokens after a short prompt, then prints the peak of its resident memory and the embedding's size, in
+bytes.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from llama_split import SplitLlamaForCausalLM
+from llama_split.checkpoint.synthetic import RandomCheckpoint
+
+
+def peak_bytes() -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+
+checkpoint = RandomCheckpoint("llama-3.2-1b")
+with SplitLlamaForCausalLM.from_pretrained(checkpoint, worker=sys.argv[1], mode="fused", dtype="bfloat16") as split:
+    ids = torch.arange(2, 34)[None]
+    split.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, pad_token_id=0, do_sample=False)
+    print(peak_bytes(), split.model.embed_tokens.weight.nbytes)

@@ -1,0 +1,39 @@
+"""Fixtures of the transport tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from shmtransport.channels import relay
+from shmtransport.memory.bell import Bell
+from tests.support.arenas import Pair
+
+_LONG_SLICE_S = 20.0  # far longer than any of these tests
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A waiting side looks only when its bell rings, so that a missing ring can't go unnoticed."""
+    in_vain: list[str] = []
+    wait = Bell.wait
+
+    def watched(bell: Bell, timeout_s: float | None) -> bool:
+        rung = wait(bell, timeout_s)
+        if not rung and timeout_s == _LONG_SLICE_S:
+            in_vain.append(bell.name)
+            raise AssertionError("nobody rang")
+        return rung
+
+    monkeypatch.setattr(Bell, "wait", watched)
+    monkeypatch.setattr(relay, "SLICE_S", _LONG_SLICE_S)
+    yield
+    assert not in_vain, "someone waited for a ring that never came"
