@@ -255,13 +255,16 @@ class AsyncClient(ClientBase[LoopConnection]):
         deadline: float,
     ) -> bytes:
         """Encode a request; while there is no room, wait for the server to release tensors."""
+        send_arena = connection.memory.send_arena
         pause_s = _FIRST_PAUSE_S
         started = 0.0
         while True:
+            held_before = send_arena.held_by_peer
             try:
                 data = connection.protocol.begin_call(pending, arguments, keywords)
             except ArenaFull:
-                if time.monotonic() >= deadline or not connection.memory.send_arena.held_by_peer:
+                # All may have been released during this try, with the first tensors of this call placed around it.
+                if time.monotonic() >= deadline or not (held_before or send_arena.held_by_peer):
                     raise
             else:
                 if started:

@@ -103,9 +103,10 @@ def _encode(connection: ServerConnection, call_id: int, result: Any, is_part: bo
     try:
         return encode(call_id, result)
     except ArenaFull:
-        if not connection.may_have_room:
-            raise
-        return None
+        if connection.may_have_room:
+            return None
+    # The client may have released all it held during that try, with the result's first tensors placed around it.
+    return encode(call_id, result)
 
 
 class DeferredReplies:
