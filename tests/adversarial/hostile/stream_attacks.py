@@ -276,8 +276,9 @@ def streams_that_are_read_as_fast_as_they_come(scene: Scene) -> None:
 
 
 def _assert_part(one: Impostor) -> None:
+    """A slow machine may not read as fast: then the server has dropped the client."""
     message = one.hear()
-    assert isinstance(message, Part), message
+    assert isinstance(message, Part) or (message is None and one.ended()), message
 
 
 # --- Cancel -----------------------------------------------------------------------------------------------------------
