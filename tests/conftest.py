@@ -28,7 +28,7 @@ from tests.support.private_memory import take_private_memory
 from tests.support.process import Process, bells_of, started_processes
 
 _OURS_IN_SHM = "shmtransport-"
-_MOST_WORKERS = 4  # each imports torch, and starts processes of its own
+_MOST_WORKERS = 6  # each imports torch, and starts processes of its own
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 # Each run and each worker of pytest-xdist has a /dev/shm of its own; a worker's was made before it was started.
 _IS_PRIVATE = bool(_WORKER) or take_private_memory()
@@ -48,8 +48,8 @@ for _defaults in _DEFAULTS:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, since tests wait, too; none where they would see each other's segments."""
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) + 1) if _IS_PRIVATE else 0
+    """More than there are cores, since tests wait most of the time; none where they would see each other's segments."""
+    return min(_MOST_WORKERS, 2 * len(os.sched_getaffinity(0)) + 1) if _IS_PRIVATE else 0
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -34,7 +34,7 @@ static bool grow(struct packer *packer, size_t nbytes)
     return true;
 }
 
-/* Where so many bytes may be written; NULL without memory. */
+/* Room for nbytes more; NULL without memory. */
 static unsigned char *reserve(struct packer *packer, size_t nbytes)
 {
     if (packer->out_of_memory)
@@ -62,7 +62,7 @@ void pack_byte(struct packer *packer, unsigned char byte)
         *place = byte;
 }
 
-/* A first byte, then the lowest so many bytes of a value, the highest of them first. */
+/* A first byte, then the lowest value_bytes bytes of a value, the highest of them first. */
 static void pack_sized(struct packer *packer, unsigned char first, uint64_t value, int value_bytes)
 {
     unsigned char *place = reserve(packer, 1 + (size_t)value_bytes);

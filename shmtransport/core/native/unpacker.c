@@ -7,7 +7,7 @@ static size_t bytes_left(const struct unpacker *unpacker)
     return (size_t)(unpacker->end - unpacker->at);
 }
 
-/* So many bytes as a number, the highest of them first. */
+/* The next nbytes bytes as one number, the highest first. */
 static bool take_number(struct unpacker *unpacker, size_t nbytes, uint64_t *number)
 {
     if (bytes_left(unpacker) < nbytes)
@@ -70,7 +70,7 @@ static bool take_real(struct unpacker *unpacker, struct token *token, size_t nby
     return true;
 }
 
-/* A token whose count stands in so many bytes after its first. */
+/* A token whose count stands in the nbytes bytes after its first. */
 static bool take_counted(struct unpacker *unpacker, struct token *token, enum token_kind kind, size_t nbytes)
 {
     uint64_t count, code;
