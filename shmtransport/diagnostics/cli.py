@@ -142,6 +142,8 @@ def _print_machine(machine: MachineFacts) -> None:
         "kernel": f"{machine.kernel}, {machine.cores} cores",
         "/dev/shm": f"{size_text(machine.shm_free_bytes)} free of {size_text(machine.shm_bytes)}",
         "huge pages": machine.huge_pages,
+        "core": machine.core,
+        "segment guards": "on" if machine.guarded else "off",
         "in use": _connected_text(machine.connected),
         "by name": _named_text(machine.named),
         "open files": _limit_text(machine.open_files),

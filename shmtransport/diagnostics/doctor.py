@@ -109,6 +109,13 @@ def _of_machine(machine: MachineFacts) -> Iterator[Verdict]:
             f"{_FILES_A_CLIENT} each",
             f"run ulimit -n {needed} or more before the server starts",
         )
+    if not machine.guarded:
+        yield Verdict(
+            "advice",
+            "a peer that cuts a segment short ends this process with SIGBUS: there is no compiled core, or "
+            "SHMTRANSPORT_SIGBUS is off",
+            "install shmtransport where there is a C compiler, and unset SHMTRANSPORT_SIGBUS",
+        )
 
 
 def _of_server(server: ServerFacts, machine: MachineFacts) -> Iterator[Verdict]:

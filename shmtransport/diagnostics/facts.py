@@ -16,7 +16,9 @@ from importlib import metadata
 from typing import TypeAlias
 
 from ..channels.address import IPC
+from ..core import CORE, CORE_REASON
 from ..errors import SegmentError
+from ..memory.guarded_map import guards_are_on
 from ..memory.leftovers import SharedObject, list_all
 from ..memory.segment import shared_memory_room
 from ..version import VERSION
@@ -30,7 +32,7 @@ _VARIABLES = {
     "PYTORCH_CUDA_ALLOC_CONF",
     "TMPDIR",
 }
-_VARIABLE_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
+_VARIABLE_PREFIXES = ("SHMTRANSPORT_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")
 _MAPPED = re.compile(
     r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) (\d+) +/dev/shm/shmtransport-[0-9a-f]{32} \(deleted\)$"
 )
@@ -73,6 +75,8 @@ class MachineFacts:
         locked_memory_bytes: this process's limit.
         environment: the variables that matter to the transport.
         huge_pages: the kernel's rule for shared memory, and the mount option of /dev/shm.
+        core: which twin of the core is in use, and why.
+        guarded: whether a segment that a peer cuts short costs its connection only; otherwise it ends the process.
     """
 
     versions: dict[str, str]
@@ -86,6 +90,8 @@ class MachineFacts:
     locked_memory_bytes: Limit
     environment: dict[str, str]
     huge_pages: str
+    core: str
+    guarded: bool
 
 
 def machine_facts() -> MachineFacts:
@@ -103,6 +109,8 @@ def machine_facts() -> MachineFacts:
         locked_memory_bytes=_limit(resource.RLIMIT_MEMLOCK),
         environment=environment(os.environ),
         huge_pages=f"{_huge_pages_rule()}, /dev/shm: {_huge_pages_mount()}",
+        core=f"{CORE}: {CORE_REASON}",
+        guarded=guards_are_on(),
     )
 
 

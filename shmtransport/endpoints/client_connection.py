@@ -13,7 +13,7 @@ from ..channels import open_files, zmq_context
 from ..channels.base import Channel, deadline_in
 from ..channels.doorbell import DoorbellChannel
 from ..channels.zmq import ZmqChannel
-from ..errors import Closed, ConnectTimeout, PeerDied, PeerProtocolError
+from ..errors import Closed, ConnectTimeout, PeerDied, PeerProtocolError, TransportError
 from ..protocol.calls import ClientProtocol
 from ..protocol.messages import Goodbye, encode
 from ..statistics import Counters
@@ -110,8 +110,10 @@ class ClientConnection:
             self.server_pid,
         )
 
-    def died(self) -> PeerDied | None:
-        """The error to end with if the server's process has ended or closed the connection; None if neither."""
+    def died(self) -> TransportError | None:
+        """The error to end with if the server has ended or closed the connection, or cut a segment short; else None."""
+        if self.memory.was_cut:
+            return PeerProtocolError(f"{self.server} has cut a segment short")
         if not self.memory.watch.alive():
             return PeerDied(f"{self.server} has ended")
         if self.channel.ended():

@@ -100,6 +100,11 @@ class ConnectionMemory:
         self._own.prefault()
         self._peer.prefault()
 
+    @property
+    def was_cut(self) -> bool:
+        """Whether the peer has cut a segment short, and this side has seen that; results may be made of zeros."""
+        return self._peer.was_cut or self._own.was_cut
+
     def unlink_own(self) -> None:
         """Remove the name of this side's segment, which the peer has mapped by now."""
         self._own.unlink()

@@ -274,6 +274,9 @@ class ServerBase(BoundToProcess):
 
     def _reply(self, connection: ServerConnection, data: bytes | None) -> None:
         """Send a call's reply, if it has one."""
+        if not connection.gone and connection.memory.was_cut:  # the reply may have been computed from zeros
+            self._refuse(connection, PeerProtocolError("the client has cut a segment short"))
+            return
         try:
             if data is not None and not connection.gone and not self._channel.send(connection.client_key, data):
                 self._drop(connection, "it no longer reads its replies")

@@ -40,6 +40,7 @@ class ReceiveArena:
     """
 
     def __init__(self, segment: Segment, released: memoryview) -> None:
+        self._segment = segment
         self._data = segment.data
         self._data_bytes = len(self._data)
         self._released = released
@@ -52,6 +53,15 @@ class ReceiveArena:
     def abandon(self) -> None:
         """In a forked child: what dies here is still borrowed in the parent, so it is not released."""
         self._released = memoryview(bytearray(len(self._released) * RELEASE_CELL_BYTES)).cast("Q")
+
+    def check_whole(self) -> None:
+        """Check that what was read here so far was the peer's.
+
+        Raises:
+            PeerProtocolError: the peer has cut its segment short, and zeros were read in place of what it cut off.
+        """
+        if self._segment.was_cut:
+            raise PeerProtocolError("the peer has cut its segment short")
 
     def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor:
         """Make a view of the described tensor; it is released when the last tensor over its storage has died.

@@ -14,7 +14,6 @@ Rules that it keeps:
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import sys
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import posix_ipc
 from ..core.layout import HEADER, PAGE_BYTES, Layout
 from ..errors import PeerProtocolError, SegmentError
 from ..units import size_text
+from .guarded_map import GuardedMap
 from .named_object import DIRECTORY, NamedObjects
 from .opening import opening_error, reason
 from .owner_lock import RecordLock
@@ -46,8 +46,13 @@ class Segment:
         self.layout = layout
         self.owned = owned
         self._linked = owned
-        self._map = mmap.mmap(fd, layout.total_bytes)
+        self._map = GuardedMap(fd, layout.total_bytes).begin()
         self.view = memoryview(self._map)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the peer has cut the file short, and this process has seen that; False where it can't be known."""
+        return self.fd >= 0 and self._map.was_cut
 
     @property
     def message_ring(self) -> memoryview:

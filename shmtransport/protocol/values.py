@@ -62,6 +62,8 @@ class Importer(Protocol):
 
     def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor: ...
 
+    def check_whole(self) -> None: ...
+
 
 class _Unread(NamedTuple):
     """The values of a received message that are still bytes of it."""
@@ -134,6 +136,7 @@ class Codec:
     ) -> None:
         self._exporter = exporter
         self._borrow = importer.borrow
+        self._check_whole = importer.check_whole
         self._counters = counters
         self._max_message_bytes = max_message_bytes
         self._snapshot = snapshot
@@ -255,7 +258,9 @@ class Codec:
             nbytes += tensor.nbytes
             tensors.append(tensor)
         if self._snapshot:
-            return [tensor.clone() for tensor in tensors], nbytes
+            tensors = [tensor.clone() for tensor in tensors]
+        if tensors:
+            self._check_whole()
         return tensors, nbytes
 
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:

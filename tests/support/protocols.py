@@ -55,6 +55,9 @@ class Direction:
         weakref.finalize(view, self._end, descriptor.sequence)
         return view
 
+    def check_whole(self) -> None:
+        """Nothing can be cut short here."""
+
     def _end(self, sequence: int) -> None:
         self.held.discard(sequence)
         self.sent.pop(sequence, None)

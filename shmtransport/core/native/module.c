@@ -37,6 +37,9 @@ static PyMethodDef functions[] = {
     {"encode_reply", encode_reply, METH_VARARGS, NULL},
     {"decode_call", decode_call, METH_VARARGS, NULL},
     {"decode_values", decode_values, METH_VARARGS, NULL},
+    {"guard", guard, METH_VARARGS, NULL},
+    {"unguard", unguard, METH_O, NULL},
+    {"was_cut", was_cut, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

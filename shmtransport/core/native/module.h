@@ -33,4 +33,8 @@ PyObject *encode_reply(PyObject *module, PyObject *parameters);
 PyObject *decode_call(PyObject *module, PyObject *parameters);
 PyObject *decode_values(PyObject *module, PyObject *parameters);
 
+PyObject *guard(PyObject *module, PyObject *parameters);
+PyObject *unguard(PyObject *module, PyObject *argument);
+PyObject *was_cut(PyObject *module, PyObject *argument);
+
 #endif

@@ -29,6 +29,8 @@ MACHINE = MachineFacts(
     locked_memory_bytes=Limit(None, None),
     environment={},
     huge_pages="never, /dev/shm: never",
+    core="python: it is the default",
+    guarded=True,
 )
 SOCKET = SocketFacts("/run/me/server.ipc", 0o600, 0o700, 77, os.geteuid(), "python server.py")
 
@@ -238,6 +240,11 @@ def test_problems_come_first() -> None:
 
 
 # What is told
+
+
+def test_segments_without_guards_are_named() -> None:
+    """What a peer could do, and what helps."""
+    only(of_machine(guarded=False), "advice", "SIGBUS", "C compiler", "SHMTRANSPORT_SIGBUS")
 
 
 def test_the_report_is_json_with_the_verdicts() -> None:
