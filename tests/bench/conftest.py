@@ -11,7 +11,7 @@ import pytest
 from bench.harness import processes
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(scope="package")
 def quick_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Start the fork server before a test looks into the temporary directory, and stop it after the last test."""
     with pytest.MonkeyPatch.context() as patch:

@@ -39,6 +39,7 @@ def test_bfloat16_halves_all_but_the_ids() -> None:
     assert received_bytes("op", torch.bfloat16) == received_bytes("op", torch.float32) // 2
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize("name", ["doorbell, in place", "zmq, copy in", "original", "memcpy of the same bytes"])
 def test_a_contender_carries_the_workload(name: str) -> None:
     """Both sides compare every word; the smallest pattern is enough."""

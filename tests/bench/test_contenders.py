@@ -16,6 +16,8 @@ from bench.harness.pair import measure
 from bench.harness.runner import Plan, run_rounds
 from shmtransport import Client
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 SIZES = (64, 1 << 20)
 REQUIRED = [one for one in CONTENDERS.values() if {package for _, package in one.packages} <= {"pyzmq", "msgpack"}]
 

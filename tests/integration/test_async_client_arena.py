@@ -117,13 +117,14 @@ def test_the_wait_for_room_ends_with_the_calls_time(run: Run, channel: ChannelKi
         return x.numel()
 
     async def main() -> None:
-        options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES, "timeout_s": 0.5}
+        options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES}
         async with served(address, keep=keep), AsyncClient(address, **options) as client:
+            brief = client.with_options(timeout_s=0.1)
             whole = torch.zeros(ARENA_BYTES, dtype=torch.uint8)
             with pytest.raises(CallTimeout):
-                await client.call("keep", whole)
+                await brief.call("keep", whole)
             with pytest.raises(ArenaFull, match="1 borrows by the peer"):
-                await client.call("size", torch.zeros(1))
+                await brief.call("size", torch.zeros(1))
             with pytest.raises(ArenaFull, match="1 borrows by the peer"):
                 client.empty((1,), torch.uint8)
             gate.open()
@@ -203,7 +204,7 @@ def test_a_queue_that_stays_full_is_a_call_timeout(run: Run, address: str, chann
     gate = Gate()
 
     async def main() -> None:
-        options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES, "timeout_s": 0.3}
+        options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES, "timeout_s": 0.15}
         async with served(address, Server, block=gate.wait), AsyncClient(address, **options) as client:
             calls = [client.call("block"), *(client.call("echo", [torch.zeros(10), "x" * 60_000]) for _ in range(9))]
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -229,7 +230,7 @@ def test_results_stay_valid_and_snapshots_hold_no_room(run: Run, channel: Channe
             async with AsyncClient(address, **options) as client:
                 held = await client.call("fill", ARENA_BYTES, 3)
                 with pytest.raises(CallTimeout, match="1 received tensors are kept here"):
-                    await client.with_options(timeout_s=0.2).call("fill", 1)
+                    await client.with_options(timeout_s=0.05).call("fill", 1)
             assert (held == 3).all()
             async with AsyncClient(address, snapshot=True, **options) as client:
                 kept = [await client.call("fill", ARENA_BYTES, i) for i in range(5)]

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from tests.support.loops import (
     in_each_loop,
     on_each_channel,
     served,
+    server_for,
     serving,
     settle,
     wholly_free,
@@ -276,16 +278,16 @@ def test_an_orderly_end_of_the_server_is_told(
     run(main())
 
 
-@by_each_server
 def test_a_server_killed_while_calls_are_in_flight_is_noticed(
-    run: Run, channel: ChannelKind, address: str, spawn: Spawn, kind: type[AnyServer]
+    run: Run, channel: ChannelKind, address: str, spawn: Spawn
 ) -> None:
     """All of them fail with ``PeerDied``, those that wait for room too; a new server gets the client by reconnect()."""
+    kind = server_for(run, channel)
     server = spawn(SERVER, address, kind.__name__)
 
     async def main() -> None:
         options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES, "timeout_s": 3600.0}
-        async with AsyncClient(address, connect_timeout_s=2.0, **options) as client:
+        async with AsyncClient(address, **options) as client:
             held = await client.call("fill", ARENA_BYTES, 7)
             loan = client.empty((ARENA_BYTES,), torch.uint8)
             calls = [client.call("nap", 3600.0, loan), client.call("echo", torch.zeros(1))]
@@ -296,8 +298,11 @@ def test_a_server_killed_while_calls_are_in_flight_is_noticed(
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [PeerDied] * 2
             del outcomes, tasks
+            patient = client._options
+            client._options = replace(patient, connect_timeout_s=0.2)
             with pytest.raises(ConnectTimeout):
                 await client.reconnect()
+            client._options = patient
             with pytest.raises(PeerDied):
                 await client.call("echo", 1)
             spawn(SERVER, address, kind.__name__)
@@ -308,11 +313,11 @@ def test_a_server_killed_while_calls_are_in_flight_is_noticed(
     run(main())
 
 
-@by_each_server
 def test_a_server_killed_between_calls_is_noticed_without_one(
-    run: Run, channel: ChannelKind, address: str, spawn: Spawn, kind: type[AnyServer]
+    run: Run, channel: ChannelKind, address: str, spawn: Spawn
 ) -> None:
     """The loop is told by the kernel; no call is needed to find out."""
+    kind = server_for(run, channel)
     server = spawn(SERVER, address, kind.__name__)
 
     async def main() -> None:
@@ -327,17 +332,15 @@ def test_a_server_killed_between_calls_is_noticed_without_one(
     run(main())
 
 
-@by_each_server
-def test_a_stopped_server_is_alive(
-    run: Run, channel: ChannelKind, address: str, spawn: Spawn, kind: type[AnyServer]
-) -> None:
+def test_a_stopped_server_is_alive(run: Run, channel: ChannelKind, address: str, spawn: Spawn) -> None:
     """SIGSTOP is a ``CallTimeout``, not death; after SIGCONT the connection works, and late replies are released."""
+    kind = server_for(run, channel)
     server = spawn(SERVER, address, kind.__name__)
 
     async def main() -> None:
         options: dict[str, Any] = {"channel": channel, "arena_bytes": ARENA_BYTES}
         async with (
-            AsyncClient(address, timeout_s=0.3, **options) as hasty,
+            AsyncClient(address, timeout_s=0.1, **options) as hasty,
             AsyncClient(address, timeout_s=50.0, **options) as patient,
         ):
             server.signal(signal.SIGSTOP)

@@ -14,14 +14,13 @@ import pytest
 from shmtransport import AsyncClient, ChannelKind, PeerDied, PeerProtocolError, Server
 from tests.support.loops import (
     ARENA_BYTES,
-    AnyServer,
     Gate,
     Run,
     becomes,
-    by_each_server,
     in_each_loop,
     on_each_channel,
     served,
+    server_for,
 )
 from tests.support.process import ROOT, Process
 
@@ -30,6 +29,7 @@ pytestmark = [in_each_loop, on_each_channel, pytest.mark.timeout(60), pytest.mar
 SERVER = ROOT / "tests/support/processes/either_server.py"
 CLIENT = ROOT / "tests/support/processes/holding_client.py"
 Spawn = Callable[..., Process]
+ASK_INTERVAL_S = 0.05  # not half a second
 
 
 @pytest.fixture
@@ -41,21 +41,23 @@ def without_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
 
     odd = types.SimpleNamespace(**{**vars(os), "pidfd_open": missing})
     monkeypatch.setattr("shmtransport.memory.ownership.os", odd)
+    for module in ("async_client", "async_server"):
+        monkeypatch.setattr(f"shmtransport.endpoints.{module}.ASK_INTERVAL_S", ASK_INTERVAL_S)
 
 
-@by_each_server
 @pytest.mark.usefixtures("without_pidfd")
 def test_a_killed_server_is_noticed_without_a_descriptor(
-    run: Run, channel: ChannelKind, address: str, spawn: Spawn, kind: type[AnyServer]
+    run: Run, channel: ChannelKind, address: str, spawn: Spawn
 ) -> None:
     """The client polls, even when it is not used: its call in flight ends with ``PeerDied``."""
+    kind = server_for(run, channel)
     server = spawn(SERVER, address, kind.__name__)
 
     async def main() -> None:
         async with AsyncClient(address, channel=channel, timeout_s=3600.0) as client:
             assert await client.call("echo", 1) == 1
             nap = asyncio.create_task(client.call("nap", 3600.0))
-            await asyncio.sleep(0.6)  # it has asked, and was told that the server lives
+            await asyncio.sleep(4 * ASK_INTERVAL_S)  # it has asked, and was told that the server lives
             assert not nap.done()
             server.signal(signal.SIGKILL)
             with pytest.raises(PeerDied, match="has ended"):
@@ -79,7 +81,7 @@ def test_a_killed_client_is_noticed_without_a_descriptor(
             assert await client.call("connection") == 1
             server.on_disconnect(left.append)
             killed = await asyncio.to_thread(spawn, CLIENT, address, channel, str(ARENA_BYTES))
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(4 * ASK_INTERVAL_S)
             assert left == []
             killed.signal(signal.SIGKILL)
             assert await becomes(lambda: left == [2])
@@ -88,11 +90,11 @@ def test_a_killed_client_is_noticed_without_a_descriptor(
     run(main())
 
 
-@by_each_server
 def test_a_reply_sent_before_the_servers_death_still_counts(
-    run: Run, channel: ChannelKind, address: str, spawn: Spawn, kind: type[AnyServer]
+    run: Run, channel: ChannelKind, address: str, spawn: Spawn
 ) -> None:
     """The order in which the loop learns of the two doesn't matter."""
+    kind = server_for(run, channel)
     server = spawn(SERVER, address, kind.__name__)
 
     async def main() -> None:

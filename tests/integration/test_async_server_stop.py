@@ -243,10 +243,10 @@ def test_a_signal_ends_the_process_in_order(
     async def main() -> None:
         client = await AsyncClient(address, channel=channel).connect()
         held = await client.call("fill", 100, 7)
-        nap = asyncio.create_task(client.call("nap", 0.3))
+        nap = asyncio.create_task(client.call("nap", 0.15))
         assert await client.call("echo", 1) == 1
         server.signal(number)
-        assert await nap == 0.3
+        assert await nap == 0.15
         assert await asyncio.to_thread(server.readline) == "left 1"
         assert await asyncio.to_thread(server.readline) == "stopped"
         assert await asyncio.to_thread(server.wait) == 0

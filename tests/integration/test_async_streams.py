@@ -41,7 +41,7 @@ from tests.support.loops import (
 pytestmark = [in_each_loop, on_each_channel, pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_unhandled")]
 
 READ_AHEAD = 8  # unless a call says otherwise
-A_WHILE_S = 0.1  # what has not happened by then is not about to
+A_WHILE_S = 0.05  # what has not happened by then is not about to
 
 
 class Endless:
@@ -515,11 +515,13 @@ def test_a_part_that_does_not_come_in_time_leaves_the_stream_open(
     async def main() -> None:
         handler: Any = plain if kind == "plain" else in_the_loop
         async with served(address, slow=handler), AsyncClient(address, channel=channel) as client:
-            stream = client.with_options(timeout_s=0.3).stream("slow")
+            stream = client.stream("slow")
             assert await anext(stream) == 1
+            stream._timeout_s, patience_s = 0.1, stream._timeout_s
             for _ in range(2):
-                with pytest.raises(CallTimeout, match=r"'slow' within 0\.3 s"):
+                with pytest.raises(CallTimeout, match=r"'slow' within 0\.1 s"):
                     await anext(stream)
+            stream._timeout_s = patience_s
             gate.open()
             assert await becomes(lambda: gate.left == 1)
             await asyncio.sleep(A_WHILE_S)
@@ -569,7 +571,7 @@ def test_a_server_that_stops_ends_its_streams(
 
     async def main() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            async with served(address, kind, {"drain_timeout_s": 0.5}, endless=endless.plain):
+            async with served(address, kind, {"drain_timeout_s": 0.1}, endless=endless.plain):
                 client = await stack.enter_async_context(AsyncClient(address, channel=channel))
                 stream = client.stream("endless")
                 assert await anext(stream) == 1

@@ -93,17 +93,17 @@ def test_more_data_than_the_arena_holds_may_be_under_way(shared_server: str, cha
 def test_a_full_queue_is_a_time_out_that_says_so(spawn: Spawn, address: str) -> None:
     """A request that finds no room in the message ring for ``timeout_s`` was not sent, and holds nothing."""
     start_server(spawn, address)
-    with Client(address, channel="doorbell", timeout_s=0.3, max_message_bytes=1024, arena_bytes=ARENA_BYTES) as client:
-        busy = client.submit("sleep", 1.5)
+    with Client(address, channel="doorbell", timeout_s=0.1, max_message_bytes=1024, arena_bytes=ARENA_BYTES) as client:
+        busy = client.submit("sleep", 1.1)
         time.sleep(0.1)
         sent = [client.submit("echo", "x" * 900) for _ in range(2)]
         for _ in range(2):  # both would not fit the arena
-            with pytest.raises(CallTimeout, match=r"not sent.*full for 0\.3 s"):
+            with pytest.raises(CallTimeout, match=r"not sent.*full for 0\.1 s"):
                 client.submit("echo", ["x" * 900, ones(48 * KIB)])
         assert busy.result(timeout_s=5.0) is None
         assert [reply.result(timeout_s=5.0) for reply in sent] == ["x" * 900] * 2
         assert client.statistics().stalls == 2
-        assert client.statistics().stall_seconds >= 0.6
+        assert client.statistics().stall_seconds >= 0.2
         assert client.call("total", ones(64 * KIB)) == 64 * KIB
 
 
@@ -117,7 +117,7 @@ def test_a_handler_may_wait_for_what_the_caller_releases(spawn: Spawn, address: 
         for more in ("fill", 12 * KIB, 2.0), ("double", torch.ones(12 * KIB)), ("echo", torch.full((12 * KIB,), 2.0)):
             held: list[Any] = [client.call("fill", 12 * KIB, 1.0)]
             waiting = client.submit(*more)
-            time.sleep(0.2)
+            time.sleep(0.1)
             held.clear()
             assert torch.equal(waiting.result(), torch.full((12 * KIB,), 2.0))
             del waiting
@@ -128,7 +128,7 @@ def test_a_handler_may_wait_for_what_the_caller_releases(spawn: Spawn, address: 
 
 def test_a_handlers_wait_ends_with_its_time(spawn: Spawn, address: str, channel: ChannelKind) -> None:
     """The caller's reply waits for room from then on, and others are served."""
-    start_server(spawn, address, claim_timeout_s=0.3)
+    start_server(spawn, address, claim_timeout_s=0.1)
     with (
         Client(address, channel=channel, arena_bytes=ARENA_BYTES) as client,
         Client(address, channel=channel) as other,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from shmtransport import Client, Closed, ConnectTimeout, PeerDied
+from shmtransport.endpoints.client_connection import Connecting
 from shmtransport.protocol.messages import ChannelKind
+from shmtransport.statistics import Counters
 from tests.support.helpers import (
     KIB,
     MIB,
@@ -126,15 +129,19 @@ def test_without_a_server_reconnect_times_out_and_can_be_tried_again(
 ) -> None:
     """Until it succeeds every use says Closed; then all is well."""
     server = start_server(spawn, address)
-    with Client(address, channel=channel, connect_timeout_s=1.0) as client:
+    with Client(address, channel=channel) as client:
         client.call("echo")
         server.signal(signal.SIGKILL)
         server.wait()
+        patient = client._exchange._connecting
+        hasty = replace(client._options, connect_timeout_s=0.3)
+        client._exchange._connecting = lambda: Connecting(address, hasty, 1.0, Counters())
         for _ in range(2):
             with pytest.raises(ConnectTimeout):
                 client.reconnect()
             with pytest.raises((Closed, PeerDied)):
                 client.call("echo")
+        client._exchange._connecting = patient
         start_server(spawn, address)
         client.reconnect()
         assert client.call("echo", 1) == 1

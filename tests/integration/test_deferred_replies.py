@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(120)
 CLIENT = ROOT / "tests/support/processes/streaming_client.py"
 ARENA_BYTES = 64 * KIB
 MOST = 40 * KIB  # more than half of the arena, so that two have no room
-A_WHILE_S = 0.1  # what has not happened by then is not about to
+A_WHILE_S = 0.05  # what has not happened by then is not about to
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "threads"])
@@ -137,8 +137,8 @@ def test_the_wait_keeps_no_core_busy(spawn: Spawn, address: str, channel: Channe
         waiting = client.submit("fill", MOST // 4, 2.0)
         assert client.call("echo", 1) == 1
         before = _cpu_seconds(server.pid)
-        time.sleep(1.0)
-        assert _cpu_seconds(server.pid) - before < 0.7
+        time.sleep(0.4)
+        assert _cpu_seconds(server.pid) - before < 0.28
         assert held[0] == 1.0
         del held
         assert waiting.result()[0] == 2.0
@@ -162,6 +162,11 @@ def test_ten_results_that_do_not_fit_together_all_come(
     """With default arenas of 64 MiB, and 9 MiB each; to clients that drop each when they have seen it."""
     nbytes = 9 * MIB
 
+    def value_of(result: torch.Tensor) -> int:
+        value = int(result[0])
+        assert bool((result == value).all())
+        return value
+
     def make(value: int) -> torch.Tensor:
         return torch.full((nbytes,), value, dtype=torch.uint8)
 
@@ -172,7 +177,7 @@ def test_ten_results_that_do_not_fit_together_all_come(
             def blocking(method: str) -> None:
                 with Client(address, channel=channel) as client:
                     pending = [client.submit(method, value) for value in range(10)]
-                    seen = [int(one.result().unique()) for one in as_completed(pending)]
+                    seen = [value_of(one.result()) for one in as_completed(pending)]
                     assert sorted(seen) == list(range(10))
 
             async def in_the_loop(method: str) -> None:
@@ -230,7 +235,7 @@ def test_its_clients_time_out_ends_the_wait(serving: Serving, address: str, chan
     """The error says how many received tensors are kept; what waited at the server is given up."""
     with Client(address, channel=channel, arena_bytes=ARENA_BYTES) as client:
         held = [client.call("fill", 20 * KIB, value) for value in range(2)]
-        brief = client.with_options(timeout_s=0.2)
+        brief = client.with_options(timeout_s=0.05)
         for _ in range(5):  # more than may wait at once
             with pytest.raises(CallTimeout, match=r"2 received tensors are kept here") as caught:
                 brief.call(method, MOST, 9)
@@ -287,7 +292,7 @@ def test_stopping_the_server_ends_the_wait(channel: ChannelKind, address: str, k
 
     async def main() -> None:
         client = AsyncClient(address, channel=channel, arena_bytes=ARENA_BYTES)
-        async with served(address, kind, {"drain_timeout_s": 0.3}):
+        async with served(address, kind, {"drain_timeout_s": 0.1}):
             await client.connect()
             held = await client.call("fill", MOST, 1)
             waiting = asyncio.create_task(client.call("fill", MOST, 2))
@@ -486,7 +491,7 @@ def test_the_asyncio_client_is_told_what_it_keeps(channel: ChannelKind, address:
             held = await client.call("fill", MOST, 1)
             for number in range(1, 4):
                 with pytest.raises(CallTimeout, match="1 received tensors are kept here"):
-                    await client.with_options(timeout_s=0.1).call("fill", MOST, 2)
+                    await client.with_options(timeout_s=0.05).call("fill", MOST, 2)
                 task = asyncio.create_task(client.call("fill", MOST, 2))
                 stalls = 2 * number
                 assert await becomes(lambda: server.statistics().stalls == stalls)  # noqa: B023 - it is awaited here

@@ -131,7 +131,7 @@ def test_the_end_of_a_servers_child_does_not_touch_the_server(
                 assert torch.equal(client.call("fill", 100, float(i)), torch.full((100,), float(i)))
             assert torch.equal(held, torch.full((100,), 7.0))
             assert (directory / "server.ipc").is_socket()
-        client.call("sleep", 0.5)  # longer than a slice of waiting, after which the connection's end would be seen
+        client.call("sleep", 0.3)  # longer than a slice of waiting, after which the connection's end would be seen
         for kind in ("zmq", "doorbell"):
             with Client(address, channel=kind) as other:
                 assert other.call("echo", kind) == kind

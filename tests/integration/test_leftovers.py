@@ -120,7 +120,7 @@ def test_this_processs_own_are_never_removed_nor_given_up_by_looking(run_script:
 
 def test_a_segment_that_is_just_being_made_is_not_lost(run_script: Callable[..., Process]) -> None:
     """While others sweep without pause, every segment that is made has its name when it is handed out."""
-    maker = run_script(MAKER)
+    maker = run_script(MAKER.replace("+ 3.0", "+ 1.0"))
     while not select.select([maker.output], [], [], 0)[0]:
         remove_dead()
     made, lost = map(int, maker.readline().split())

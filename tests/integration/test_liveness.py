@@ -173,7 +173,7 @@ def test_in_mid_handshake(
     monkeypatch.setattr(shmtransport.endpoints.client_connection, "client_handshake", interrupted)
     started = time.monotonic()
     with pytest.raises(TransportError) as caught:
-        Client(address, channel=channel, connect_timeout_s=0.5)
+        Client(address, channel=channel, connect_timeout_s=0.3)
     assert isinstance(caught.value, ConnectTimeout) is (answers == 1)
     assert time.monotonic() - started < SOON_S
 
@@ -289,7 +289,7 @@ def test_calls_to_a_stopped_server_time_out_and_work_again_afterwards(
         try:
             late, in_time = client.submit("fill", 100, 2.0), client.submit("fill", 100, 3.0)
             with pytest.raises(CallTimeout, match="alive"):
-                late.result(timeout_s=0.6)
+                late.result(timeout_s=0.3)
             with pytest.raises(ConnectTimeout):
                 Client(address, channel=channel, connect_timeout_s=0.2)
         finally:
@@ -311,7 +311,7 @@ def test_a_claim_that_waits_for_a_stopped_server_goes_on_afterwards(
         client.call("echo")
         stop(server)
         first = client.submit("total", torch.ones(48 * KIB, dtype=torch.uint8))
-        threading.Timer(0.5, server.signal, [signal.SIGCONT]).start()
+        threading.Timer(0.3, server.signal, [signal.SIGCONT]).start()
         assert client.call("total", torch.ones(32 * KIB, dtype=torch.uint8)) == 32 * KIB
         assert first.result() == 48 * KIB
 

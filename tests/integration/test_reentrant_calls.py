@@ -20,7 +20,7 @@ from tests.support.helpers import MIB, Spawn, eventually, in_thread, start_serve
 
 pytestmark = pytest.mark.timeout(60)
 
-STRESS_S = 1.5
+STRESS_S = 0.8
 
 
 @pytest.fixture

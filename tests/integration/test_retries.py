@@ -99,7 +99,7 @@ def test_threads_repeat_calls_through_many_restarts(serve: Serve, address: str, 
         connect_as_before = client._exchange._connecting
         client._exchange._connecting = connecting
         asking = [in_thread(ask, 1_000_000 * thread) for thread in range(6)]
-        for _ in range(20):
+        for _ in range(12):
             assert eventually(lambda running=server: running.statistics().calls > 0)
             server.close()
             server = serve(echo=echo)

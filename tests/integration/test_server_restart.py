@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(60)
 SILENT = ROOT / "tests/support/processes/silent_server.py"
 CONNECT_S = 20.0
 SOON_S = 8.0  # far less than that, though a time-out of the test alone
-GAP_S = 0.3
+GAP_S = 0.15
 
 
 def kill(server: Process) -> None:
@@ -111,7 +111,7 @@ def test_a_server_is_restarted_between_offer_and_attach(
             servers[0].signal(how)
             servers[0].wait()
             servers.append(start_server(spawn, address))
-            time.sleep(GAP_S)  # ZeroMQ connects to it by itself
+            time.sleep(2 * GAP_S)  # ZeroMQ connects to it by itself
         attach = ours.send(offer)
         try:
             ours.send((yield attach))

@@ -272,8 +272,11 @@ def test_stop_lets_what_has_arrived_be_handled(address: str, channel: ChannelKin
         client.close()
 
 
-def test_a_call_that_takes_too_long_is_not_waited_for(address: str, channel: ChannelKind) -> None:
+def test_a_call_that_takes_too_long_is_not_waited_for(
+    address: str, channel: ChannelKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After ``drain_timeout_s`` the server ends without it; its caller gets PeerDied."""
+    monkeypatch.setattr("shmtransport.endpoints.server._STREAMS_END_S", 0.2)
     started = Started(address, drain_timeout_s=0.2)
     gate = Gate()
     with started.serve(block=gate.wait, echo=echo) as server, Client(address, channel=channel) as client:

@@ -81,7 +81,7 @@ def test_a_stopping_server_answers_what_has_come(spawn: Spawn, address: str, cha
     client.close()
 
 
-@pytest.mark.parametrize("drain_timeout_s", [0.0, 0.5])
+@pytest.mark.parametrize("drain_timeout_s", [0.0, 0.3])
 def test_a_stopping_server_ends_though_more_is_queued_than_it_can_answer_in_time(
     spawn: Spawn, address: str, channel: ChannelKind, drain_timeout_s: float
 ) -> None:

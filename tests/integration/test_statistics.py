@@ -78,7 +78,9 @@ def _fail() -> None:
 _REFUSED: dict[str, Callable[[Client], Any]] = {
     "too many tensors": lambda client: client.call("take", [torch.ones(4)] * 1025),
     "a later tensor too large": lambda client: client.call("take", torch.ones(4), torch.ones(64 * KIB)),
-    "no room for a later tensor": lambda client: client.call("take", *[torch.ones(3 * KIB)] * 8),
+    "no room for a later tensor": lambda client: client.with_options(timeout_s=0.1).call(
+        "take", *[torch.ones(3 * KIB)] * 8
+    ),
     "values too large": lambda client: client.call("take", torch.ones(4), "x" * 100_000),
     "a value of another type": lambda client: client.call("take", torch.ones(4), object()),
     "a loan with a value of another type": lambda client: client.call(
@@ -108,7 +110,7 @@ def test_counters_only_grow(serve: Serve, address: str, channel: ChannelKind, wh
         give=lambda tensors: [torch.ones(4), torch.ones(64 * KIB)],
         odd=lambda: [torch.ones(4), object()],
     )
-    with Client(address, channel=channel, arena_bytes=64 * KIB, timeout_s=0.5) as client:
+    with Client(address, channel=channel, arena_bytes=64 * KIB) as client:
         client.call("take", torch.ones(4), client.empty((4,), torch.float32).fill_(1.0))
         for _ in range(3):
             mine, theirs = client.statistics(), server.statistics()

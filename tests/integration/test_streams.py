@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ CLIENT = ROOT / "tests/support/processes/streaming_client.py"
 SERVER = ROOT / "tests/support/processes/streaming_server.py"
 ARENA_BYTES = 64 * KIB
 READ_AHEAD = 8  # unless a call says otherwise
-A_WHILE_S = 0.1  # what has not happened by then is not about to
+A_WHILE_S = 0.05  # what has not happened by then is not about to
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "threads"])
@@ -91,18 +92,18 @@ def is_free(client: Client) -> bool:
 # Parts
 
 
-@pytest.mark.parametrize("parts", [0, 1, READ_AHEAD, READ_AHEAD + 1, 1000])
-def test_all_parts_come_in_order_and_then_the_end(
-    spawn: Spawn, address: str, channel: ChannelKind, kind: str, parts: int
-) -> None:
+def test_all_parts_come_in_order_and_then_the_end(spawn: Spawn, address: str, channel: ChannelKind, kind: str) -> None:
     """From each kind of server; afterwards the stream stays at its end, and the connection is as before."""
     spawn(SERVER, address, kind)
-    with Client(address, channel=channel) as client:
-        stream = client.stream("count", parts)
-        assert list(stream) == list(range(parts))
-        assert list(stream) == []
-        assert client.call("ends") == [parts]
-        assert list(client.stream("count", parts=3)) == [0, 1, 2]
+    ends: list[int] = []
+    for parts in (0, 1, READ_AHEAD, READ_AHEAD + 1, 1000):
+        with Client(address, channel=channel) as client:
+            stream = client.stream("count", parts)
+            assert list(stream) == list(range(parts))
+            assert list(stream) == []
+            assert client.call("ends") == [*ends, parts]
+            assert list(client.stream("count", parts=3)) == [0, 1, 2]
+            ends += [parts, 3]
 
 
 def test_an_async_generator_answers_a_blocking_client(spawn: Spawn, address: str, channel: ChannelKind) -> None:
@@ -354,9 +355,9 @@ def test_a_part_that_does_not_come_in_time_leaves_the_stream_open(
 
     serve(options={"threads": threads}, slow=slow)
     with Client(address, channel=channel) as client:
-        stream = client.with_options(timeout_s=0.2).stream("slow")
+        stream = client.with_options(timeout_s=0.1).stream("slow")
         assert eventually(lambda: _next_in_time(stream) == 1)
-        with pytest.raises(CallTimeout, match=r"'slow' within 0\.2 s"):
+        with pytest.raises(CallTimeout, match=r"'slow' within 0\.1 s"):
             next(stream)
         with pytest.raises(CallTimeout):
             next(stream)
@@ -424,12 +425,26 @@ def test_a_killed_client_ends_its_generators(
     assert eventually(endless.is_over)
 
 
+BRIEF = """
+import runpy
+import sys
+from shmtransport import AsyncServer, Server
+
+for one in (Server, AsyncServer):
+    one.__init__.__kwdefaults__["drain_timeout_s"] = 0.3
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("how", ["stop", "kill"])
 def test_a_server_that_ends_ends_its_streams(
-    spawn: Spawn, address: str, channel: ChannelKind, kind: str, how: str
+    spawn: Spawn, address: str, directory: Path, channel: ChannelKind, kind: str, how: str
 ) -> None:
-    """The parts that it sent come first, then PeerDied."""
-    server = spawn(SERVER, address, kind)
+    """The parts that it sent come first, then PeerDied; it is one that takes little time to end."""
+    brief = directory / "brief.py"
+    brief.write_text(BRIEF)
+    server = spawn(brief, str(SERVER), address, kind)
     with Client(address, channel=channel) as client:
         stream = client.stream("count", 1 << 40)
         assert next(stream) == 0

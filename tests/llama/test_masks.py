@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,6 +74,7 @@ PREPARED: dict[str, torch.Tensor] = {
     "minus-infinity": torch.zeros(1, 1, TOKENS, TOKENS).masked_fill(~sees_nothing(), -torch.inf),
     "bias": each_head_its_own().float() + torch.zeros(TOKENS, TOKENS).masked_fill(~CAUSAL[0, 0], -torch.inf),
 }
+MASKS = {**FLAT, **PREPARED}
 PACKED = torch.cat([torch.arange(25), torch.arange(20), torch.arange(15)])[None]
 POSITIONS: dict[str, torch.Tensor | None] = {
     "none": None,
@@ -120,6 +122,25 @@ def outcome(model: LlamaForCausalLM, **inputs: Any) -> torch.Tensor | Exception:
         return error
 
 
+NAMED = ("static", "dynamic", "sliding_window")
+
+
+def cached(name: str) -> dict[str, Any]:
+    """How to generate with one of transformers' own caches."""
+    return {**SHARED, "do_sample": False, "cache_implementation": name, "max_new_tokens": 8}
+
+
+def inputs_of(mask: str, positions: str = "none", use_cache: bool | None = None) -> dict[str, Any]:
+    """A forward's inputs, a mask and positions by their names."""
+    return {"attention_mask": MASKS[mask], "position_ids": POSITIONS[positions], "use_cache": use_cache}
+
+
+@functools.cache
+def unsplit_outcome(plain: Small, *named: Any) -> torch.Tensor | Exception:
+    """What the unsplit model makes of ``inputs_of(*named)``, once for all splits."""
+    return outcome(plain.unsplit, **inputs_of(*named))
+
+
 def assert_same(found: torch.Tensor | Exception, expected: torch.Tensor | Exception) -> None:
     """Check that all logits are equal, padded places included; where the unsplit model fails, expect our own error."""
     if isinstance(expected, Exception):
@@ -129,38 +150,38 @@ def assert_same(found: torch.Tensor | Exception, expected: torch.Tensor | Except
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("mask", ["none", "left", "right"])
 def test_each_combination_of_mask_positions_and_cache_gives_the_unsplit_logits(
-    plain: Small, way: SplitLlamaForCausalLM, mask: str, positions: torch.Tensor | None, use_cache: bool
+    plain: Small, way: SplitLlamaForCausalLM, mask: str, positions: str
 ) -> None:
     """Texts packed into a row see each other exactly where they do in the unsplit model."""
-    inputs = {"attention_mask": FLAT[mask], "position_ids": positions, "use_cache": use_cache}
-    assert_same(outcome(way, **inputs), outcome(plain.unsplit, **inputs))
+    for use_cache in (True, False):
+        named = mask, positions, use_cache
+        assert_same(outcome(way, **inputs_of(*named)), unsplit_outcome(plain, *named))
 
 
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
-@pytest.mark.parametrize("mask", FLAT.values(), ids=FLAT)
+@pytest.mark.parametrize("mask", FLAT)
 def test_a_mask_of_two_dimensions_means_what_it_means_unsplit(
-    plain: Small, way: SplitLlamaForCausalLM, mask: torch.Tensor | None, use_cache: bool
+    plain: Small, way: SplitLlamaForCausalLM, mask: str
 ) -> None:
-    """Of any dtype and length: the same logits, or a refusal where the unsplit model fails."""
-    inputs = {"attention_mask": mask, "use_cache": use_cache}
-    assert_same(outcome(way, **inputs), outcome(plain.unsplit, **inputs))
+    """Of any dtype and length: the same logits, or a refusal where the unsplit model fails; with a cache or without."""
+    for use_cache in (True, False):
+        named = mask, "none", use_cache
+        assert_same(outcome(way, **inputs_of(*named)), unsplit_outcome(plain, *named))
 
 
-@pytest.mark.parametrize("mask", PREPARED.values(), ids=PREPARED)
+@pytest.mark.parametrize("mask", PREPARED)
 def test_a_mask_of_four_dimensions_means_what_it_means_unsplit(
-    plain: Small, way: SplitLlamaForCausalLM, mask: torch.Tensor
+    plain: Small, way: SplitLlamaForCausalLM, mask: str
 ) -> None:
     """Boolean or additive, causal or not; it can't cross, so a split whose worker attends refuses it by name."""
-    found = outcome(way, attention_mask=mask)
+    found = outcome(way, **inputs_of(mask))
     if way.mode.worker_keeps_kv:
         assert isinstance(found, UnsupportedBySplit)
         assert "use mode fused" in str(found)
     else:
-        assert_same(found, outcome(plain.unsplit, attention_mask=mask))
+        assert_same(found, unsplit_outcome(plain, mask))
 
 
 @pytest.mark.parametrize(
@@ -196,12 +217,18 @@ def test_what_fits_no_forward_is_refused_in_the_same_line_by_all_splits(
     assert "\n" not in str(caught.value)
 
 
-def test_the_mask_of_a_static_cache_hides_what_it_hides_unsplit(plain: Small, way: SplitLlamaForCausalLM) -> None:
+@pytest.fixture(scope="module")
+def cached_right(plain: Small) -> dict[str, torch.Tensor]:
+    """What the unsplit model generates with each cache of transformers that may be named."""
+    return {name: plain.unsplit.generate(**padded_prompts(), **cached(name)) for name in NAMED}
+
+
+def test_the_mask_of_a_static_cache_hides_what_it_hides_unsplit(
+    way: SplitLlamaForCausalLM, cached_right: dict[str, torch.Tensor]
+) -> None:
     """For a cache of fixed size, partly filled, generate prepares a boolean mask itself."""
-    for named in ("static", "dynamic", "sliding_window"):
-        options = {**SHARED, "do_sample": False, "cache_implementation": named}
-        expected = plain.unsplit.generate(**padded_prompts(), **options)
-        assert torch.equal(way.generate(**padded_prompts(), **options), expected)
+    for name, expected in cached_right.items():
+        assert torch.equal(way.generate(**padded_prompts(), **cached(name)), expected)
 
 
 @pytest.mark.parametrize("mode", ["op", "fused"])

@@ -107,8 +107,7 @@ def test_parts_that_the_arenas_have_no_room_for_wait_for_each_other(plain: Small
         torch.testing.assert_close(split(ids).logits, plain.unsplit(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mode", _TRUSTED_MODES)
-@pytest.mark.parametrize("channel", ["zmq", "doorbell"])
+@pytest.mark.parametrize(("mode", "channel"), [(Mode.OP, "zmq"), (Mode.FUSED, "doorbell")])
 @torch.inference_mode()
 def test_a_worker_killed_with_parts_under_way_costs_no_token(
     plain: Small,

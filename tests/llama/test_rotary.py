@@ -46,6 +46,19 @@ WAYS: dict[str, dict[str, Any]] = {
     "layer-in-many-calls": {"mode": "layer", "arena_bytes": 32 << 10},
     "stack-in-many-calls": {"mode": "stack", "arena_bytes": 64 << 10},
 }
+TEXTS = [
+    (prompt(length, batch=2, seed=turn), prompt(130, seed=50 + turn))
+    for turn, length in enumerate((40, 100, 64, 70, 30, 65))
+]
+GENERATIONS: list[dict[str, Any]] = [
+    {"input_ids": prompt(length), "attention_mask": torch.ones(1, length), **SHARED, **how, "do_sample": False}
+    for length, how in (
+        (55, {}),
+        (90, {"num_beams": 2, "max_new_tokens": 6}),
+        (60, {"prompt_lookup_num_tokens": 4}),
+        (100, {"prefill_chunk_size": 33, "max_new_tokens": 4}),
+    )
+]
 KEPT = {name: options for name, options in WAYS.items() if options["mode"] in ("layer", "stack")}
 
 
@@ -78,38 +91,47 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def right_logits(scaled: Small) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits that two unsplit models give, one for the texts and one for the others."""
+    right, others_right = unsplit(scaled), unsplit(scaled)
+    with torch.no_grad():
+        return [(right(ids).logits, others_right(others).logits) for ids, others in TEXTS]
+
+
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @torch.no_grad()
 def test_logits_are_the_unsplit_models_for_texts_of_any_length(
-    scaled: Small, scaled_worker: Worker, options: dict[str, Any]
+    scaled: Small,
+    scaled_worker: Worker,
+    right_logits: list[tuple[torch.Tensor, torch.Tensor]],
+    options: dict[str, Any],
 ) -> None:
     """One after another, shorter and longer than the model's own length, while another client sends others."""
-    right, others_right = unsplit(scaled), unsplit(scaled)
     with (
         SplitLlamaForCausalLM.from_pretrained(scaled.path, worker=scaled_worker.address, **options) as split,
         SplitLlamaForCausalLM.from_pretrained(scaled.path, worker=scaled_worker.address, **options) as other,
     ):
-        for turn, length in enumerate((40, 100, 64, 70, 30, 65)):
-            ids, others = prompt(length, batch=2, seed=turn), prompt(130, seed=50 + turn)
-            assert_close(split(ids).logits, right(ids).logits)
-            assert_close(other(others).logits, others_right(others).logits)
+        for (ids, others), (right, others_right) in zip(TEXTS, right_logits, strict=True):
+            assert_close(split(ids).logits, right)
+            assert_close(other(others).logits, others_right)
+
+
+@pytest.fixture(scope="module")
+def right_texts(scaled: Small) -> list[torch.Tensor]:
+    """What the unsplit model generates."""
+    right = unsplit(scaled)
+    return [right.generate(**inputs) for inputs in GENERATIONS]
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_generation_goes_on_beyond_the_models_own_length(
-    scaled: Small, scaled_worker: Worker, options: dict[str, Any]
+    scaled: Small, scaled_worker: Worker, right_texts: list[torch.Tensor], options: dict[str, Any]
 ) -> None:
     """It equals the unsplit model's, token by token, with beams, with rejected drafts and with chunked prompts."""
-    right = unsplit(scaled)
     with SplitLlamaForCausalLM.from_pretrained(scaled.path, worker=scaled_worker.address, **options) as split:
-        for length, how in (
-            (55, {}),
-            (90, {"num_beams": 2}),
-            (60, {"prompt_lookup_num_tokens": 4}),
-            (100, {"prefill_chunk_size": 33}),
-        ):
-            inputs = {"input_ids": prompt(length), "attention_mask": torch.ones(1, length), **SHARED, **how}
-            assert torch.equal(split.generate(**inputs, do_sample=False), right.generate(**inputs, do_sample=False))
+        for inputs, right in zip(GENERATIONS, right_texts, strict=True):
+            assert torch.equal(split.generate(**inputs), right)
 
 
 @pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)

@@ -15,9 +15,16 @@ from llama_split.commands.settings import demo_model
 
 CHAT = ["What is the capital of France?", "Write a haiku about shared memory."]
 PLAIN = "In the beginning of the nineteenth century, the"
-OPTIONS: dict[str, Any] = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False, "pad_token_id": 2}
+PADDING = 2
+TOKENS = 24
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": TOKENS,
+    "min_new_tokens": TOKENS,
+    "do_sample": False,
+    "pad_token_id": PADDING,
+}
+FIVE: dict[str, Any] = {**OPTIONS, "max_new_tokens": 5, "min_new_tokens": 5}
 TEN: dict[str, Any] = {**OPTIONS, "max_new_tokens": 10, "min_new_tokens": 10}
-TWENTY: dict[str, Any] = {**OPTIONS, "max_new_tokens": 20, "min_new_tokens": 20}
 
 
 @pytest.fixture(scope="module")
@@ -44,25 +51,49 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     return [*chats, tokenizer(PLAIN, return_tensors="pt")["input_ids"]]
 
 
-def choices(unsplit: LlamaForCausalLM, text: torch.Tensor, new: int) -> torch.Tensor:
-    """The tokens that the unsplit model would choose at each of the last ``new`` places of a text.
+@pytest.fixture(scope="module")
+def together(prompts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The three prompts in one batch, padded on the left: a batch takes little longer than one of them."""
+    longest = max(ids.shape[1] for ids in prompts)
+    padded = [torch.nn.functional.pad(ids, (longest - ids.shape[1], 0), value=PADDING) for ids in prompts]
+    mask = [torch.arange(longest)[None] >= longest - ids.shape[1] for ids in prompts]
+    return {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask).long()}
 
-    If they are the text's own, the text is what greedy generation writes: each token is its choice after those before.
-    One forward over the text takes a fraction of the time of generating it. The end token is ruled out, as
-    ``min_new_tokens`` does.
-    """
-    with torch.no_grad():
-        logits = unsplit(text[:, :-1], logits_to_keep=new).logits
-    logits[..., unsplit.config.eos_token_id] = -torch.inf
-    tokens: torch.Tensor = logits.argmax(-1)
-    return tokens
+
+class Choices:
+    """What the unsplit model would choose, asked once for each text."""
+
+    def __init__(self, unsplit: LlamaForCausalLM) -> None:
+        self._unsplit = unsplit
+        self._made: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def after(self, text: torch.Tensor) -> torch.Tensor:
+        """The tokens that it would choose at each of the last ``TOKENS`` places of a text [T].
+
+        If they are the text's own, the text is what greedy generation writes: each token is its choice after those
+        before. One forward over the text takes a fraction of the time of generating it. The end token is ruled out, as
+        ``min_new_tokens`` does.
+        """
+        key = tuple(text.tolist())
+        if key not in self._made:
+            with torch.no_grad():
+                logits = self._unsplit(text[None, :-1], logits_to_keep=TOKENS).logits[0]
+            logits[:, self._unsplit.config.eos_token_id] = -torch.inf
+            self._made[key] = logits.argmax(-1)
+        return self._made[key]
+
+
+@pytest.fixture(scope="module")
+def choices(unsplit_smollm2: LlamaForCausalLM) -> Choices:
+    """What the unsplit model would choose."""
+    return Choices(unsplit_smollm2)
 
 
 @pytest.fixture(scope="module")
 def generated(unsplit_smollm2: LlamaForCausalLM, prompts: list[torch.Tensor]) -> torch.Tensor:
     """What the unsplit model generates for the first prompt."""
     ids = prompts[0]
-    tokens: torch.Tensor = unsplit_smollm2.generate(ids, attention_mask=torch.ones_like(ids), **TWENTY)
+    tokens: torch.Tensor = unsplit_smollm2.generate(ids, attention_mask=torch.ones_like(ids), **TEN)
     return tokens
 
 
@@ -82,34 +113,35 @@ def split(
         yield model
 
 
-@pytest.mark.parametrize("index", range(len(CHAT) + 1))
 def test_greedy_tokens_are_those_of_transformers(
-    split: SplitLlamaForCausalLM, unsplit_smollm2: LlamaForCausalLM, prompts: list[torch.Tensor], index: int
+    split: SplitLlamaForCausalLM, choices: Choices, prompts: list[torch.Tensor], together: dict[str, torch.Tensor]
 ) -> None:
-    """Forty greedy tokens of each prompt are the choices of the model that transformers loads from the same file."""
-    ids = prompts[index]
-    tokens = split.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS)
-    assert tokens.shape == (1, ids.shape[1] + 40)
-    assert torch.equal(tokens[:, : ids.shape[1]], ids)
-    assert torch.equal(tokens[:, -40:], choices(unsplit_smollm2, tokens, 40))
+    """The greedy tokens of each prompt are the choices of the model that transformers loads from the same file."""
+    ids = together["input_ids"]
+    texts = split.generate(**together, **OPTIONS)
+    assert texts.shape == (len(CHAT) + 1, ids.shape[1] + TOKENS)
+    assert torch.equal(texts[:, : ids.shape[1]], ids)
+    for text, one in zip(texts, prompts, strict=True):
+        unpadded = text[-(one.shape[1] + TOKENS) :]
+        assert torch.equal(unpadded[-TOKENS:], choices.after(unpadded))
 
 
 def test_a_conversation_goes_on_with_its_cache(
     split: SplitLlamaForCausalLM, prompts: list[torch.Tensor], generated: torch.Tensor
 ) -> None:
-    """Ten tokens, then ten more over the returned cache, are the twenty that the unsplit model generates at once."""
+    """Five tokens, then five more over the returned cache, are the ten that the unsplit model generates at once."""
     ids = prompts[0]
     first = split.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        **TEN,
+        **FIVE,
         return_dict_in_generate=True,
         past_key_values=split.new_cache(),
     )
     rest = split.generate(
         first.sequences,
         attention_mask=torch.ones_like(first.sequences),
-        **TEN,
+        **FIVE,
         past_key_values=first.past_key_values,
     )
     assert torch.equal(rest, generated)

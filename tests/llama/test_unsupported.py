@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit
+from llama_split.boundary.operations import Mode
 from llama_split.trusted.unsupported import REFUSED
-from tests.support.llamas import Small
+from tests.support.llamas import Small, Worker
 from tests.support.prompts import SHARED, prompt, single_prompt
 
 # Neither refused nor changed: they describe the class, its modules and flags, or have a test here or elsewhere.
@@ -47,16 +49,30 @@ def test_every_method_of_a_llama_is_known() -> None:
     assert not {*SAME, *OWN, *BY_APPLY} & REFUSED.keys()
 
 
+@dataclass(frozen=True)
+class Lasting:
+    """A split model that all methods are refused by, one after another, and what it gave before the first."""
+
+    split: SplitLlamaForCausalLM
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module", params=[mode.value for mode in Mode])
+def lasting(request: pytest.FixtureRequest, plain: Small, plain_worker: Worker) -> Iterator[Lasting]:
+    """One in each split."""
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=request.param) as split:
+        yield Lasting(split, split(prompt()).logits.clone())
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_method_that_needs_what_is_not_here_is_refused_by_its_name(
-    plain_split: SplitLlamaForCausalLM, name: str, tmp_path: Path
+    lasting: Lasting, name: str, tmp_path: Path
 ) -> None:
     """With any arguments; nothing is written, and the model works as before."""
-    before = plain_split(prompt()).logits
     with pytest.raises(UnsupportedBySplit, match=f"^{name}: "):
-        getattr(plain_split, name)(tmp_path / "model")
+        getattr(lasting.split, name)(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-    assert torch.equal(plain_split(prompt()).logits, before)
+    assert torch.equal(lasting.split(prompt()).logits, lasting.logits)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {

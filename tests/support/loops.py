@@ -39,6 +39,11 @@ on_each_channel = pytest.mark.parametrize("channel", CHANNEL_KINDS)
 by_each_server = pytest.mark.parametrize("kind", [Server, AsyncServer])
 
 
+def server_for(run: Run, channel: str) -> type[AnyServer]:
+    """The kind of server for a loop and a channel: each kind meets each of both, in half as many tests."""
+    return Server if (run is asyncio.run) == (channel == "zmq") else AsyncServer
+
+
 def register(server: AnyServer) -> None:
     """Methods that all of these tests need; none of them is a coroutine, so that both kinds of server can have them."""
 

@@ -21,6 +21,7 @@ from shmtransport.protocol.messages import (
     MAGIC_BYTE,
     PREAMBLE,
     Attach,
+    ChannelKind,
     Failure,
     Goodbye,
     Hello,
@@ -44,8 +45,12 @@ def said(fields: list[Any]) -> bytes:
     return PREAMBLE + msgspec.msgpack.encode(fields)
 
 
+def hello_for(channel: ChannelKind) -> Hello:
+    return Hello(ARENA_BYTES, ARENA_BYTES, DEFAULT_MAX_MESSAGE_BYTES, channel)
+
+
 def hello_by(scene: Scene) -> Hello:
-    return Hello(ARENA_BYTES, ARENA_BYTES, DEFAULT_MAX_MESSAGE_BYTES, scene.channel)
+    return hello_for(scene.channel)
 
 
 def with_each_field_wrong(fields: list[Any]) -> Iterator[bytes]:

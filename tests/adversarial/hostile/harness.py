@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +29,12 @@ from tests.support.process import ROOT
 from .scene import Attack, Scene
 
 MAX_CLIENTS = 24
-HANDSHAKE_TIMEOUT_S = 1.0
+HANDSHAKE_TIMEOUT_S = 2.0
 GROWTH_BYTES = 100 << 20
 """How far the server's memory may grow, whatever is done to it."""
 OPTIONS = {"max_clients": MAX_CLIENTS, "max_arena_bytes": 64 << 20, "max_total_arena_bytes": 256 << 20}
+PATIENCE_S = 5.0
+"""How long a call of an innocent client may take during an attack."""
 _CALLS_AFTER = 5
 
 
@@ -86,16 +87,16 @@ class Innocent(Talker):
         self.report = Report(**json.loads(line))
         self.worst_s = max(self.worst_s, self.report.worst_s)
 
-    def goes_on(self) -> bool:
-        """Check that it makes some more calls."""
-        enough = self.report.calls + _CALLS_AFTER
-        return eventually(lambda: self.report.calls >= enough or self.report.error is not None)
+    def goes_on(self, since: int | None = None) -> bool:
+        """Check that it makes some more calls, beyond those that it has made by now, or beyond ``since``."""
+        enough = (self.report.calls if since is None else since) + _CALLS_AFTER
+        return eventually(lambda: self.report.calls >= enough or self.report.error is not None, within_s=20.0)
 
-    def assert_undisturbed(self, patience_s: float) -> None:
-        assert self.goes_on(), f"the {self.channel} client's calls stand still"
+    def assert_undisturbed(self, since: int) -> None:
+        assert self.goes_on(since), f"the {self.channel} client's calls stand still"
         assert self.report.error is None, f"the {self.channel} client: {self.report.error}"
         assert self.report.wrong == 0, f"the {self.channel} client had {self.report.wrong} wrong results"
-        assert self.worst_s < patience_s, f"the {self.channel} client waited {self.worst_s:.2f} s for a call"
+        assert self.worst_s < PATIENCE_S, f"the {self.channel} client waited {self.worst_s:.2f} s for a call"
 
 
 class Footprint(NamedTuple):
@@ -122,7 +123,6 @@ class Stage:
         self.innocents = [Innocent(mother, address, channel) for channel in CHANNEL_KINDS]
         for innocent in self.innocents:
             assert innocent.goes_on()
-        self._serves_anyone()
         self._before = self._settled()
         self._memory = self._status("VmRSS")
 
@@ -132,29 +132,28 @@ class Stage:
 
     def endure(self, attack: Attack) -> None:
         """Have an attack made, and hold the server to the rules above meanwhile."""
-        with self.undisturbed(attack.patience_s):
-            scene = Scene(self.address, self.server.pid, attack.channel)
+        with self.undisturbed():
+            scene = Scene(self.address, self.server.pid, attack.channel, self._calls)
             try:
                 attack.act(scene)
             finally:
                 scene.close()
 
     @contextlib.contextmanager
-    def undisturbed(self, patience_s: float = 2.0) -> Iterator[None]:
+    def undisturbed(self) -> Iterator[None]:
         """Hold the server to the rules above while the ``with`` block runs."""
-        calls = [innocent.report.calls for innocent in self.innocents]
+        calls = self._calls()
         for innocent in self.innocents:
             innocent.worst_s = 0.0
         yield
         assert os.path.exists(f"/proc/{self.server.pid}/fd"), f"the server has ended: {self.server.lines[-30:]}"
-        for innocent, before in zip(self.innocents, calls, strict=True):
-            innocent.assert_undisturbed(patience_s)
+        after = self._calls()
+        for innocent, before, now in zip(self.innocents, calls, after, strict=True):
+            innocent.assert_undisturbed(since=now)
             assert innocent.report.calls > before
         growth = self._status("VmHWM") - self._memory
         assert growth < GROWTH_BYTES, f"the server's memory grew by {growth >> 20} MiB"
-        assert eventually(lambda: self._footprint() == self._before), (
-            f"{self._footprint()} was {self._before}; open: {self._descriptors()}"
-        )
+        self._assert_footprint()
         self._serves_anyone()
         uncaught = [line for line in self.server.lines if line.startswith(("Exception ignored", "Exception in"))]
         assert not uncaught, self.server.lines[-30:]
@@ -165,13 +164,24 @@ class Stage:
             with Client(self.address, channel=channel, arena_bytes=4096, timeout_s=10.0) as client:
                 assert torch.equal(client.call("double", x), x * 2)
 
+    def _calls(self) -> list[int]:
+        """How many calls each of the innocent clients has made."""
+        return [innocent.report.calls for innocent in self.innocents]
+
     def _settled(self) -> Footprint:
-        """Wait for the server to drop what has gone; return what it then holds."""
-        before = self._footprint()
-        for _ in range(30):
-            time.sleep(0.05)
-            before = min(before, self._footprint())
-        return before
+        """What the server holds of the innocent clients alone: it comes back to that after others were served."""
+        for _ in range(4):
+            before = self._footprint()
+            self._serves_anyone()
+            if eventually(lambda before=before: self._footprint() == before, within_s=5.0):
+                return before
+        raise AssertionError(f"the server holds {before}, then {self._footprint()}; open: {self._descriptors()}")
+
+    def _assert_footprint(self) -> None:
+        """Check that the server drops what has gone."""
+        assert eventually(lambda: self._footprint() == self._before, within_s=20.0), (
+            f"{self._footprint()} was {self._before}; open: {self._descriptors()}"
+        )
 
     def _footprint(self) -> Footprint:
         return Footprint(len(os.listdir(f"/proc/{self.server.pid}/fd")), frozenset(self._names()))

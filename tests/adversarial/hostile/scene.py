@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,15 @@ BOTH: tuple[ChannelKind, ...] = ("zmq", "doorbell")
 class Scene:
     """Makes the attacker's sockets and connections; all are closed in the end.
 
-    ``address`` is the server's, ``server_pid`` its process, ``channel`` the one that the attack is to take.
+    ``address`` is the server's, ``server_pid`` its process, ``channel`` the one that the attack is to take; ``calls()``
+    tells how many calls each of the innocent clients has made.
     """
 
-    def __init__(self, address: str, server_pid: int, channel: ChannelKind) -> None:
+    def __init__(self, address: str, server_pid: int, channel: ChannelKind, calls: Callable[[], list[int]]) -> None:
         self.address = address
         self.server_pid = server_pid
         self.channel = channel
+        self.calls = calls
         self._context: zmq.Context[Any] = zmq.Context()
         self._made: list[Wire | Raw | Impostor] = []
 
@@ -63,6 +66,13 @@ class Scene:
             except AssertionError as error:
                 raise AssertionError(f"{message!r}: {error}") from error
 
+    def while_others_call(self, step: Callable[[], object], calls: int = 50) -> None:
+        """Do something again and again, until each innocent client has made this many calls meanwhile."""
+        before, deadline = self.calls(), time.monotonic() + 25.0
+        while any(now - was < calls for now, was in zip(self.calls(), before, strict=True)):
+            assert time.monotonic() < deadline, f"the others' calls stand still: {before}, then {self.calls()}"
+            step()
+
     def close(self) -> None:
         for one in reversed(self._made):
             one.close()
@@ -71,15 +81,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Attack:
-    """One way of breaking the rules; ``act`` does it, and checks what happens to the attacker.
-
-    ``patience_s`` is how long a call of an innocent client may take during the attack.
-    """
+    """One way of breaking the rules; ``act`` does it, and checks what happens to the attacker."""
 
     name: str
     channel: ChannelKind
     act: Callable[[Scene], None]
-    patience_s: float
 
     def __str__(self) -> str:
         return f"{self.name}-{self.channel}"
@@ -88,14 +94,12 @@ class Attack:
 ATTACKS: list[Attack] = []
 
 
-def attack(
-    *channels: ChannelKind, patience_s: float = 2.0
-) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
+def attack(*channels: ChannelKind) -> Callable[[Callable[[Scene], None]], Callable[[Scene], None]]:
     """Decorator: add a function to the table, once for each of these channels; its docstring describes the attack."""
 
     def register(act: Callable[[Scene], None]) -> Callable[[Scene], None]:
         assert act.__doc__
-        ATTACKS.extend(Attack(act.__name__, channel, act, patience_s) for channel in channels)
+        ATTACKS.extend(Attack(act.__name__, channel, act) for channel in channels)
         return act
 
     return register

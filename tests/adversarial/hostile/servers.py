@@ -134,7 +134,7 @@ class LyingServer:
 
     def __enter__(self) -> LyingServer:
         self._thread.start()
-        assert self._bound.wait(5.0)
+        assert self._bound.wait(20.0)
         return self
 
     def __exit__(self, *_exception: object) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from shmtransport.protocol.messages import (
     Welcome,
 )
 from tests.support.children import Child, Mother
-from tests.support.process import ROOT, Process
+from tests.support.process import ROOT
 
 from .attacks import NO_BELL, NOWHERE
 from .harness import Stage
@@ -113,38 +112,28 @@ def test_a_client_names_the_bell_of_another_server(stage: Stage, scenery: Scener
 
 
 @contextlib.contextmanager
-def owned_elsewhere(channel: ChannelKind) -> Iterator[tuple[str, str]]:
+def owned_elsewhere(mother: Mother, channel: ChannelKind) -> Iterator[tuple[str, str]]:
     """The names of a segment and a bell that another process has made, as a client does while it connects."""
     ring_bytes = DEFAULT_MAX_MESSAGE_BYTES if channel == "doorbell" else 0
-    command = [sys.executable, "-c", _OWNER, str(ARENA_BYTES), str(ring_bytes)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=Process.environment()
-    ) as process:
-        assert process.stdout is not None
-        segment, bell = process.stdout.readline().split()
+    reader, writer = map(os.fdopen, os.pipe(), "rw")
+    with reader:
+        owner = Child(mother, Path(__file__).with_name("owner.py"), str(ARENA_BYTES), str(ring_bytes), said=reader)
+    try:
+        owner.wait_until_ready()
+        segment, bell = owner.readline().split()
         yield segment, bell
-        process.communicate("")
-    assert process.returncode == 0
-
-
-_OWNER = """
-import sys
-from shmtransport.memory.bell import Bell
-from shmtransport.endpoints.connection_memory import segment_layout
-from shmtransport.memory.segment import Segment
-segment, bell = Segment.create(segment_layout(int(sys.argv[1]), int(sys.argv[2]))), Bell.create()
-print(segment.name, bell.name, flush=True)
-sys.stdin.read()
-bell.close()
-segment.close()
-"""
+        writer.close()
+        assert owner.wait() == 0
+    finally:
+        writer.close()
+        owner.end()
 
 
 def test_a_client_names_the_segment_and_the_bell_of_another_client(
-    stage: Stage, scenery: Scenery, channel: ChannelKind
+    stage: Stage, mother: Mother, scenery: Scenery, channel: ChannelKind
 ) -> None:
     """Of one that is just connecting, elsewhere: refused, and the other's own server still finds both."""
-    with stage.undisturbed(), owned_elsewhere(channel) as (segment, bell):
+    with stage.undisturbed(), owned_elsewhere(mother, channel) as (segment, bell):
         wire = scenery.wire(stage.address)
         assert isinstance(wire.ask(Hello(ARENA_BYTES, ARENA_BYTES, DEFAULT_MAX_MESSAGE_BYTES, channel)), Offer)
         answer = wire.ask(Attach(segment, bell if channel == "doorbell" else ""))

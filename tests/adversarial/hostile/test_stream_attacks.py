@@ -10,14 +10,23 @@ from tests.support.children import Mother
 
 from . import stream_attacks
 from .harness import Stage
-from .scene import ATTACKS, Attack
+from .scene import ATTACKS, BOTH, Attack
 
+KINDS = ("threads", "AsyncServer")
 STREAM_ATTACKS = [attack for attack in ATTACKS if attack.act.__module__ == stream_attacks.__name__]
+_ACTS = list(dict.fromkeys(attack.act for attack in STREAM_ATTACKS))
+RUNS = [
+    (kind, attack)
+    for number, kind in enumerate(KINDS)
+    for attack in STREAM_ATTACKS
+    if attack.channel == BOTH[(_ACTS.index(attack.act) + number) % 2]
+]
+"""Each attack once at each kind of server, by one channel at one and by the other at the other."""
 
 pytestmark = pytest.mark.timeout(60)
 
 
-@pytest.fixture(scope="module", params=["threads", "AsyncServer"])
+@pytest.fixture(scope="module")
 def other_stage(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mother: Mother
 ) -> Iterator[Stage]:
@@ -27,7 +36,7 @@ def other_stage(
     stage.end()
 
 
-@pytest.mark.parametrize("attack", STREAM_ATTACKS, ids=str)
+@pytest.mark.parametrize(("other_stage", "attack"), RUNS, indirect=["other_stage"], ids=str)
 def test_an_attack_by_streams_costs_its_sender_alone(other_stage: Stage, attack: Attack) -> None:
     """As ``test_attacks``, for the attacks of ``stream_attacks``."""
     other_stage.endure(attack)

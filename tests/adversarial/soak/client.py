@@ -1,4 +1,4 @@
-"""``python -m tests.adversarial.soak.client ADDRESS CHANNEL SEED THREADS``: a client; runs until its input ends.
+"""``client.py ADDRESS CHANNEL SEED THREADS``: a client; runs until its input ends.
 
 Every second it prints its counts as one line of JSON; the last line has "done". What is wrong ends it with exit code 1
 and one line that says what. Errors that a killed, stopped or busy server explains are counted, all others are wrong.
@@ -6,11 +6,13 @@ and one line that says what. Errors that a killed, stopped or busy server explai
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
 import sys
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from typing import Any
@@ -29,12 +31,12 @@ from shmtransport import (
     RemoteError,
     TensorTooLarge,
 )
-
-from .content import fill, is_reply_to, random_row, random_shape
+from tests.adversarial.soak.content import fill, is_reply_to, random_row, random_shape
 
 ARENA_BYTES = 16 << 20
 ENDED = (PeerDied, Closed, ConnectTimeout, ConnectRefused)
 HELD = 6
+HANGS_S = 25.0
 
 
 class Soaker:
@@ -169,6 +171,7 @@ class Soaker:
         child = os.fork()
         if child == 0:
             code = 1
+            faulthandler.dump_traceback_later(HANGS_S, exit=True)
             try:
                 self.client.call("flip", 0, None, in_place=False)
             except Closed:
@@ -198,10 +201,12 @@ def main() -> None:
     threading.Thread(target=lambda: (sys.stdin.read(), soaker.stopping.set()), daemon=True).start()
     while not soaker.stopping.wait(1.0):
         print(json.dumps(soaker.counts), flush=True)
+    deadline = time.monotonic() + HANGS_S + 5.0
     for worker in workers:
-        worker.join(30.0)
+        worker.join(max(0.0, deadline - time.monotonic()))
         if worker.is_alive():
-            soaker.wrong = soaker.wrong or "a thread hangs"
+            stack = traceback.format_stack(sys._current_frames()[worker.ident or 0])
+            soaker.wrong = soaker.wrong or f"a thread hangs:\n{''.join(stack)}"
     if soaker.wrong is None:
         soaker.client.close()
     print(json.dumps({**soaker.counts, "done": True, "wrong": soaker.wrong}), flush=True)

@@ -1,4 +1,4 @@
-"""``python -m tests.adversarial.soak.server ADDRESS blocking|async``: a server; prints "ready", ends by a signal."""
+"""``server.py ADDRESS blocking|async``: a server; prints "ready", ends by a signal."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from shmtransport import AsyncServer, Server
-
-from .content import reply_to
+from tests.adversarial.soak.content import reply_to
 
 
 def register(server: Server | AsyncServer) -> None:

@@ -14,7 +14,7 @@ from tests.support.children import Child, Mother
 from tests.support.commands import FORKED, Command, Finished, Running, run_forked
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command(llama_mother: Mother) -> Command:
     """Run the command in a process that has imported all: ``command(*arguments, said="", **variables)``."""
 
