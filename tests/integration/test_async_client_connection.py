@@ -151,7 +151,8 @@ def test_connecting_can_be_cancelled(run: Run, channel: ChannelKind, address: st
         with pytest.raises(asyncio.CancelledError):
             await connecting
         async with serving(server), await connected_within(client):
-            assert await client.call("connection") == 1
+            # 2 where the server began before the cancelling took effect.
+            assert await client.call("connection") in (1, 2)
 
     run(main())
 

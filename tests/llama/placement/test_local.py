@@ -19,7 +19,7 @@ from tests.support.process import ROOT
 
 pytestmark = pytest.mark.timeout(150)
 
-LONG = "/tmp/" + "t" * 101  # 106 bytes
+LONG = f"/tmp/{os.getpid():t>101}"  # 106 bytes, and another run's is another
 PATH_BYTES = len("/llama-split-12345678/worker.ipc")
 
 
