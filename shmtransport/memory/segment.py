@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import posix_ipc
 
@@ -46,13 +46,13 @@ class Segment:
         self.layout = layout
         self.owned = owned
         self._linked = owned
-        self._map = GuardedMap(fd, layout.total_bytes).begin()
-        self.view = memoryview(self._map)
+        self.view = memoryview(GuardedMap(fd, layout.total_bytes))
 
     @property
     def was_cut(self) -> bool:
         """Whether the peer has cut the file short, and this process has seen that; False where it can't be known."""
-        return self.fd >= 0 and self._map.was_cut
+        mapping = self.view.obj  # read once: another thread may close the segment
+        return isinstance(mapping, GuardedMap) and mapping.was_cut
 
     @property
     def message_ring(self) -> memoryview:
@@ -135,8 +135,9 @@ class Segment:
 
     def prefault(self) -> None:
         """Enter every page into this process's page table now, rather than one by one on first use."""
+        mapping: Any = self.view.obj
         try:
-            self._map.madvise(_MADV_POPULATE_WRITE if self.owned else _MADV_POPULATE_READ)
+            mapping.madvise(_MADV_POPULATE_WRITE if self.owned else _MADV_POPULATE_READ)
         except OSError:  # a kernel before 5.14
             self.view[::PAGE_BYTES].tobytes()
 
@@ -161,7 +162,6 @@ class Segment:
             if self.owned:
                 registry.drop_segment(self.fd)
             self.view = memoryview(b"")
-            del self._map
             os.close(self.fd)
             self.fd = -1
 

@@ -65,7 +65,7 @@ def serving(serve: Serve, threads: int) -> Serving:
 
 
 def waits(server: Server, count: int = 1) -> bool:
-    """Whether so many replies have begun to wait for room."""
+    """Whether this number of replies have begun to wait for room."""
     return eventually(lambda: server.statistics().stalls == count)
 
 
@@ -481,7 +481,7 @@ def test_results_may_be_kept_by_one_thread_while_another_calls(
 @by_each_server
 @on_each_channel
 def test_the_asyncio_client_is_told_what_it_keeps(channel: ChannelKind, address: str, kind: type[AnyServer]) -> None:
-    """Its CallTimeout says so too; a cancelled task and a time-out leave nothing waiting at the server."""
+    """Its CallTimeout names that too; a cancelled task and a time-out leave nothing waiting at the server."""
 
     async def main() -> None:
         async with (

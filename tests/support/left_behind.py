@@ -35,7 +35,7 @@ from shmtransport.memory.segment import Segment
 
 segment = Segment.create(Layout(data_bytes=1 << 20, release_slots=16))
 segment.unlink()
-segment._map.madvise(mmap.MADV_DONTFORK, 8192, 4096)  # a piece of its own
+segment.view.obj.madvise(mmap.MADV_DONTFORK, 8192, 4096)  # a piece of its own
 print("ready", flush=True)
 time.sleep(60)
 """
