@@ -31,8 +31,9 @@ def guards_are_on() -> bool:
 class GuardedMap(mmap.mmap):
     """A mapping of a file that another process may cut short; views of it keep it, and its guard, alive."""
 
+    _guard = _NONE  # also of one that could not be made, and is deleted without __init__
+
     def __init__(self, _fd: int, nbytes: int) -> None:
-        self._guard = _NONE
         if guards_are_on():
             first = ctypes.c_char.from_buffer(self)
             self._guard = guard(ctypes.addressof(first), nbytes)

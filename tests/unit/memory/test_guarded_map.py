@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 from shmtransport.core.layout import PAGE_BYTES, Layout
 from shmtransport.errors import PeerProtocolError
-from shmtransport.memory.guarded_map import guards_are_on
+from shmtransport.memory.guarded_map import GuardedMap, guards_are_on
 from shmtransport.memory.receive_arena import ReceiveArena, release_cells
 from shmtransport.memory.segment import Segment
 from tests.support.process import ROOT
@@ -91,6 +92,14 @@ def test_a_view_outlives_its_segment_and_is_still_guarded(ends: tuple[Segment, S
     peer.close()
     os.ftruncate(owner.fd, 0)
     assert int(view.sum()) == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mapping_that_can_not_be_made_is_an_error_and_nothing_else() -> None:
+    """Such as one without a descriptor left: its end, too, is silent."""
+    with pytest.raises(OSError, match="descriptor"):
+        GuardedMap(1 << 20, PAGE_BYTES)
+    gc.collect()
 
 
 def test_nothing_is_taken_from_an_arena_that_was_cut(ends: tuple[Segment, Segment]) -> None:
