@@ -689,7 +689,7 @@ def test_streams_count_among_the_calls_in_progress(run: Run, channel: ChannelKin
 
     async def main() -> None:
         async with (
-            served(address, options={"max_calls_in_progress": 3}, endless=endless.named(kind)),
+            served(address, options={"max_calls_in_progress": 3}, endless=endless.named(kind)) as server,
             AsyncClient(address, channel=channel) as client,
         ):
             streams = [client.stream("endless") for _ in range(3)]
@@ -699,6 +699,8 @@ def test_streams_count_among_the_calls_in_progress(run: Run, channel: ChannelKin
                 await anext(client.stream("endless"))
             await streams.pop().aclose()
             assert await becomes(lambda: endless.ended == 1)
+            (connection,) = server._connections.values()
+            assert await becomes(lambda: connection.in_progress == 2)  # a moment after its generator has ended
             assert await client.call("echo", 1) == 1
             for stream in streams:
                 await stream.aclose()
