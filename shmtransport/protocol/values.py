@@ -18,7 +18,7 @@ from msgspec.msgpack import Ext
 
 from ..core import decode_call, decode_values, encode_reply, encode_request
 from ..core.codec import ARGUMENT_DEPTH, EXT_ARRAY, EXT_TENSOR, EXT_TUPLE, MAX_DEPTH, REPLY_TAG, REQUEST_TAG
-from ..core.refusals import bad_key, nested_too_deep
+from ..core.refusals import bad_key, changed_size, nested_too_deep
 from ..errors import LocalProtocolError, PeerProtocolError
 from ..memory.descriptor import TensorDescriptor
 from ..memory.plain import of_a_library
@@ -314,6 +314,8 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
             if type(key) not in _KEY_TYPES:
                 raise bad_key(type(key))
             packed[key] = pack(item, export, depth + 1)
+        if kind is dict and len(packed) != len(value):  # Python notices another size, but not every other key
+            raise changed_size()
         return packed
     return _pack_foreign(value, export)
 

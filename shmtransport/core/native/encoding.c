@@ -164,11 +164,12 @@ static bool put_name(struct encoder *encoder, PyObject *name)
     return PyLong_Check(name) ? put_int(encoder, name) : bad_key(name);
 }
 
-/* As Python iterates over a dict that changes meanwhile: another size is an error, and so is one entry too many. */
-static bool put_entries(struct encoder *encoder, PyObject *dict, int depth, put_key *put_its_key, put_item *put)
+/* Each key of a dict that changes meanwhile must be found once, and no other: everything else is an error, as it is for
+ * core/codec.py. packed is an empty set for its keys, or NULL for a dict that nothing else refers to. */
+static bool put_entries(struct encoder *encoder, PyObject *dict, int depth, put_key *put_its_key, put_item *put,
+                        PyObject *packed)
 {
     Py_ssize_t size = PyDict_Size(dict), position = 0, found = 0;
-    size_t start = encoder->packer.length;
     PyObject *key, *item;
     if (!check_size(size))
         return false;
@@ -178,7 +179,8 @@ static bool put_entries(struct encoder *encoder, PyObject *dict, int depth, put_
             return changed_size();
         Py_INCREF(key);
         Py_INCREF(item);
-        bool put_it = put_its_key(encoder, key) && put(encoder, item, depth + 1);
+        bool put_it = put_its_key(encoder, key) && (packed == NULL || PySet_Add(packed, key) == 0)
+            && put(encoder, item, depth + 1);
         Py_DECREF(item);
         Py_DECREF(key);
         if (!put_it)
@@ -186,14 +188,15 @@ static bool put_entries(struct encoder *encoder, PyObject *dict, int depth, put_
         if (PyDict_Size(dict) != size)
             return changed_size();
     }
-    if (found < size)
-        repack_map(&encoder->packer, start, (size_t)size, (size_t)found);
-    return true;
+    return (packed == NULL ? found : PySet_Size(packed)) == size || changed_size();
 }
 
-static bool put_dict(struct encoder *encoder, PyObject *dict, int depth, put_item *put)
+static bool put_dict(struct encoder *encoder, PyObject *dict, int depth)
 {
-    return put_entries(encoder, dict, depth, put_dict_key, put);
+    PyObject *packed = PySet_New(NULL);
+    bool put_it = packed != NULL && put_entries(encoder, dict, depth, put_dict_key, put_value, packed);
+    Py_XDECREF(packed);
+    return put_it;
 }
 
 /* What the caller makes of a value of another type. */
@@ -224,7 +227,7 @@ static bool put_value(struct encoder *encoder, PyObject *value, int depth)
     }
     if (is_list)
         return put_list(encoder, value, depth, put_value);
-    return is_tuple ? put_tuple(encoder, value, depth) : put_dict(encoder, value, depth, put_value);
+    return is_tuple ? put_tuple(encoder, value, depth) : put_dict(encoder, value, depth);
 }
 
 static bool put_ext(struct encoder *encoder, PyObject *ext)
@@ -258,7 +261,7 @@ static bool put_packed(struct encoder *encoder, PyObject *value, int depth)
     if (depth < DEEPEST && type == &PyList_Type)
         return put_list(encoder, value, depth, put_packed);
     if (depth < DEEPEST && type == &PyDict_Type)
-        return put_dict(encoder, value, depth, put_packed);
+        return put_entries(encoder, value, depth, put_dict_key, put_packed, NULL);
     PyErr_SetObject(PyExc_TypeError, value);
     return false;
 }
@@ -355,7 +358,7 @@ PyObject *encode_request(PyObject *Py_UNUSED(module), PyObject *parameters)
     begin_message(&encoder, pack, 5, TAG_REQUEST);
     return end_message(&encoder, put_int(&encoder, call_id) && put_text(&encoder, method)
                                      && put_arguments(&encoder, arguments)
-                                     && put_entries(&encoder, keywords, ARGUMENT_DEPTH - 1, put_name, put_value)
+                                     && put_entries(&encoder, keywords, ARGUMENT_DEPTH - 1, put_name, put_value, NULL)
                                      && put_descriptors(&encoder, descriptors));
 }
 

@@ -199,9 +199,8 @@ static size_t header_bytes(size_t items)
     return items < 16 ? 1 : items <= UINT16_MAX ? 3 : 5;
 }
 
-typedef void pack_header(struct packer *packer, size_t items);
 
-static void repack(struct packer *packer, size_t start, size_t before, size_t items, pack_header *pack)
+void repack_array(struct packer *packer, size_t start, size_t before, size_t items)
 {
     size_t old_bytes = header_bytes(before), new_bytes = header_bytes(items);
     if (reserve(packer, new_bytes) == NULL) /* more than the content moves on by */
@@ -209,16 +208,6 @@ static void repack(struct packer *packer, size_t start, size_t before, size_t it
     size_t whole = packer->length - new_bytes, content = whole - start - old_bytes;
     memmove(packer->bytes + start + new_bytes, packer->bytes + start + old_bytes, content);
     packer->length = start;
-    pack(packer, items);
+    pack_array(packer, items);
     packer->length = start + new_bytes + content;
-}
-
-void repack_array(struct packer *packer, size_t start, size_t before, size_t items)
-{
-    repack(packer, start, before, items, pack_array);
-}
-
-void repack_map(struct packer *packer, size_t start, size_t before, size_t items)
-{
-    repack(packer, start, before, items, pack_map);
 }

@@ -37,8 +37,7 @@ void pack_extension(struct packer *packer, int8_t code, const void *bytes, size_
 void pack_array(struct packer *packer, size_t items);
 void pack_map(struct packer *packer, size_t items);
 
-/* Give the array or map whose header begins at an offset another number of items; all of them have been packed. */
+/* Give the array whose header begins at an offset another number of items; all of them have been packed. */
 void repack_array(struct packer *packer, size_t start, size_t before, size_t items);
-void repack_map(struct packer *packer, size_t start, size_t before, size_t items);
 
 #endif

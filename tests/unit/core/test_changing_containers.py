@@ -93,6 +93,16 @@ def test_a_key_that_came_meanwhile_is_checked(core: ModuleType) -> None:
         _encode(core, {"a": _TENSOR, "b": 1}, swap)
 
 
+@pytest.mark.parametrize("size", [5, 6, 10])  # the tables of 5 and 10 keys are full
+def test_a_key_that_is_found_twice_is_an_error(core: ModuleType, size: int) -> None:
+    """One that was taken out and put back moves to the end; whether Python notices depends on the dict's table."""
+    entries: dict[Any, Any] = {}
+    for number in range(size):
+        entries["a" if number == 0 else number] = _TENSOR if number == size - 2 else 1
+    with pytest.raises(RuntimeError, match="chang"):
+        _encode(core, entries, lambda entries: entries.update({"a": entries.pop("a")}))
+
+
 def test_an_item_may_change_the_list_that_it_is_in(core: ModuleType) -> None:
     """Its own method is called where another library's arrays are exported."""
 
