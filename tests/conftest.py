@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -23,14 +24,16 @@ from shmtransport.memory.bell import BELLS
 from shmtransport.memory.owner_lock import holder
 from shmtransport.protocol.messages import ChannelKind
 from shmtransport.units import MIB
+from tests.support import children
 from tests.support.children import Child, Mother
+from tests.support.forked_workers import ForkedWorkers
 from tests.support.private_memory import take_private_memory
 from tests.support.process import Process, bells_of, started_processes
 
 _OURS_IN_SHM = "shmtransport-"
 _MOST_WORKERS = 6  # each imports torch, and starts processes of its own
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
-# Each run and each worker of pytest-xdist has a /dev/shm of its own; a worker's was made before it was started.
+# Each run and each worker of pytest-xdist has a /dev/shm of its own; a worker's was made before this is imported.
 _IS_PRIVATE = bool(_WORKER) or take_private_memory()
 # All temporary files of this run, its children's too, go here.
 if _WORKER:
@@ -53,9 +56,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_newgateway() -> None:
-    """A worker was started: the next one gets another /dev/shm."""
-    take_private_memory()
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Have the workers forked, each with a /dev/shm of its own: to import everything takes each many seconds."""
+    workers = ForkedWorkers(os.path.join(_TEMPORARY, "workers.sock"), config.args)
+    config.add_cleanup(workers.close)
+    for spec in specs:
+        spec.python = workers.interpreter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -171,7 +177,7 @@ def channel(request: pytest.FixtureRequest) -> ChannelKind:
 @pytest.fixture(scope="session")
 def mother() -> Iterator[Mother]:
     """What the tests' processes are forked from."""
-    mother = Mother()
+    mother = Mother(children.beside_us) if children.beside_us else Mother.start()
     yield mother
     mother.end()
 

@@ -1,4 +1,4 @@
-"""Child processes that cost no import: forked from ``processes/mother.py``, which has imported torch once for all."""
+"""Child processes that cost no import: forked from a process that has imported torch once for all."""
 
 from __future__ import annotations
 
@@ -9,30 +9,47 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from os import pidfd_open  # tests take it away from ``os``
 from pathlib import Path
 from typing import IO
 
 from tests.support.process import ROOT, Process
 
+beside_us: socket.socket | None = None
+"""Where this process was forked by ``processes/collected.py``: the socket of the process that forks for its tests."""
+
 
 class Mother:
     """The process that children are forked from; it waits for them, too.
 
     Args:
-        first: a script with its arguments that it runs first, for what that imports.
-        environment: its own and its children's; by default that of ``Process``.
+        sock: its end of a socket that it reads messages from, see ``tests.support.forking``.
+        popen: the process, where it is to be ended with its children.
     """
 
-    def __init__(self, *first: str | Path, environment: dict[str, str] | None = None) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def __init__(self, sock: socket.socket, popen: subprocess.Popen[bytes] | None = None) -> None:
+        self._socket, self._popen = sock, popen
+
+    @classmethod
+    def start(cls, *first: str | Path, environment: dict[str, str] | None = None) -> Mother:
+        """Start a process that imports what is needed, and wait for nothing.
+
+        Args:
+            first: a script with its arguments that it runs first, for what that imports.
+            environment: its own and its children's; by default that of ``Process``.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         program = ROOT / "tests/support/processes/mother.py"
-        self._popen = subprocess.Popen(
-            [sys.executable, str(program), str(theirs.fileno()), *map(str, first)],
-            pass_fds=[theirs.fileno()],
-            env=environment or Process.environment(),
-        )
-        theirs.close()
+        with theirs:
+            return cls(
+                ours,
+                subprocess.Popen(
+                    [sys.executable, str(program), str(theirs.fileno()), *map(str, first)],
+                    pass_fds=[theirs.fileno()],
+                    env=environment or Process.environment(),
+                ),
+            )
 
     def fork(
         self,
@@ -42,7 +59,8 @@ class Mother:
         environment: dict[str, str] | None = None,
     ) -> int:
         """Run a script with these descriptors as its standard input, output and error. Its process id."""
-        message = {"script": [str(script), *arguments], "environment": environment or {}}
+        its_own = {"TMPDIR": tempfile.gettempdir(), **(environment or {})}
+        message = {"script": [str(script), *arguments], "environment": its_own}
         socket.send_fds(self._socket, [json.dumps(message).encode()], standard)
         return int(json.loads(self._socket.recv(64)))
 
@@ -53,7 +71,8 @@ class Mother:
 
     def end(self) -> None:
         self._socket.close()
-        self._popen.wait(10)
+        if self._popen is not None:
+            self._popen.wait(10)
 
 
 class Child(Process):

@@ -212,7 +212,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-", dir=temporary_directory(room=64)) as directory:
-        mother = children.Mother(environment={**children.Process.environment(), "OMP_NUM_THREADS": "1"})
+        mother = children.Mother.start(environment={**children.Process.environment(), "OMP_NUM_THREADS": "1"})
         soak = Soak(mother, directory, arguments.seed)
         try:
             soak.run(arguments.minutes * 60)
