@@ -24,7 +24,6 @@ from shmtransport.memory.bell import BELLS
 from shmtransport.memory.owner_lock import holder
 from shmtransport.protocol.messages import ChannelKind
 from shmtransport.units import MIB
-from tests.support import children
 from tests.support.children import Child, Mother
 from tests.support.forked_workers import ForkedWorkers
 from tests.support.private_memory import take_private_memory
@@ -177,7 +176,7 @@ def channel(request: pytest.FixtureRequest) -> ChannelKind:
 @pytest.fixture(scope="session")
 def mother() -> Iterator[Mother]:
     """What the tests' processes are forked from."""
-    mother = Mother(children.beside_us) if children.beside_us else Mother.start()
+    mother = Mother.beside_us() or Mother.start()
     yield mother
     mother.end()
 

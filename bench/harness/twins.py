@@ -75,15 +75,15 @@ def _pack(value: object, depth: int) -> object:
 
 
 def _encode(twin: ModuleType) -> Act:
-    return lambda: twin.encode_request(1234, "double", (_TENSOR,), {}, _pack, _DESCRIPTORS)
+    return lambda: twin.encode_request(1234, "double", (_TENSOR,), {}, _pack, _DESCRIPTORS, None)
 
 
 def _decode(twin: ModuleType) -> Act:
-    data = python_twin.encode_request(1234, "double", (_TENSOR,), {}, _pack, _DESCRIPTORS)
+    data, _ = python_twin.encode_request(1234, "double", (_TENSOR,), {}, _pack, _DESCRIPTORS, None)
     tensors = (_TENSOR,)
 
     def compiled() -> object:
-        _, _, _, start = twin.decode_call(data, TensorDescriptor)
+        _, _, _, start, _, _ = twin.decode_call(data, TensorDescriptor, None)
         return twin.decode_values(REQUEST_TAG, data, start, tensors, None)
 
     def specified() -> object:
@@ -98,14 +98,14 @@ _VALUES = [[1, -500, 2.5, "text", b"bytes"], {"layer": 3, "name": "é"}, (None, 
 
 
 def _encode_values(twin: ModuleType) -> Act:
-    return lambda: twin.encode_reply(1234, _VALUES, _pack, [])
+    return lambda: twin.encode_reply(1234, _VALUES, _pack, [], None)
 
 
 def _decode_values(twin: ModuleType) -> Act:
-    data = python_twin.encode_reply(1234, _VALUES, _pack, [])
+    data, _ = python_twin.encode_reply(1234, _VALUES, _pack, [], None)
 
     def compiled() -> object:
-        _, _, _, start = twin.decode_call(data, TensorDescriptor)
+        _, _, _, start, _, _ = twin.decode_call(data, TensorDescriptor, None)
         return twin.decode_values(REPLY_TAG, data, start, (), None)
 
     def specified() -> object:

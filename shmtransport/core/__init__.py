@@ -20,6 +20,8 @@ from . import python_twin
 if TYPE_CHECKING:
     from .python_twin import (
         Block,
+        Borrows,
+        Loans,
         MessageRing,
         NextFitAllocator,
         decode_call,
@@ -33,6 +35,8 @@ __all__ = [
     "CORE",
     "CORE_REASON",
     "Block",
+    "Borrows",
+    "Loans",
     "MessageRing",
     "NextFitAllocator",
     "decode_call",
@@ -43,6 +47,8 @@ __all__ = [
 
 CONTRACT = (
     "Block",
+    "Borrows",
+    "Loans",
     "MessageRing",
     "NextFitAllocator",
     "decode_call",

@@ -34,8 +34,11 @@ def encode_request(
     keywords: dict[str, Any],
     pack: Pack,
     descriptors: list[Any],
-) -> bytes:
-    """Return the bytes of a request.
+    loans: Any,
+) -> tuple[bytes, int]:
+    """Return the bytes of a request, and how many bytes the tensors have that this twin has exported itself.
+
+    The compiled twin exports the tensors of its own ``loans``; this one leaves all of them to ``pack``.
 
     Args:
         call_id: names the call in its reply.
@@ -44,6 +47,7 @@ def encode_request(
         keywords: the keyword arguments.
         pack: returns a value at a depth in what can be encoded; exports its tensors, in order.
         descriptors: the exported tensors, after everything was packed.
+        loans: the loans that the tensors may be of.
 
     Raises:
         OverflowError: an integer is beyond 64 bits.
@@ -52,20 +56,24 @@ def encode_request(
     """
     packed = [pack(argument, ARGUMENT_DEPTH) for argument in arguments]
     named = {name: pack(argument, ARGUMENT_DEPTH) for name, argument in keywords.items()}
-    return PREAMBLE + _encode([REQUEST_TAG, call_id, method, packed, named, descriptors])
+    return PREAMBLE + _encode([REQUEST_TAG, call_id, method, packed, named, descriptors]), 0
 
 
-def encode_reply(call_id: int, result: Any, pack: Pack, descriptors: list[Any]) -> bytes:
-    """Return the bytes of a reply; see ``encode_request``."""
-    return PREAMBLE + _encode([REPLY_TAG, call_id, pack(result, 0), descriptors])
+def encode_reply(call_id: int, result: Any, pack: Pack, descriptors: list[Any], loans: Any) -> tuple[bytes, int]:
+    """Return the bytes of a reply, and the size of tensors; see ``encode_request``."""
+    return PREAMBLE + _encode([REPLY_TAG, call_id, pack(result, 0), descriptors]), 0
 
 
-def decode_call(data: bytes, describe: Callable[..., Any]) -> tuple[int, str | None, tuple[Any, ...], int] | None:
+def decode_call(
+    data: bytes, describe: Callable[..., Any], borrows: Any
+) -> tuple[int, str | None, tuple[Any, ...], int, tuple[Any, ...] | None, int] | None:
     """Look at a received request or reply without its values, if this twin does so.
 
-    The compiled twin returns the call's id, a request's method or None for a reply, the descriptors that
-    ``describe(offset, shape, dtype, slot, sequence)`` makes, and where the values begin, for ``decode_values``. It
-    returns None for a message of another kind, and for one that is invalid.
+    The compiled twin returns the call's id; a request's method, or None for a reply; the descriptors that
+    ``describe(offset, shape, dtype, slot, sequence)`` makes; where the values begin, for ``decode_values``; and the
+    tensors, borrowed, with their size in bytes. If its own ``borrows`` can't borrow all of them, there are descriptors
+    and no tensors (None); otherwise there are no descriptors. It returns None for a message of another kind, and for
+    one that is invalid.
 
     This twin always returns None: it leaves every message to the caller's own decoder, which is the specification of
     what is valid.

@@ -6,15 +6,31 @@ Importing it fails where there is no compiled core, or one of another version of
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
+from typing import Any
 
 from ._native import FORMAT_VERSION as COMPILED_FORMAT_VERSION
 from ._native import Block, NextFitAllocator, decode_call, decode_values, encode_reply, encode_request
+from ._native import Borrows as CompiledBorrows
+from ._native import Loans as CompiledLoans
 from ._native import MessageRing as CompiledMessageRing
+from ._native import Tensors as CompiledTensors
 from .layout import FORMAT_VERSION
 from .refusals import bad_ring_memory
+from .tensors import Tensors, address_of_memory
 
-__all__ = ["Block", "MessageRing", "NextFitAllocator", "decode_call", "decode_values", "encode_reply", "encode_request"]
+__all__ = [
+    "Block",
+    "Borrows",
+    "Loans",
+    "MessageRing",
+    "NextFitAllocator",
+    "decode_call",
+    "decode_values",
+    "encode_reply",
+    "encode_request",
+]
 
 if COMPILED_FORMAT_VERSION != FORMAT_VERSION:
     raise ImportError(
@@ -41,3 +57,33 @@ class MessageRing(CompiledMessageRing):
         return super().__new__(
             cls, own_address, own.nbytes, own_anchor, peer_address, peer.nbytes, peer_anchor, on_room
         )
+
+
+@functools.cache
+def _compiled(kind: type, rows: tuple[Any, ...]) -> CompiledTensors:
+    return CompiledTensors(kind, rows)
+
+
+def _place(memory: memoryview) -> tuple[Any, int, int]:
+    """The mapping that a memory is part of, where in it that begins, and how many items it has."""
+    mapping = memory.obj.mapping  # type: ignore[attr-defined]  # see memory/mapped_file
+    return mapping, address_of_memory(memory) - mapping.address, len(memory)
+
+
+class Loans(CompiledLoans):
+    """As the Python twin's."""
+
+    __slots__ = ()
+
+    def __new__(cls, data: memoryview, released: memoryview, tensors: Tensors) -> Loans:
+        library = _compiled(tensors.type, tensors.rows)
+        return super().__new__(cls, *_place(data), *_place(released), library, tensors.describe)
+
+
+class Borrows(CompiledBorrows):
+    """As the Python twin's."""
+
+    __slots__ = ()
+
+    def __new__(cls, data: memoryview, released: memoryview, tensors: Tensors) -> Borrows:
+        return super().__new__(cls, *_place(data), *_place(released), _compiled(tensors.type, tensors.rows))

@@ -1,7 +1,19 @@
 """The core in Python: the executable specification, and what a machine without a compiler uses."""
 
 from .allocator import Block, NextFitAllocator
+from .borrows import Borrows
 from .codec import decode_call, decode_values, encode_reply, encode_request
+from .loans import Loans
 from .message_ring import MessageRing
 
-__all__ = ["Block", "MessageRing", "NextFitAllocator", "decode_call", "decode_values", "encode_reply", "encode_request"]
+__all__ = [
+    "Block",
+    "Borrows",
+    "Loans",
+    "MessageRing",
+    "NextFitAllocator",
+    "decode_call",
+    "decode_values",
+    "encode_reply",
+    "encode_request",
+]

@@ -24,6 +24,21 @@ def block_not_held(offset: int) -> ValueError:
     return ValueError(f"the block at offset {offset} is not held")
 
 
+def file_too_small(nbytes: int, needed: int) -> ValueError:
+    """A file that is smaller than what is to be mapped of it."""
+    return ValueError(f"a file of {nbytes} bytes can't be mapped for {needed}")
+
+
+def outside_of_mapping(start: int, length: int) -> ValueError:
+    """A place that is not in a mapping."""
+    return ValueError(f"{start} and {length} are not all inside of the mapping, and aligned")
+
+
+def not_lent(start: int) -> LocalProtocolError:
+    """No loan begins at an address."""
+    return LocalProtocolError(f"no tensor was lent at the address {start}")
+
+
 def bad_ring_memory(nbytes: int) -> ValueError:
     """This memory can't be a message ring's."""
     return ValueError(

@@ -18,8 +18,8 @@ from typing import TypeAlias
 from ..channels.address import IPC
 from ..core import CORE, CORE_REASON
 from ..errors import SegmentError
-from ..memory.guarded_map import guards_are_on
 from ..memory.leftovers import SharedObject, list_all
+from ..memory.mapped_file import guards_are_on
 from ..memory.segment import shared_memory_room
 from ..version import VERSION
 

@@ -12,11 +12,11 @@ from typing import Annotated
 
 import msgspec
 
+from ..core.tensors import MAX_DIMENSIONS
 from ..errors import PeerProtocolError
 from ..text import printable
 from .dtypes import BY_NAME, DType
 
-MAX_DIMENSIONS = 16
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 

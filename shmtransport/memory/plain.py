@@ -12,9 +12,10 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from ..core.tensors import MAX_DIMENSIONS
 from ..errors import LocalProtocolError
 from ..text import printable
-from .descriptor import MAX_DIMENSIONS, representable
+from .descriptor import representable
 from .dtypes import BY_NAME, BY_TORCH, AnyDType, DType
 
 _STRIDED = torch.strided

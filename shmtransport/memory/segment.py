@@ -16,14 +16,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import posix_ipc
 
 from ..core.layout import HEADER, PAGE_BYTES, Layout
 from ..errors import PeerProtocolError, SegmentError
 from ..units import size_text
-from .guarded_map import GuardedMap
+from .mapped_file import map_file, mapping_of, was_cut
 from .named_object import DIRECTORY, NamedObjects
 from .opening import opening_error, reason
 from .owner_lock import RecordLock
@@ -46,13 +46,12 @@ class Segment:
         self.layout = layout
         self.owned = owned
         self._linked = owned
-        self.view = memoryview(GuardedMap(fd, layout.total_bytes))
+        self.view = map_file(fd, layout.total_bytes)
 
     @property
     def was_cut(self) -> bool:
         """Whether the peer has cut the file short, and this process has seen that; False where it can't be known."""
-        mapping = self.view.obj  # read once: another thread may close the segment
-        return isinstance(mapping, GuardedMap) and mapping.was_cut
+        return was_cut(self.view)
 
     @property
     def message_ring(self) -> memoryview:
@@ -135,9 +134,8 @@ class Segment:
 
     def prefault(self) -> None:
         """Enter every page into this process's page table now, rather than one by one on first use."""
-        mapping: Any = self.view.obj
         try:
-            mapping.madvise(_MADV_POPULATE_WRITE if self.owned else _MADV_POPULATE_READ)
+            mapping_of(self.view).madvise(_MADV_POPULATE_WRITE if self.owned else _MADV_POPULATE_READ)
         except OSError:  # a kernel before 5.14
             self.view[::PAGE_BYTES].tobytes()
 

@@ -1,22 +1,20 @@
-"""Makes tensors over the bytes of a segment, and the memory object that lives as long as the last of them."""
+"""How torch's tensors are made over the bytes of a segment, and which twin of the core does so."""
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from .dtypes import DType
+from .. import core
+from ..core import python_twin
+from ..core.tensors import Tensors
+from .descriptor import TensorDescriptor
+from .dtypes import BY_NAME, BY_TORCH, TABLE, DType
 
 Memory: TypeAlias = "np.ndarray[Any, Any]"
 """What a tensor's storage keeps alive, as do numpy views of the tensor."""
-
-if TYPE_CHECKING:
-    Reference = weakref.ref["Memory"]
-else:
-    Reference = weakref.ref
 
 _new_array, _from_numpy = np.ndarray, torch.from_numpy
 
@@ -29,3 +27,38 @@ def view(data: memoryview, offset: int, row: DType, shape: tuple[int, ...]) -> t
     array: Memory = _new_array(shape, row.carrier, data, offset)
     tensor = _from_numpy(array)
     return array, tensor if row.numpy is not None else tensor.view(row.torch)
+
+
+def _dlpack_code(row: DType) -> int:
+    """The code of a dtype in DLPack, https://dmlc.github.io/dlpack/latest/c_api.html#_CPPv413DLDataTypeCode."""
+    for start, code in _DLPACK_CODES.items():
+        if row.name.startswith(start):
+            return code
+    raise AssertionError(row.name)
+
+
+_DLPACK_CODES = {
+    "int": 0,
+    "uint": 1,
+    "float8_e4m3fnuz": 11,
+    "float8_e4m3fn": 10,
+    "float8_e5m2fnuz": 13,
+    "float8_e5m2": 12,
+    "float8_e8m0fnu": 14,
+    "float": 2,
+    "bfloat": 4,
+    "complex": 5,
+    "bool": 6,
+}
+TENSORS = Tensors(
+    type=torch.Tensor,
+    rows=tuple((row.torch, row.name, _dlpack_code(row), 8 * row.itemsize, row.itemsize) for row in TABLE),
+    by_dtype=BY_TORCH,
+    by_name=BY_NAME,
+    view=view,
+    describe=TensorDescriptor,
+)
+HAS_EXCHANGE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+"""Whether torch has what the compiled twin makes tensors with: from 2.10 on. Without it, the Python twin makes them."""
+_twin = core if HAS_EXCHANGE else python_twin
+Loans, Borrows = _twin.Loans, _twin.Borrows

@@ -41,7 +41,7 @@ from .messages import (
     StreamRequest,
     shorten,
 )
-from .values import Codec, decode_unread
+from .values import Codec
 
 HANDLER = "handler"
 _TRACEBACK_CHARACTERS = 4096  # its end, which names what failed
@@ -105,7 +105,7 @@ class ClientProtocol:
             PeerDied: the server ended the connection.
         """
         started = perf_counter()
-        message = decode_unread(data)
+        message = self._codec.decode_unread(data)
         if isinstance(message, (Reply, Failure)):
             call = self._pending.pop(message.call_id, None)
             if call is not None:
@@ -206,7 +206,7 @@ class ServerProtocol:
             PeerProtocolError: the message is invalid.
         """
         started = perf_counter()
-        message = decode_unread(data)
+        message = self._codec.decode_unread(data)
         if isinstance(message, (Request, OneWayRequest, StreamRequest)):
             arguments, keywords = self._codec.arguments_of(message, len(data), started)
             call = Call(message.call_id, message.method, arguments, keywords)

@@ -49,6 +49,8 @@ class Exporter(Protocol):
     """What the protocol uses of a send arena."""
 
     copies: dict[int, int]
+    loans: Any
+    """What the core may export tensors of by itself; None if there is nothing."""
 
     def export(self, tensor: torch.Tensor) -> TensorDescriptor: ...
 
@@ -60,29 +62,38 @@ class Exporter(Protocol):
 class Importer(Protocol):
     """What the protocol uses of a receive arena."""
 
+    borrows: Any
+    """What the core may borrow tensors from by itself; None if there is nothing."""
+
     def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor: ...
 
     def check_whole(self) -> None: ...
 
 
 class _Unread(NamedTuple):
-    """The values of a received message that are still bytes of it."""
+    """The values of a received message that are still bytes of it, and its tensors if the core has borrowed them."""
 
     data: bytes
     start: int
+    tensors: tuple[torch.Tensor, ...] | None
+    tensor_bytes: int
 
 
-def decode_unread(data: bytes) -> AnyMessage:
+def decode_unread(data: bytes, borrows: Any = None) -> AnyMessage:
     """Return the typed message in a peer's bytes; the values of a request or reply are for ``Codec`` to read.
+
+    Args:
+        data: the bytes.
+        borrows: what the core may borrow the message's tensors from. Default: nothing.
 
     Raises:
         PeerProtocolError: the bytes are of another format version, or no valid message.
     """
-    call = decode_call(data, TensorDescriptor)
+    call = decode_call(data, TensorDescriptor, borrows)
     if call is None:
         return decode(data)
-    call_id, method, descriptors, start = call
-    values: Any = _Unread(data, start)
+    call_id, method, descriptors, start, tensors, tensor_bytes = call
+    values: Any = _Unread(data, start, tensors, tensor_bytes)
     return Reply(call_id, values, descriptors) if method is None else Request(call_id, method, values, {}, descriptors)
 
 
@@ -135,6 +146,8 @@ class Codec:
         snapshot: bool = False,
     ) -> None:
         self._exporter = exporter
+        self._loans = exporter.loans
+        self._borrows = importer.borrows
         self._borrow = importer.borrow
         self._check_whole = importer.check_whole
         self._counters = counters
@@ -169,7 +182,10 @@ class Codec:
         outbox = _Outbox(self._exporter)
         try:
             if kind is Request:
-                data = encode_request(call_id, method, tuple(arguments), dict(keywords), outbox.pack, outbox)
+                data, exported = encode_request(
+                    call_id, method, tuple(arguments), dict(keywords), outbox.pack, outbox, self._loans
+                )
+                outbox.nbytes += exported
                 check_size(data, self._max_message_bytes)
             else:
                 packed = [outbox.pack(argument, ARGUMENT_DEPTH) for argument in arguments]
@@ -189,7 +205,8 @@ class Codec:
         outbox = _Outbox(self._exporter)
         try:
             if kind is Reply:
-                data = encode_reply(call_id, result, outbox.pack, outbox)
+                data, exported = encode_reply(call_id, result, outbox.pack, outbox, self._loans)
+                outbox.nbytes += exported
                 check_size(data, self._max_message_bytes)
             else:
                 data = encode(kind(call_id, outbox.pack(result, 0), tuple(outbox)), self._max_message_bytes)
@@ -207,6 +224,10 @@ class Codec:
         self._counters.count_sent(len(data))
         return data
 
+    def decode_unread(self, data: bytes) -> AnyMessage:
+        """As the function, with the arena's borrows."""
+        return decode_unread(data, self._borrows)
+
     def result_of(self, reply: Reply | Part, control_bytes: int, started: float) -> Any:
         """Return the result in a received reply, or part of a stream, with its tensors.
 
@@ -218,10 +239,11 @@ class Codec:
         Raises:
             PeerProtocolError: a descriptor or a value that the other side never makes.
         """
-        tensors, tensor_bytes = self._borrow_all(reply.tensors)
+        unread = reply.result if type(reply.result) is _Unread else None
+        tensors, tensor_bytes = self._borrow_all(reply.tensors, unread)
         result: Any
-        if type(reply.result) is _Unread:
-            result = decode_values(REPLY_TAG, *reply.result, tuple(tensors), self._to_array)
+        if unread is not None:
+            result = decode_values(REPLY_TAG, unread.data, unread.start, tensors, self._to_array)
         else:
             result = unpack(reply.result, tensors, 0, self._to_array)
         self._counters.count_received(control_bytes, tensor_bytes, perf_counter() - started)
@@ -238,10 +260,11 @@ class Codec:
         Raises:
             PeerProtocolError: a descriptor or a value that the other side never makes.
         """
-        tensors, tensor_bytes = self._borrow_all(request.tensors)
-        unread: Any = request.arguments
-        if type(unread) is _Unread:
-            arguments, keywords = decode_values(REQUEST_TAG, *unread, tuple(tensors), self._to_array)
+        values: Any = request.arguments
+        unread = values if type(values) is _Unread else None
+        tensors, tensor_bytes = self._borrow_all(request.tensors, unread)
+        if unread is not None:
+            arguments, keywords = decode_values(REQUEST_TAG, unread.data, unread.start, tensors, self._to_array)
         else:
             arguments = [unpack(argument, tensors, ARGUMENT_DEPTH, self._to_array) for argument in request.arguments]
             keywords = {
@@ -250,16 +273,18 @@ class Codec:
         self._counters.count_received(control_bytes, tensor_bytes, perf_counter() - started)
         return arguments, keywords
 
-    def _borrow_all(self, descriptors: Sequence[TensorDescriptor]) -> tuple[list[torch.Tensor], int]:
+    def _borrow_all(
+        self, descriptors: Sequence[TensorDescriptor], unread: _Unread | None
+    ) -> tuple[tuple[torch.Tensor, ...], int]:
         """Return a message's tensors, as borrowed views or snapshots, and their size in bytes."""
-        tensors, nbytes = [], 0
-        for descriptor in descriptors:
-            tensor = self._borrow(descriptor)
-            nbytes += tensor.nbytes
-            tensors.append(tensor)
-        if self._snapshot:
-            tensors = [tensor.clone() for tensor in tensors]
+        if unread is not None and unread.tensors is not None:
+            tensors, nbytes = unread.tensors, unread.tensor_bytes
+        else:
+            tensors = tuple([self._borrow(descriptor) for descriptor in descriptors])
+            nbytes = sum([tensor.nbytes for tensor in tensors])
         if tensors:
+            if self._snapshot:
+                tensors = tuple([tensor.clone() for tensor in tensors])
             self._check_whole()
         return tensors, nbytes
 

@@ -9,7 +9,7 @@ import torch
 
 from shmtransport import Client, PeerDied, PeerProtocolError
 from shmtransport.endpoints.connection_memory import ConnectionMemory, segment_layout
-from shmtransport.memory.guarded_map import guards_are_on
+from shmtransport.memory.mapped_file import guards_are_on
 from shmtransport.memory.segment import Segment
 from shmtransport.protocol.messages import ChannelKind, Reply
 from shmtransport.protocol.values import decode_unread

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llama_split import SplitLlamaForCausalLM
 from llama_split.boundary.operations import Mode
 from llama_split.commands.settings import demo_model
-from tests.support import children
 from tests.support.children import Child, Mother
 from tests.support.commands import FORKED, environment
 from tests.support.llamas import VARIANTS, Small, Worker, random_llama, worker_in_thread
@@ -113,10 +112,7 @@ def layer_split(plain: Small, plain_worker: Worker) -> Iterator[SplitLlamaForCau
 @pytest.fixture(scope="session")
 def llama_mother() -> Iterator[Mother]:
     """What commands and workers are forked from, since importing torch and transformers takes seconds."""
-    if children.beside_us:
-        yield Mother(children.beside_us)  # it ends with the other tests
-        return
-    mother = Mother.start(ROOT / "tests/support/processes/warm.py", environment=environment())
+    mother = Mother.beside_us() or Mother.start(ROOT / "tests/support/processes/warm.py", environment=environment())
     yield mother
     mother.end()
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import torch
 
 from shmtransport.core.layout import Layout
 from shmtransport.errors import ArenaFull
+from shmtransport.memory import receive_arena, send_arena, views
 from shmtransport.memory.dtypes import DType
 from shmtransport.memory.receive_arena import ReceiveArena, release_cells
 from shmtransport.memory.segment import Segment
@@ -21,7 +24,7 @@ from shmtransport.statistics import Counters
 class Pair:
     """A send arena and the peer's receive arena over it; each end of a segment is a mapping of its own.
 
-    ``claim_timeout_s`` and ``check_peer``: see ``SendArena``.
+    ``claim_timeout_s`` and ``check_peer``: see ``SendArena``. ``core`` is one of the twins; by default the package's.
     """
 
     def __init__(
@@ -30,7 +33,9 @@ class Pair:
         slots: int = 64,
         claim_timeout_s: float = 0.0,
         check_peer: Callable[[], None] = lambda: None,
+        core: ModuleType | None = None,
     ) -> None:
+        twin = core or views
         self.data_bytes = data_bytes
         layout = Layout(data_bytes=data_bytes, release_slots=slots)
         self.owner, self.reader = Segment.create(layout), Segment.create(layout)
@@ -44,8 +49,12 @@ class Pair:
         self.copied: list[int] = []  # sizes of those passed on that were copied in
         self.cells = release_cells(self.reader)
         released = release_cells(self._segments[3])
-        self.send = SendArena(self.owner, released, self.counters, claim_timeout_s, check_peer)
-        self.receive = ReceiveArena(self._segments[2], self.cells)
+        with (
+            mock.patch.object(send_arena, "Loans", twin.Loans),
+            mock.patch.object(receive_arena, "Borrows", twin.Borrows),
+        ):
+            self.send = SendArena(self.owner, released, self.counters, claim_timeout_s, check_peer)
+            self.receive = ReceiveArena(self._segments[2], self.cells)
 
     def pass_on(self, value: torch.Tensor | np.ndarray) -> torch.Tensor:
         """Send a value to the other side."""

@@ -16,7 +16,7 @@ from typing import IO
 
 from tests.support.process import ROOT, Process
 
-beside_us: socket.socket | None = None
+beside_us: int | None = None
 """Where this process was forked by ``processes/collected.py``: the socket of the process that forks for its tests."""
 
 
@@ -30,6 +30,11 @@ class Mother:
 
     def __init__(self, sock: socket.socket, popen: subprocess.Popen[bytes] | None = None) -> None:
         self._socket, self._popen = sock, popen
+
+    @classmethod
+    def beside_us(cls) -> Mother | None:
+        """The one that was forked with this process, if there is one; it ends with the tests."""
+        return None if beside_us is None else cls(socket.socket(fileno=os.dup(beside_us)))
 
     @classmethod
     def start(cls, *first: str | Path, environment: dict[str, str] | None = None) -> Mother:

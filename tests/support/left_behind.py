@@ -30,12 +30,13 @@ time.sleep(60)
 """
 IN_PIECES = """
 import mmap, time
+from shmtransport.memory.mapped_file import mapping_of
 from shmtransport.core.layout import Layout
 from shmtransport.memory.segment import Segment
 
 segment = Segment.create(Layout(data_bytes=1 << 20, release_slots=16))
 segment.unlink()
-segment.view.obj.madvise(mmap.MADV_DONTFORK, 8192, 4096)  # a piece of its own
+mapping_of(segment.view).madvise(mmap.MADV_DONTFORK, 8192, 4096)  # a piece of its own
 print("ready", flush=True)
 time.sleep(60)
 """

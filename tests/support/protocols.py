@@ -25,6 +25,8 @@ class Direction:
     ``held`` are the sequences that the receiver has not released; ``room`` is how many more tensors fit.
     """
 
+    loans = borrows = None  # nothing that the core could use by itself
+
     def __init__(self) -> None:
         self.sent: dict[int, torch.Tensor] = {}
         self.held: set[int] = set()

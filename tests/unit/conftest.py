@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
 from shmtransport.channels import relay
 from shmtransport.memory.bell import Bell
 from tests.support.arenas import Pair
+from tests.support.cores import CORES
 
 _LONG_SLICE_S = 20.0  # far longer than any of these tests
 
 
+@pytest.fixture(scope="session", params=CORES)
+def core(request: pytest.FixtureRequest) -> ModuleType:
+    """One of the twins: every test that asks for it runs on both."""
+    twin: ModuleType = request.param
+    return twin
+
+
 @pytest.fixture
-def pair() -> Iterator[Pair]:
-    made = Pair()
+def pair(core: ModuleType) -> Iterator[Pair]:
+    """Both ends of one direction, on either twin of the core."""
+    made = Pair(core=core)
     yield made
     made.close()
 

@@ -8,6 +8,8 @@
  */
 #include "module.h"
 
+#include "borrows_type.h"
+#include "descriptor.h"
 #include "layout.h"
 #include "unpacker.h"
 
@@ -15,29 +17,12 @@
 #define ARGUMENT_DEPTH 2
 #define MAX_TENSORS 1024
 #define MAX_NAME_CHARACTERS 256
-#define MAX_DIMENSIONS 16
-#define DESCRIPTOR_FIELDS 5
 #define REQUEST_FIELDS 6 /* tag, call_id, method, arguments, keywords, tensors */
 #define REPLY_FIELDS 4   /* tag, call_id, result, tensors */
 
 enum extension { EXTENSION_TENSOR = 1, EXTENSION_ARRAY = 2, EXTENSION_TUPLE = 3 };
 
 /* --- looking at everything --- */
-
-static bool take(struct unpacker *unpacker, struct token *token, enum token_kind kind)
-{
-    return unpack_token(unpacker, token) && token->kind == kind;
-}
-
-/* An integer from 0 to 2**63 - 1. */
-static bool take_count(struct unpacker *unpacker, uint64_t *count)
-{
-    struct token token;
-    if (!take(unpacker, &token, TOKEN_UNSIGNED) || token.number > INT64_MAX)
-        return false;
-    *count = token.number;
-    return true;
-}
 
 static bool is_tensor(const struct token *token)
 {
@@ -71,7 +56,7 @@ static bool take_tuple_marker(struct unpacker *unpacker)
 {
     struct unpacker ahead = *unpacker;
     struct token token;
-    if (!take(&ahead, &token, TOKEN_EXTENSION) || token.code != EXTENSION_TUPLE)
+    if (!unpack_kind(&ahead, &token, TOKEN_EXTENSION) || token.code != EXTENSION_TUPLE)
         return false;
     *unpacker = ahead;
     return true;
@@ -115,29 +100,6 @@ static bool check_value(struct unpacker *unpacker, int depth, uint32_t *tensors)
     }
 }
 
-struct descriptor {
-    uint64_t offset, slot, sequence;
-    uint64_t shape[MAX_DIMENSIONS];
-    uint32_t dimensions;
-    struct token dtype;
-};
-
-static bool take_descriptor(struct unpacker *unpacker, struct descriptor *descriptor)
-{
-    struct token token;
-    if (!take(unpacker, &token, TOKEN_ARRAY) || token.count != DESCRIPTOR_FIELDS
-        || !take_count(unpacker, &descriptor->offset) || !take(unpacker, &token, TOKEN_ARRAY)
-        || token.count > MAX_DIMENSIONS)
-        return false;
-    descriptor->dimensions = token.count;
-    for (uint32_t index = 0; index < descriptor->dimensions; index++)
-        if (!take_count(unpacker, &descriptor->shape[index]))
-            return false;
-    return take(unpacker, &descriptor->dtype, TOKEN_TEXT)
-        && utf8_characters(descriptor->dtype.bytes, descriptor->dtype.count) >= 0
-        && take_count(unpacker, &descriptor->slot) && take_count(unpacker, &descriptor->sequence);
-}
-
 /* A whole message, as far as it is known without making anything. */
 struct call {
     uint64_t tag, call_id;
@@ -149,7 +111,7 @@ struct call {
 
 static bool take_name(struct unpacker *unpacker, struct token *name)
 {
-    if (!take(unpacker, name, TOKEN_TEXT))
+    if (!unpack_kind(unpacker, name, TOKEN_TEXT))
         return false;
     int64_t characters = utf8_characters(name->bytes, name->count);
     return characters >= 0 && characters <= MAX_NAME_CHARACTERS;
@@ -158,8 +120,8 @@ static bool take_name(struct unpacker *unpacker, struct token *name)
 static bool check_arguments(struct unpacker *unpacker, uint32_t *tensors)
 {
     struct token token;
-    return take(unpacker, &token, TOKEN_ARRAY) && check_items(unpacker, token.count, ARGUMENT_DEPTH, tensors)
-        && take(unpacker, &token, TOKEN_MAP) && check_map(unpacker, token.count, ARGUMENT_DEPTH, tensors, true);
+    return unpack_kind(unpacker, &token, TOKEN_ARRAY) && check_items(unpacker, token.count, ARGUMENT_DEPTH, tensors)
+        && unpack_kind(unpacker, &token, TOKEN_MAP) && check_map(unpacker, token.count, ARGUMENT_DEPTH, tensors, true);
 }
 
 /* Whether the bytes after the preamble are a valid request or reply. */
@@ -168,18 +130,18 @@ static bool check_call(struct unpacker *unpacker, struct call *call)
     struct token token;
     struct descriptor descriptor;
     uint32_t tensors = 0;
-    if (!take(unpacker, &token, TOKEN_ARRAY) || !take_count(unpacker, &call->tag))
+    if (!unpack_kind(unpacker, &token, TOKEN_ARRAY) || !unpack_count(unpacker, &call->tag))
         return false;
     bool is_request = call->tag == TAG_REQUEST;
     if (!is_request && call->tag != TAG_REPLY)
         return false;
-    if (token.count != (is_request ? REQUEST_FIELDS : REPLY_FIELDS) || !take_count(unpacker, &call->call_id)
+    if (token.count != (is_request ? REQUEST_FIELDS : REPLY_FIELDS) || !unpack_count(unpacker, &call->call_id)
         || (is_request && !take_name(unpacker, &call->method)))
         return false;
     call->values = *unpacker;
     if (!(is_request ? check_arguments(unpacker, &tensors) : check_value(unpacker, 0, &tensors)))
         return false;
-    if (!take(unpacker, &token, TOKEN_ARRAY) || token.count > MAX_TENSORS || token.count < tensors)
+    if (!unpack_kind(unpacker, &token, TOKEN_ARRAY) || token.count > MAX_TENSORS || token.count < tensors)
         return false;
     call->tensor_count = token.count;
     call->tensors = *unpacker;
@@ -231,12 +193,65 @@ static PyObject *make_descriptors(struct call *call, PyObject *describe)
     return descriptors;
 }
 
+/* Whether every tensor can be borrowed, as far as this can be known before any is. */
+static bool all_can_be_borrowed(const struct call *call, PyObject *borrows)
+{
+    struct unpacker tensors = call->tensors;
+    struct descriptor descriptor;
+    for (uint32_t index = 0; index < call->tensor_count; index++)
+        if (!take_descriptor(&tensors, &descriptor) || !can_be_borrowed(borrows, &descriptor))
+            return false;
+    return true;
+}
+
+/* All tensors, or None if one can't be borrowed: the borrows that were begun end with that. */
+static PyObject *borrow_all(const struct call *call, PyObject *borrows, uint64_t *nbytes)
+{
+    struct unpacker remaining = call->tensors;
+    struct descriptor descriptor;
+    PyObject *tensors = PyTuple_New((Py_ssize_t)call->tensor_count);
+    for (uint32_t index = 0; tensors != NULL && index < call->tensor_count; index++) {
+        bool is_read = take_descriptor(&remaining, &descriptor);
+        PyObject *tensor = is_read ? borrow_described(borrows, &descriptor, nbytes) : Py_NewRef(Py_None);
+        if (tensor == Py_None) {
+            Py_DECREF(tensors);
+            return tensor;
+        }
+        if (tensor == NULL || PyTuple_SetItem(tensors, (Py_ssize_t)index, tensor) < 0)
+            Py_CLEAR(tensors);
+    }
+    return tensors;
+}
+
+/* What decode_call returns of a message that is valid. */
+static PyObject *make_call(struct call *call, PyObject *describe, PyObject *borrows, Py_ssize_t start)
+{
+    uint64_t nbytes = 0;
+    PyObject *tensors, *descriptors = NULL, *method = NULL;
+    if (is_borrows(borrows) && all_can_be_borrowed(call, borrows))
+        tensors = borrow_all(call, borrows, &nbytes);
+    else
+        tensors = Py_NewRef(Py_None);
+    if (tensors != NULL)
+        descriptors = tensors == Py_None ? make_descriptors(call, describe) : PyTuple_New(0);
+    if (descriptors != NULL)
+        method = call->tag == TAG_REQUEST ? make_text(&call->method) : Py_NewRef(Py_None);
+    if (method == NULL) {
+        Py_XDECREF(tensors);
+        Py_XDECREF(descriptors);
+        return NULL;
+    }
+    return Py_BuildValue("KNNnNK", (unsigned long long)call->call_id, method, descriptors, start, tensors,
+                         (unsigned long long)nbytes);
+}
+
 PyObject *decode_call(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
-    PyObject *data, *describe;
+    PyObject *data, *describe, *borrows;
     char *bytes;
     Py_ssize_t nbytes;
-    if (!PyArg_ParseTuple(parameters, "OO", &data, &describe) || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0)
+    if (!PyArg_ParseTuple(parameters, "OOO", &data, &describe, &borrows)
+        || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0)
         return NULL;
     if (nbytes < 2 || (unsigned char)bytes[0] != MAGIC_BYTE || bytes[1] != FORMAT_VERSION)
         Py_RETURN_NONE;
@@ -244,14 +259,7 @@ PyObject *decode_call(PyObject *Py_UNUSED(module), PyObject *parameters)
     struct unpacker unpacker = {(unsigned char *)bytes + 2, (unsigned char *)bytes + nbytes};
     if (!check_call(&unpacker, &call))
         Py_RETURN_NONE;
-    PyObject *method = call.tag == TAG_REQUEST ? make_text(&call.method) : Py_NewRef(Py_None);
-    PyObject *descriptors = method == NULL ? NULL : make_descriptors(&call, describe);
-    if (descriptors == NULL) {
-        Py_XDECREF(method);
-        return NULL;
-    }
-    Py_ssize_t start = (Py_ssize_t)(call.values.at - (unsigned char *)bytes);
-    return Py_BuildValue("KNNn", (unsigned long long)call.call_id, method, descriptors, start);
+    return make_call(&call, describe, borrows, (Py_ssize_t)(call.values.at - (unsigned char *)bytes));
 }
 
 /* What the values of one message are made from. */
@@ -366,12 +374,12 @@ static PyObject *make_value(struct decoder *decoder, int depth)
 static PyObject *make_arguments(struct decoder *decoder)
 {
     struct token token;
-    if (!take(&decoder->unpacker, &token, TOKEN_ARRAY))
+    if (!unpack_kind(&decoder->unpacker, &token, TOKEN_ARRAY))
         return invalid();
     PyObject *arguments = make_list(decoder, token.count, ARGUMENT_DEPTH);
     if (arguments == NULL)
         return NULL;
-    bool is_map = take(&decoder->unpacker, &token, TOKEN_MAP);
+    bool is_map = unpack_kind(&decoder->unpacker, &token, TOKEN_MAP);
     PyObject *keywords = is_map ? make_dict(decoder, token.count, ARGUMENT_DEPTH) : invalid();
     if (keywords == NULL) {
         Py_DECREF(arguments);

@@ -8,11 +8,14 @@
 #include "module.h"
 
 #include "layout.h"
+#include "loans_type.h"
 #include "packer.h"
 
 #define MAX_DEPTH 32      /* as in core/codec.py, held to it by a test */
 #define ARGUMENT_DEPTH 2
+#define TENSOR_CODE 1
 #define TUPLE_CODE 3
+#define MAX_TENSORS 1024
 #define DEEPEST 100 /* of what pack returns; it keeps to MAX_DEPTH itself */
 
 static PyObject *ext_type;                                              /* msgspec.msgpack.Ext */
@@ -22,6 +25,9 @@ static PyObject *descriptor_names[5]; /* a descriptor's, in the order of the mes
 struct encoder {
     struct packer packer;
     PyObject *pack;
+    PyObject *descriptors; /* a list */
+    PyObject *loans;       /* NULL where pack exports all tensors */
+    uint64_t tensor_bytes; /* of those that were exported here */
 };
 
 static bool put_value(struct encoder *encoder, PyObject *value, int depth);
@@ -199,9 +205,30 @@ static bool put_dict(struct encoder *encoder, PyObject *dict, int depth)
     return put_it;
 }
 
+/* A tensor of a loan is exported here; *done tells whether it was one. */
+static bool put_loan(struct encoder *encoder, PyObject *value, bool *done)
+{
+    Py_ssize_t index = PyList_Size(encoder->descriptors);
+    int64_t nbytes;
+    *done = false;
+    if (encoder->loans == NULL || index >= MAX_TENSORS)
+        return true;
+    int exported = export_loan(encoder->loans, value, encoder->descriptors, &nbytes);
+    if (exported <= 0)
+        return exported == 0;
+    const char bytes[2] = {(char)(index & 0xff), (char)(index >> 8)};
+    pack_extension(&encoder->packer, TENSOR_CODE, bytes, sizeof bytes);
+    encoder->tensor_bytes += (uint64_t)nbytes;
+    *done = true;
+    return true;
+}
+
 /* What the caller makes of a value of another type. */
 static bool put_other(struct encoder *encoder, PyObject *value, int depth)
 {
+    bool is_put;
+    if (!put_loan(encoder, value, &is_put) || is_put)
+        return is_put;
     PyObject *number = PyLong_FromLong(depth);
     PyObject *packed = number == NULL ? NULL : PyObject_CallFunctionObjArgs(encoder->pack, value, number, NULL);
     Py_XDECREF(number);
@@ -313,27 +340,30 @@ static bool put_descriptors(struct encoder *encoder, PyObject *descriptors)
     return true;
 }
 
-static void begin_message(struct encoder *encoder, PyObject *pack, size_t fields, uint64_t tag)
+static void begin_message(struct encoder *encoder, size_t fields, uint64_t tag)
 {
     packer_begin(&encoder->packer);
-    encoder->pack = pack;
+    if (!is_loans(encoder->loans))
+        encoder->loans = NULL;
+    encoder->tensor_bytes = 0;
     pack_byte(&encoder->packer, MAGIC_BYTE);
     pack_byte(&encoder->packer, FORMAT_VERSION);
     pack_array(&encoder->packer, 1 + fields);
     pack_unsigned(&encoder->packer, tag);
 }
 
-/* The message, unless something went wrong. */
+/* The message and the size of the tensors that were exported here, unless something went wrong. */
 static PyObject *end_message(struct encoder *encoder, bool is_whole)
 {
     struct packer *packer = &encoder->packer;
-    PyObject *data = NULL;
+    PyObject *result = NULL;
     if (packer->out_of_memory && is_whole)
         PyErr_NoMemory();
     else if (is_whole)
-        data = PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
+        result = Py_BuildValue("y#K", (const char *)packer->bytes, (Py_ssize_t)packer->length,
+                               (unsigned long long)encoder->tensor_bytes);
     packer_end(packer);
-    return data;
+    return result;
 }
 
 static bool put_arguments(struct encoder *encoder, PyObject *arguments)
@@ -350,27 +380,28 @@ static bool put_arguments(struct encoder *encoder, PyObject *arguments)
 
 PyObject *encode_request(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
-    PyObject *call_id, *method, *arguments, *keywords, *pack, *descriptors;
-    if (!PyArg_ParseTuple(parameters, "O!UO!O!OO!", &PyLong_Type, &call_id, &method, &PyTuple_Type, &arguments,
-                          &PyDict_Type, &keywords, &pack, &PyList_Type, &descriptors))
-        return NULL;
+    PyObject *call_id, *method, *arguments, *keywords;
     struct encoder encoder;
-    begin_message(&encoder, pack, 5, TAG_REQUEST);
+    if (!PyArg_ParseTuple(parameters, "O!UO!O!OO!O", &PyLong_Type, &call_id, &method, &PyTuple_Type, &arguments,
+                          &PyDict_Type, &keywords, &encoder.pack, &PyList_Type, &encoder.descriptors, &encoder.loans))
+        return NULL;
+    begin_message(&encoder, 5, TAG_REQUEST);
     return end_message(&encoder, put_int(&encoder, call_id) && put_text(&encoder, method)
                                      && put_arguments(&encoder, arguments)
                                      && put_entries(&encoder, keywords, ARGUMENT_DEPTH - 1, put_name, put_value, NULL)
-                                     && put_descriptors(&encoder, descriptors));
+                                     && put_descriptors(&encoder, encoder.descriptors));
 }
 
 PyObject *encode_reply(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
-    PyObject *call_id, *result, *pack, *descriptors;
-    if (!PyArg_ParseTuple(parameters, "O!OOO!", &PyLong_Type, &call_id, &result, &pack, &PyList_Type, &descriptors))
-        return NULL;
+    PyObject *call_id, *result;
     struct encoder encoder;
-    begin_message(&encoder, pack, 3, TAG_REPLY);
+    if (!PyArg_ParseTuple(parameters, "O!OOO!O", &PyLong_Type, &call_id, &result, &encoder.pack, &PyList_Type,
+                          &encoder.descriptors, &encoder.loans))
+        return NULL;
+    begin_message(&encoder, 3, TAG_REPLY);
     return end_message(&encoder, put_int(&encoder, call_id) && put_value(&encoder, result, 0)
-                                     && put_descriptors(&encoder, descriptors));
+                                     && put_descriptors(&encoder, encoder.descriptors));
 }
 
 int prepare_encoding(void)

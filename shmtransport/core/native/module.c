@@ -29,6 +29,10 @@ static int fill_module(PyObject *module)
         return -1;
     if (add_message_ring_type(module) < 0)
         return -1;
+    if (add_mapping_type(module) < 0 || add_tensors_type(module) < 0)
+        return -1;
+    if (add_borrows_type(module) < 0 || add_loans_types(module) < 0)
+        return -1;
     return prepare_encoding();
 }
 
@@ -37,9 +41,6 @@ static PyMethodDef functions[] = {
     {"encode_reply", encode_reply, METH_VARARGS, NULL},
     {"decode_call", decode_call, METH_VARARGS, NULL},
     {"decode_values", decode_values, METH_VARARGS, NULL},
-    {"guard", guard, METH_VARARGS, NULL},
-    {"unguard", unguard, METH_O, NULL},
-    {"was_cut", was_cut, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

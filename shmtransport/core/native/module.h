@@ -25,6 +25,10 @@ void free_object(PyObject *self);
 
 int add_allocator_types(PyObject *module);
 int add_message_ring_type(PyObject *module);
+int add_mapping_type(PyObject *module);
+int add_tensors_type(PyObject *module);
+int add_borrows_type(PyObject *module);
+int add_loans_types(PyObject *module);
 
 int prepare_encoding(void);
 PyObject *encode_request(PyObject *module, PyObject *parameters);
@@ -32,9 +36,5 @@ PyObject *encode_reply(PyObject *module, PyObject *parameters);
 
 PyObject *decode_call(PyObject *module, PyObject *parameters);
 PyObject *decode_values(PyObject *module, PyObject *parameters);
-
-PyObject *guard(PyObject *module, PyObject *parameters);
-PyObject *unguard(PyObject *module, PyObject *argument);
-PyObject *was_cut(PyObject *module, PyObject *argument);
 
 #endif

@@ -221,3 +221,17 @@ int64_t utf8_characters(const unsigned char *bytes, size_t nbytes)
     }
     return characters;
 }
+
+bool unpack_kind(struct unpacker *unpacker, struct token *token, enum token_kind kind)
+{
+    return unpack_token(unpacker, token) && token->kind == kind;
+}
+
+bool unpack_count(struct unpacker *unpacker, uint64_t *count)
+{
+    struct token token;
+    if (!unpack_kind(unpacker, &token, TOKEN_UNSIGNED) || token.number > INT64_MAX)
+        return false;
+    *count = token.number;
+    return true;
+}

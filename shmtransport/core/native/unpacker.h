@@ -40,6 +40,12 @@ struct token {
  * byte each, so that a count is never larger than what is left. */
 bool unpack_token(struct unpacker *unpacker, struct token *token);
 
+/* The next token, which must be of this kind. */
+bool unpack_kind(struct unpacker *unpacker, struct token *token, enum token_kind kind);
+
+/* The next token, which must be an integer from 0 to 2**63 - 1. */
+bool unpack_count(struct unpacker *unpacker, uint64_t *count);
+
 /* How many characters UTF-8 has, or -1 if it is not valid: overlong, a surrogate, beyond U+10FFFF, or cut. */
 int64_t utf8_characters(const unsigned char *bytes, size_t nbytes);
 

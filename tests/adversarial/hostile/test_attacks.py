@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shmtransport.memory.guarded_map import guards_are_on
+from shmtransport.memory.mapped_file import guards_are_on
 
 from . import attacks, cuts, floods, intrusions, memory_attacks, stream_attacks
 from .harness import Stage

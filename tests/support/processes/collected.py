@@ -78,7 +78,7 @@ def fork_mother() -> str | None:
             os._exit(0)
         return script
     theirs.close()
-    children.beside_us = ours
+    children.beside_us = ours.detach()
     return None
 
 

@@ -71,10 +71,10 @@ def _to_array(tensor: torch.Tensor) -> Any:
 def _compiled(data: bytes) -> Any:
     """The same by the compiled core."""
     assert native_twin is not None
-    call = native_twin.decode_call(data, TensorDescriptor)
+    call = native_twin.decode_call(data, TensorDescriptor, None)
     if call is None:
         return None
-    call_id, method, descriptors, start = call
+    call_id, method, descriptors, start, _, _ = call
     tag = REPLY_TAG if method is None else REQUEST_TAG
     tensors = _TENSORS[: len(descriptors)]
     return call_id, method, descriptors, _plain(native_twin.decode_values(tag, data, start, tensors, _to_array))
@@ -219,7 +219,7 @@ def test_every_other_tag_is_left_to_the_specification(tag: Any, monkeypatch: pyt
     monkeypatch.setattr(values, "decode_call", native_twin.decode_call)
     for body in _BODIES:
         data = _message(tag, *body)
-        assert native_twin.decode_call(data, TensorDescriptor) is None
+        assert native_twin.decode_call(data, TensorDescriptor, None) is None
         assert _outcome_of(decode_unread, data) == _outcome_of(decode, data)
 
 

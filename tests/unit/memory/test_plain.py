@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
+from shmtransport.core import python_twin
 from shmtransport.errors import LocalProtocolError
 from tests.support.arenas import Pair
 
@@ -61,8 +62,9 @@ def test_a_dtype_that_can_not_be_sent_is_refused(pair: Pair, dtype: Any) -> None
     assert pair.is_free()
 
 
-def test_a_loan_that_can_not_be_made_gives_its_block_back(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever fails after the claim, the claim is rolled back."""
+def test_a_loan_that_can_not_be_made_gives_its_block_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails after the claim, the claim is rolled back; of the compiled twin, see ``core/test_tensors``."""
+    pair = Pair(core=python_twin)
 
     def out_of_memory(*_arguments: Any) -> torch.Tensor:
         raise MemoryError
@@ -72,6 +74,7 @@ def test_a_loan_that_can_not_be_made_gives_its_block_back(pair: Pair, monkeypatc
         with pytest.raises(MemoryError):
             pair.send.lend((3,), torch.float32)
     assert pair.is_free()
+    pair.close()
 
 
 class _Scaled(torch.Tensor):

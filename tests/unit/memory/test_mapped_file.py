@@ -14,7 +14,7 @@ import torch
 
 from shmtransport.core.layout import PAGE_BYTES, Layout
 from shmtransport.errors import PeerProtocolError
-from shmtransport.memory.guarded_map import GuardedMap, guards_are_on
+from shmtransport.memory.mapped_file import guards_are_on, map_file
 from shmtransport.memory.receive_arena import ReceiveArena, release_cells
 from shmtransport.memory.segment import Segment
 from tests.support.process import ROOT
@@ -98,7 +98,7 @@ def test_a_view_outlives_its_segment_and_is_still_guarded(ends: tuple[Segment, S
 def test_a_mapping_that_can_not_be_made_is_an_error_and_nothing_else() -> None:
     """Such as one without a descriptor left: its end, too, is silent."""
     with pytest.raises(OSError, match="descriptor"):
-        GuardedMap(1 << 20, PAGE_BYTES)
+        map_file(1 << 20, PAGE_BYTES)
     gc.collect()
 
 

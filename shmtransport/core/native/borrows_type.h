@@ -1,0 +1,19 @@
+/* A connection's borrows, for the decoding of its messages. */
+#ifndef SHMTRANSPORT_BORROWS_TYPE_H
+#define SHMTRANSPORT_BORROWS_TYPE_H
+
+#include "module.h"
+
+#include <stdbool.h>
+
+#include "descriptor.h"
+
+bool is_borrows(PyObject *object);
+
+/* The first argument of both must be one that is_borrows is true of. */
+bool can_be_borrowed(PyObject *borrows, const struct descriptor *descriptor);
+
+/* A tensor, whose size is added to *nbytes; None for what can't be borrowed; NULL with an error set. */
+PyObject *borrow_described(PyObject *borrows, const struct descriptor *descriptor, uint64_t *nbytes);
+
+#endif

@@ -1,0 +1,414 @@
+/* The loans of one connection as Python sees them: Claim, and the base of native_twin.Loans, which finds out the
+ * addresses.
+ *
+ * Where a tensor or a descriptor is made, a garbage collection may run Python code that uses the same loans: what was
+ * looked at before is looked at again after that.
+ */
+#include "loans_type.h"
+
+#include "loans.h"
+#include "mapping_type.h"
+#include "tensors_type.h"
+#include "waiting.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct loans *loans;
+    PyObject *tensors; /* keeps what the next points to */
+    const struct tensors *library;
+    PyObject *describe; /* makes a descriptor of (offset, shape, dtype, slot, sequence) */
+    PyObject *is_neg, *is_conj;
+} Loans;
+
+/* A block to copy into, until it is held or dropped. */
+typedef struct {
+    PyObject_HEAD
+    Loans *owner;
+    struct loan *loan; /* NULL once it is held */
+    long long offset;
+} Claim;
+
+static PyTypeObject *claim_type, *loans_type; /* for as long as the process lives */
+
+/* --- Claim --- */
+
+static void claim_dealloc(PyObject *object)
+{
+    Claim *self = (Claim *)object;
+    if (self->loan != NULL)
+        loans_give_back(self->loan);
+    Py_XDECREF(self->owner);
+    free_object(object);
+}
+
+static PyMemberDef claim_members[] = {
+    {"offset", T_LONGLONG, offsetof(Claim, offset), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot claim_slots[] = {
+    {Py_tp_dealloc, claim_dealloc},
+    {Py_tp_members, claim_members},
+    {0, NULL},
+};
+
+static PyType_Spec claim_spec = {
+    .name = "shmtransport.core._native.Claim",
+    .basicsize = sizeof(Claim),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = claim_slots,
+};
+
+/* --- Loans --- */
+
+static bool find_tensor_methods(Loans *self)
+{
+    self->is_neg = PyObject_GetAttrString((PyObject *)self->library->type, "is_neg");
+    self->is_conj = PyObject_GetAttrString((PyObject *)self->library->type, "is_conj");
+    return self->is_neg != NULL && self->is_conj != NULL;
+}
+
+static PyObject *loans_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"data_mapping", "data_offset", "data_bytes", "cells_mapping", "cells_offset", "slots",
+                            "tensors",      "describe",    NULL};
+    PyObject *data, *cells, *tensors, *describe;
+    Py_ssize_t data_offset, data_bytes, cells_offset, slots;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OnnOnnOO", names, &data, &data_offset, &data_bytes, &cells,
+                                     &cells_offset, &slots, &tensors, &describe))
+        return NULL;
+    struct mapping *data_mapping = mapping_of(data), *cells_mapping = mapping_of(cells);
+    const struct tensors *library = tensors_of(tensors);
+    if (data_mapping == NULL || cells_mapping == NULL || library == NULL)
+        return NULL;
+    if (data_bytes <= 0 || data_bytes % BLOCK_ALIGNMENT != 0)
+        return refuse("bad_capacity", "(n)", data_bytes);
+    if (slots <= 0 || slots > INT32_MAX || !mapping_has(data_mapping, data_offset, data_bytes, 1)
+        || !mapping_has(cells_mapping, cells_offset, slots, sizeof(uint64_t)))
+        return refuse("outside_of_mapping", "(nn)", data_offset, cells_offset);
+    Loans *self = (Loans *)PyType_GenericAlloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->tensors = Py_NewRef(tensors);
+    self->describe = Py_NewRef(describe);
+    self->library = library;
+    self->loans = loans_make(data_mapping, (size_t)data_offset, (size_t)data_bytes, cells_mapping,
+                             (size_t)cells_offset, (int32_t)slots);
+    if (self->loans == NULL)
+        PyErr_NoMemory();
+    if (self->loans == NULL || !find_tensor_methods(self))
+        Py_CLEAR(self);
+    return (PyObject *)self;
+}
+
+static void loans_dealloc(PyObject *object)
+{
+    Loans *self = (Loans *)object;
+    if (self->loans != NULL)
+        loans_drop(self->loans);
+    Py_XDECREF(self->tensors);
+    Py_XDECREF(self->describe);
+    Py_XDECREF(self->is_neg);
+    Py_XDECREF(self->is_conj);
+    free_object(object);
+}
+
+static struct loans *loans_in(PyObject *self)
+{
+    return ((Loans *)self)->loans;
+}
+
+/* lend(shape, dtype): a tensor, or None without room, and for what memory/send_arena.py is to look at. */
+static PyObject *loans_lend(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
+{
+    Loans *self = (Loans *)object;
+    struct extent extent;
+    const struct dtype_row *row = count == 2 ? row_of_dtype(self->library, arguments[1]) : NULL;
+    if (row == NULL || !read_extent(arguments[0], row->itemsize, &extent))
+        Py_RETURN_NONE;
+    struct loan *loan = loans_claim(self->loans, extent.nbytes, false);
+    if (loan == NULL)
+        Py_RETURN_NONE;
+    return make_tensor_over(self->library, &loan->view, self->loans->data + loan->block->offset, row, &extent);
+}
+
+static PyObject *shape_of(int dimensions, const int64_t *sizes)
+{
+    PyObject *shape = PyTuple_New(dimensions);
+    for (int index = 0; shape != NULL && index < dimensions; index++) {
+        PyObject *size = PyLong_FromLongLong(sizes[index]);
+        if (size == NULL || PyTuple_SetItem(shape, index, size) < 0)
+            Py_CLEAR(shape);
+    }
+    return shape;
+}
+
+/* Hold a loan by a descriptor, which is appended to a list: True, or False without a free slot. Takes the shape over.
+ * start is where a tensor's loan begins, and NULL for a copy, which cannot end meanwhile. */
+static PyObject *hold(Loans *self, struct loan *loan, const void *start, int64_t offset, PyObject *shape,
+                      PyObject *name, PyObject *out)
+{
+    struct loans *loans = self->loans;
+    PyObject *descriptor = NULL;
+    while (shape != NULL) {
+        int32_t slot = loans_next_slot(loans);
+        if (slot == NO_SLOT)
+            break;
+        uint64_t sequence = loans->sequence + 1;
+        descriptor = PyObject_CallFunction(self->describe, "LOOiK", (long long)offset, shape, name, (int)slot,
+                                           (unsigned long long)sequence);
+        if (descriptor == NULL)
+            break;
+        bool is_current = loans->sequence + 1 == sequence && loans->free_count > 0
+            && loans->free_slots[loans->free_count - 1] == slot;
+        if (is_current && (start == NULL || loans_find(loans, start) == loan)) {
+            if (PyList_Append(out, descriptor) == 0)
+                loans_hold(loans, loan, slot);
+            break;
+        }
+        Py_CLEAR(descriptor); /* an inner call was faster */
+    }
+    Py_XDECREF(shape);
+    Py_XDECREF(descriptor);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(descriptor != NULL);
+}
+
+/* Whether a method of a tensor says yes; -1 with an error set. */
+static int says_yes(PyObject *method, PyObject *tensor)
+{
+    PyObject *answer = PyObject_CallFunctionObjArgs(method, tensor, NULL);
+    int yes = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return yes;
+}
+
+static bool is_contiguous(const struct dl_tensor *tensor)
+{
+    int64_t expected = 1;
+    for (int index = tensor->dimensions - 1; index >= 0; index--) {
+        if (tensor->shape[index] <= 0 || (tensor->shape[index] != 1 && tensor->strides[index] != expected)
+            || expected > INT64_MAX / tensor->shape[index])
+            return false;
+        expected *= tensor->shape[index];
+    }
+    return true;
+}
+
+/* Describe a tensor that begins where a loan does; false for any other, without an error. */
+static bool describe_loan(Loans *self, PyObject *object, struct dl_tensor *tensor, const struct dtype_row **row)
+{
+    if (!Py_IS_TYPE(object, self->library->type))
+        return false;
+    if (self->library->exchange->describe(object, tensor) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    *row = row_described(self->library, tensor->dtype);
+    return *row != NULL && tensor->device_type == DL_CPU && tensor->dimensions <= MAX_DIMENSIONS
+        && tensor->byte_offset == 0 && is_contiguous(tensor) && loans_find(self->loans, tensor->data) != NULL;
+}
+
+int export_loan(PyObject *object, PyObject *exported, PyObject *out, int64_t *nbytes)
+{
+    Loans *self = (Loans *)object;
+    struct dl_tensor tensor;
+    const struct dtype_row *row;
+    if (!describe_loan(self, exported, &tensor, &row))
+        return 0;
+    int is_lazy = says_yes(self->is_neg, exported);
+    if (is_lazy == 0 && row->described.code == DL_COMPLEX)
+        is_lazy = says_yes(self->is_conj, exported);
+    if (is_lazy < 0)
+        return -1;
+    if (is_lazy || !describe_loan(self, exported, &tensor, &row)) /* again: a mode of torch may run Python code */
+        return 0;
+    struct loan *loan = loans_find(self->loans, tensor.data);
+    *nbytes = row->itemsize;
+    for (int index = 0; index < tensor.dimensions; index++)
+        *nbytes *= tensor.shape[index];
+    if (*nbytes > loan->block->nbytes)
+        return 0;
+    PyObject *held = hold(self, loan, tensor.data, loan->block->offset, shape_of(tensor.dimensions, tensor.shape),
+                          row->name, out);
+    Py_XDECREF(held);
+    return held == NULL ? -1 : held == Py_True;
+}
+
+bool is_loans(PyObject *object)
+{
+    return PyObject_TypeCheck(object, loans_type);
+}
+
+/* export(tensor, out): append a descriptor of a loan's tensor to out, and hold it: True. False, with nothing done, for
+ * what memory/send_arena.py is to look at. */
+static PyObject *loans_export(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    int64_t nbytes;
+    if (count != 2 || !PyList_Check(arguments[1]))
+        return PyErr_Format(PyExc_TypeError, "%zd", count);
+    int done = export_loan(self, arguments[0], arguments[1], &nbytes);
+    return done < 0 ? NULL : PyBool_FromLong(done);
+}
+
+/* hold(start, offset, shape, dtype, out): hold the loan that begins at an address by a descriptor of what lies at an
+ * offset in the data area. True; False without a free slot. */
+static PyObject *loans_hold_part(PyObject *object, PyObject *parameters)
+{
+    Loans *self = (Loans *)object;
+    unsigned long long start;
+    long long offset;
+    PyObject *shape, *name, *out;
+    if (!PyArg_ParseTuple(parameters, "KLO!UO!", &start, &offset, &PyTuple_Type, &shape, &name, &PyList_Type, &out))
+        return NULL;
+    struct loan *loan = loans_find(self->loans, (void *)(uintptr_t)start);
+    if (loan == NULL)
+        return refuse("not_lent", "(K)", start);
+    return hold(self, loan, (void *)(uintptr_t)start, offset, Py_NewRef(shape), name, out);
+}
+
+/* claim(nbytes): a block to copy into, or None without room. */
+static PyObject *loans_claim_copy(PyObject *object, PyObject *argument)
+{
+    Loans *self = (Loans *)object;
+    long long nbytes = PyLong_AsLongLong(argument);
+    if (nbytes == -1 && PyErr_Occurred())
+        return NULL;
+    if (nbytes <= 0)
+        return refuse("empty_claim", "(O)", argument);
+    Claim *claim = PyObject_New(Claim, claim_type);
+    if (claim == NULL)
+        return NULL;
+    claim->owner = NULL;
+    claim->loan = loans_claim(self->loans, nbytes, true);
+    if (claim->loan == NULL) {
+        Py_DECREF(claim);
+        Py_RETURN_NONE;
+    }
+    claim->owner = (Loans *)Py_NewRef(object);
+    claim->offset = claim->loan->block->offset;
+    return (PyObject *)claim;
+}
+
+/* hold_copy(claim, shape, dtype, out): as hold, for what was copied into a claim, which is used up. */
+static PyObject *loans_hold_copy(PyObject *object, PyObject *parameters)
+{
+    Loans *self = (Loans *)object;
+    PyObject *claimed, *shape, *name, *out;
+    if (!PyArg_ParseTuple(parameters, "O!O!UO!", claim_type, &claimed, &PyTuple_Type, &shape, &name, &PyList_Type,
+                          &out))
+        return NULL;
+    Claim *claim = (Claim *)claimed;
+    if (claim->owner != self || claim->loan == NULL)
+        return refuse("block_not_held", "(L)", claim->offset);
+    PyObject *held = hold(self, claim->loan, NULL, claim->offset, Py_NewRef(shape), name, out);
+    if (held == Py_True)
+        claim->loan = NULL;
+    return held;
+}
+
+static PyObject *loans_has(PyObject *self, PyObject *argument)
+{
+    void *start = PyLong_AsVoidPtr(argument);
+    if (start == NULL && PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(loans_find(loans_in(self), start) != NULL);
+}
+
+static PyObject *loans_end_hold_method(PyObject *self, PyObject *parameters)
+{
+    unsigned long long slot, sequence;
+    if (!PyArg_ParseTuple(parameters, "KK", &slot, &sequence))
+        return NULL;
+    loans_end_hold(loans_in(self), slot, sequence);
+    Py_RETURN_NONE;
+}
+
+static PyObject *loans_collect_method(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    loans_collect(loans_in(self));
+    Py_RETURN_NONE;
+}
+
+static PyObject *loans_has_room(PyObject *self, PyObject *argument)
+{
+    long long nbytes = PyLong_AsLongLong(argument);
+    if (nbytes == -1 && PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(allocator_has_room(&loans_in(self)->allocator, nbytes));
+}
+
+static PyObject *loans_largest_gap(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    return PyLong_FromLongLong(allocator_largest_gap(&loans_in(self)->allocator));
+}
+
+static PyObject *loans_oldest_s(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    const struct loans *loans = loans_in(self);
+    return PyFloat_FromDouble(loans->oldest == NO_SLOT ? 0.0 : clock_seconds() - loans->holds[loans->oldest].since);
+}
+
+static PyObject *loans_capacity(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(loans_in(self)->allocator.capacity);
+}
+
+static PyObject *loans_blocks(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLongLong(loans_in(self)->allocator.held_count);
+}
+
+static PyObject *loans_held_by_peer(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(loans_in(self)->held_count);
+}
+
+static PyObject *loans_has_slot(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(loans_in(self)->free_count > 0);
+}
+
+static PyGetSetDef loans_attributes[] = {
+    {"capacity", loans_capacity, NULL, NULL, NULL},
+    {"blocks", loans_blocks, NULL, NULL, NULL},
+    {"held_by_peer", loans_held_by_peer, NULL, NULL, NULL},
+    {"has_slot", loans_has_slot, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMethodDef loans_methods[] = {
+    {"lend", (PyCFunction)(void (*)(void))loans_lend, METH_FASTCALL, NULL},
+    {"export", (PyCFunction)(void (*)(void))loans_export, METH_FASTCALL, NULL},
+    {"hold", loans_hold_part, METH_VARARGS, NULL},
+    {"claim", loans_claim_copy, METH_O, NULL},
+    {"hold_copy", loans_hold_copy, METH_VARARGS, NULL},
+    {"has", loans_has, METH_O, NULL},
+    {"end_hold", loans_end_hold_method, METH_VARARGS, NULL},
+    {"collect", loans_collect_method, METH_NOARGS, NULL},
+    {"has_room", loans_has_room, METH_O, NULL},
+    {"largest_gap", loans_largest_gap, METH_NOARGS, NULL},
+    {"oldest_s", loans_oldest_s, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot loans_slots[] = {
+    {Py_tp_new, loans_new},
+    {Py_tp_dealloc, loans_dealloc},
+    {Py_tp_methods, loans_methods},
+    {Py_tp_getset, loans_attributes},
+    {0, NULL},
+};
+
+static PyType_Spec loans_spec = {
+    .name = "shmtransport.core._native.Loans",
+    .basicsize = sizeof(Loans),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = loans_slots,
+};
+
+int add_loans_types(PyObject *module)
+{
+    claim_type = (PyTypeObject *)PyType_FromSpec(&claim_spec);
+    loans_type = claim_type == NULL ? NULL : (PyTypeObject *)PyType_FromSpec(&loans_spec);
+    return loans_type == NULL ? -1 : PyModule_AddObjectRef(module, "Loans", (PyObject *)loans_type);
+}
