@@ -79,7 +79,7 @@ def _encode(twin: ModuleType) -> Act:
 
 
 def _decode(twin: ModuleType) -> Act:
-    data, _ = python_twin.encode_request(1234, "double", (_TENSOR,), {}, _pack, _DESCRIPTORS, None)
+    data, *_ = python_twin.encode_request(1234, "double", (_TENSOR,), {}, _pack, _DESCRIPTORS, None)
     tensors = (_TENSOR,)
 
     def compiled() -> object:
@@ -102,7 +102,7 @@ def _encode_values(twin: ModuleType) -> Act:
 
 
 def _decode_values(twin: ModuleType) -> Act:
-    data, _ = python_twin.encode_reply(1234, _VALUES, _pack, [], None)
+    data, *_ = python_twin.encode_reply(1234, _VALUES, _pack, [], None)
 
     def compiled() -> object:
         _, _, _, start, _, _ = twin.decode_call(data, TensorDescriptor, None)

@@ -4,8 +4,9 @@ Rules that it keeps:
 
 * a borrow ends when the last tensor over its storage dies: the weak reference hangs on what the *storage* owns, so
   slices, views, reshapes and numpy views of it keep it alive;
-* what runs then may run inside any garbage collection on any thread: it takes no lock. It is one fence, one plain store
-  into this process's own segment, and one ``dict.pop``.
+* what runs then may run inside any garbage collection on any thread: it takes no lock. It is one ``dict.pop``, one
+  fence, and one plain store into this process's own segment;
+* a slot is held by one borrow at a time: a descriptor that is sent again is refused while its borrow lives.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Borrows:
         self._data_bytes = len(data)
         self._released = released
         self._rows, self._view = tensors.by_name, tensors.view
-        self._held: dict[tuple[int, int], _Anchor] = {}
+        self._held: dict[int, _Anchor] = {}
 
     def __len__(self) -> int:
         """How many borrows are held."""
@@ -68,17 +69,17 @@ class Borrows:
             or not 0 <= offset <= self._data_bytes - nbytes
             or not 0 <= slot < len(self._released)
             or sequence <= 0
-            or (slot, sequence) in self._held
+            or slot in self._held
         ):
             return None
         memory, tensor = self._view(self._data, offset, row, shape)
-        self._held[slot, sequence] = anchor = _Anchor(memory, self._end)
+        self._held[slot] = anchor = _Anchor(memory, self._end)
         anchor.slot = slot
         anchor.sequence = sequence
         return tensor
 
     def _end(self, anchor: Any) -> None:
-        slot, sequence = anchor.slot, anchor.sequence
+        slot = anchor.slot
+        self._held.pop(slot, None)  # first: once it is released, the peer may send another descriptor with this slot
         order()  # the reads of the block come before its release
-        self._released[slot] = sequence
-        self._held.pop((slot, sequence), None)
+        self._released[slot] = anchor.sequence

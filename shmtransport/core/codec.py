@@ -35,10 +35,11 @@ def encode_request(
     pack: Pack,
     descriptors: list[Any],
     loans: Any,
-) -> tuple[bytes, int]:
-    """Return the bytes of a request, and how many bytes the tensors have that this twin has exported itself.
+) -> tuple[bytes, int, int, int]:
+    """Return the bytes of a request, and what this twin has exported of its tensors by itself.
 
-    The compiled twin exports the tensors of its own ``loans``; this one leaves all of them to ``pack``.
+    That is: the size of these tensors in bytes, how many of them were copied in, and the size of those. The compiled
+    twin exports plain tensors by its own ``loans``; this one leaves all of them to ``pack``.
 
     Args:
         call_id: names the call in its reply.
@@ -47,7 +48,7 @@ def encode_request(
         keywords: the keyword arguments.
         pack: returns a value at a depth in what can be encoded; exports its tensors, in order.
         descriptors: the exported tensors, after everything was packed.
-        loans: the loans that the tensors may be of.
+        loans: what tensors are exported by.
 
     Raises:
         OverflowError: an integer is beyond 64 bits.
@@ -56,12 +57,14 @@ def encode_request(
     """
     packed = [pack(argument, ARGUMENT_DEPTH) for argument in arguments]
     named = {name: pack(argument, ARGUMENT_DEPTH) for name, argument in keywords.items()}
-    return PREAMBLE + _encode([REQUEST_TAG, call_id, method, packed, named, descriptors]), 0
+    return PREAMBLE + _encode([REQUEST_TAG, call_id, method, packed, named, descriptors]), 0, 0, 0
 
 
-def encode_reply(call_id: int, result: Any, pack: Pack, descriptors: list[Any], loans: Any) -> tuple[bytes, int]:
-    """Return the bytes of a reply, and the size of tensors; see ``encode_request``."""
-    return PREAMBLE + _encode([REPLY_TAG, call_id, pack(result, 0), descriptors]), 0
+def encode_reply(
+    call_id: int, result: Any, pack: Pack, descriptors: list[Any], loans: Any
+) -> tuple[bytes, int, int, int]:
+    """Return the bytes of a reply, and what was exported; see ``encode_request``."""
+    return PREAMBLE + _encode([REPLY_TAG, call_id, pack(result, 0), descriptors]), 0, 0, 0
 
 
 def decode_call(

@@ -132,13 +132,13 @@ class Loans:
             raise
         return tensor
 
-    def export(self, tensor: Any, out: list[Any]) -> bool:
-        """Append the descriptor of a loan's tensor to ``out`` and hold it, if this twin knows tensors.
+    def export(self, tensor: Any, out: list[Any]) -> int | None:
+        """Append a tensor's descriptor to ``out`` and hold it, if this twin knows tensors.
 
-        This one always returns False: it leaves every tensor to the caller, which is the specification of what may be
-        sent in place.
+        The compiled twin returns how many bytes it has copied in, 0 for a tensor of a loan, and None for one that it
+        leaves to the caller. This one leaves all to the caller, which is the specification of what can be sent.
         """
-        return False
+        return None
 
     def has(self, start: int) -> bool:
         """Whether a loan begins at an address."""

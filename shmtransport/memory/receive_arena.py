@@ -60,7 +60,7 @@ class ReceiveArena:
         row, nbytes = descriptor.validate(self._data_bytes, self._slots)
         if nbytes == 0:
             return torch.empty(descriptor.shape, dtype=row.torch)
-        raise PeerProtocolError(f"descriptor with sequence {descriptor.sequence} was sent before and is still held")
+        raise PeerProtocolError(f"descriptor names release slot {descriptor.slot}, which an earlier tensor still holds")
 
 
 def release_cells(segment: Segment) -> memoryview:

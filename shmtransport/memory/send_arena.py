@@ -113,8 +113,11 @@ class SendArena:
         """
         out: list[TensorDescriptor] = []
         try:
-            if not self._export(tensor, out):
+            copied = self._export(tensor, out)
+            if copied is None:
                 self._export_slowly(tensor, out)
+            elif copied:
+                self.copies[out[-1].sequence] = copied
         except BaseException:
             self.withdraw(out)
             raise

@@ -41,7 +41,7 @@ from .messages import (
     StreamRequest,
     shorten,
 )
-from .values import Codec
+from .values import Codec, carries_tensors
 
 HANDLER = "handler"
 _TRACEBACK_CHARACTERS = 4096  # its end, which names what failed
@@ -153,7 +153,8 @@ class ClientProtocol:
         failed = False
         if isinstance(message, Reply):
             try:
-                call.succeed(self._codec.result_of(message, control_bytes, started), has_tensors=bool(message.tensors))
+                result = self._codec.result_of(message, control_bytes, started)
+                call.succeed(result, has_tensors=carries_tensors(message))
             except PeerProtocolError as error:
                 call.fail(error)
                 raise

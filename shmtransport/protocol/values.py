@@ -97,14 +97,20 @@ def decode_unread(data: bytes, borrows: Any = None) -> AnyMessage:
     return Reply(call_id, values, descriptors) if method is None else Request(call_id, method, values, {}, descriptors)
 
 
+def carries_tensors(reply: Reply) -> bool:
+    """Whether a received reply has tensors."""
+    unread = reply.result
+    return bool(reply.tensors) or (type(unread) is _Unread and bool(unread.tensors))
+
+
 class _Outbox(list[TensorDescriptor]):
     """The tensors of one message in the making."""
 
-    __slots__ = ("_exporter", "nbytes")
+    __slots__ = ("_exporter", "copied_bytes", "copies", "nbytes")
 
     def __init__(self, exporter: Exporter) -> None:
         self._exporter = exporter
-        self.nbytes = 0
+        self.nbytes = self.copies = self.copied_bytes = 0
 
     def pack(self, value: Any, depth: int) -> Any:
         """Pack a value at a depth, and export its tensors."""
@@ -121,6 +127,12 @@ class _Outbox(list[TensorDescriptor]):
             self.append(self._exporter.export_array(tensor))
         self.nbytes += tensor.nbytes
         return index
+
+    def add_exported(self, nbytes: int, copies: int, copied_bytes: int) -> None:
+        """Count what the core has exported by itself."""
+        self.nbytes += nbytes
+        self.copies += copies
+        self.copied_bytes += copied_bytes
 
 
 class Codec:
@@ -182,10 +194,10 @@ class Codec:
         outbox = _Outbox(self._exporter)
         try:
             if kind is Request:
-                data, exported = encode_request(
+                data, *exported = encode_request(
                     call_id, method, tuple(arguments), dict(keywords), outbox.pack, outbox, self._loans
                 )
-                outbox.nbytes += exported
+                outbox.add_exported(*exported)
                 check_size(data, self._max_message_bytes)
             else:
                 packed = [outbox.pack(argument, ARGUMENT_DEPTH) for argument in arguments]
@@ -205,8 +217,8 @@ class Codec:
         outbox = _Outbox(self._exporter)
         try:
             if kind is Reply:
-                data, exported = encode_reply(call_id, result, outbox.pack, outbox, self._loans)
-                outbox.nbytes += exported
+                data, *exported = encode_reply(call_id, result, outbox.pack, outbox, self._loans)
+                outbox.add_exported(*exported)
                 check_size(data, self._max_message_bytes)
             else:
                 data = encode(kind(call_id, outbox.pack(result, 0), tuple(outbox)), self._max_message_bytes)
@@ -299,13 +311,13 @@ class Codec:
 
     def _count_sent(self, data: bytes, outbox: _Outbox, started: float) -> None:
         copies = self._exporter.copies
-        copied = copied_bytes = 0
         if copies:
             for descriptor in outbox:
                 nbytes = copies.pop(descriptor.sequence, 0)
-                copied += nbytes > 0
-                copied_bytes += nbytes
-        self._counters.count_sent(len(data), perf_counter() - started, len(outbox), outbox.nbytes, copied, copied_bytes)
+                outbox.add_exported(0, nbytes > 0, nbytes)
+        self._counters.count_sent(
+            len(data), perf_counter() - started, len(outbox), outbox.nbytes, outbox.copies, outbox.copied_bytes
+        )
 
 
 def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int], depth: int = 0) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
 import time
 import types
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tests.support.loops import (
     server_for,
 )
 from tests.support.process import ROOT, Process
+from tests.support.rings import CELL_BYTES
 
 pytestmark = [in_each_loop, on_each_channel, pytest.mark.timeout(60), pytest.mark.usefixtures("nothing_unhandled")]
 
@@ -124,7 +126,7 @@ def test_a_server_that_forges_its_count_of_requests_is_left(run: Run, channel: C
             assert await becomes(lambda: gate.entered == 1)
             (hosted,) = server._connections.values()
             assert hosted.memory.ring is not None
-            hosted.memory.ring._own_cells[1] = 1 << 40
+            struct.pack_into("<Q", hosted.memory._own.message_ring, CELL_BYTES, 1 << 40)  # how much it has read
             calls += [asyncio.create_task(client.call("echo", "x" * 60_000)) for _ in range(4)]
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, PeerProtocolError)

@@ -205,9 +205,7 @@ static PyType_Spec allocator_spec = {
 
 int add_allocator_types(PyObject *module)
 {
-    if (block_type == NULL) /* a second import shares it: the first one's blocks are still there */
-        block_type = (PyTypeObject *)PyType_FromSpec(&block_spec);
-    if (block_type == NULL || PyModule_AddObjectRef(module, "Block", (PyObject *)block_type) < 0)
+    if (!make_type_once(&block_type, &block_spec) || PyModule_AddObjectRef(module, "Block", (PyObject *)block_type) < 0)
         return -1;
     PyObject *allocator = PyType_FromSpec(&allocator_spec);
     if (allocator == NULL)

@@ -5,7 +5,7 @@
 struct borrows *borrows_make(struct mapping *data_mapping, size_t data_offset, size_t data_bytes,
                              struct mapping *cells_mapping, size_t cells_offset, size_t slots)
 {
-    struct borrows *borrows = calloc(1, sizeof *borrows + slots * sizeof *borrows->held);
+    struct borrows *borrows = calloc(1, sizeof *borrows + slots * sizeof *borrows->is_held);
     if (borrows == NULL)
         return NULL;
     atomic_init(&borrows->references, 1);
@@ -31,12 +31,10 @@ static void end_borrow(struct view *view)
 {
     struct borrow *borrow = (struct borrow *)view;
     struct borrows *borrows = borrow->owner;
-    uint64_t slot = borrow->slot, sequence = borrow->sequence;
-    if (!atomic_load_explicit(&borrows->abandoned, memory_order_relaxed))
-        atomic_store_explicit(&borrows->cells[slot], sequence, memory_order_release); /* after the reads of the block */
-    /* From here on the peer may have used the slot again, and another thread may hold it by a new descriptor. */
-    atomic_compare_exchange_strong_explicit(&borrows->held[slot], &sequence, 0, memory_order_relaxed,
-                                            memory_order_relaxed);
+    /* First: once it is released, the peer may send another descriptor with this slot. */
+    atomic_store_explicit(&borrows->is_held[borrow->slot], false, memory_order_relaxed);
+    if (!atomic_load_explicit(&borrows->abandoned, memory_order_relaxed)) /* the release: after the reads of the block */
+        atomic_store_explicit(&borrows->cells[borrow->slot], borrow->sequence, memory_order_release);
     atomic_fetch_sub_explicit(&borrows->count, 1, memory_order_relaxed);
     free(borrow);
     borrows_drop(borrows);
@@ -45,7 +43,7 @@ static void end_borrow(struct view *view)
 bool borrow_is_possible(const struct borrows *borrows, uint64_t slot, uint64_t sequence)
 {
     return slot < borrows->slots && sequence != 0
-        && atomic_load_explicit(&borrows->held[slot], memory_order_relaxed) != sequence;
+        && !atomic_load_explicit(&borrows->is_held[slot], memory_order_relaxed);
 }
 
 struct borrow *borrow_begin(struct borrows *borrows, uint64_t slot, uint64_t sequence)
@@ -60,6 +58,6 @@ struct borrow *borrow_begin(struct borrows *borrows, uint64_t slot, uint64_t seq
     borrow->sequence = sequence;
     atomic_fetch_add_explicit(&borrows->references, 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&borrows->count, 1, memory_order_relaxed);
-    atomic_store_explicit(&borrows->held[slot], sequence, memory_order_relaxed);
+    atomic_store_explicit(&borrows->is_held[slot], true, memory_order_relaxed);
     return borrow;
 }

@@ -1,7 +1,7 @@
 /* Views of what the peer has sent, and their releases: no Python.
  *
  * A borrow ends on any thread, without the GIL: one store into this process's own release table, after all reads of the
- * block. Which descriptor holds which slot is private memory; what the peer says is checked against it.
+ * block. Which slots are held is private memory; what the peer says is checked against it.
  */
 #ifndef SHMTRANSPORT_BORROWS_H
 #define SHMTRANSPORT_BORROWS_H
@@ -21,8 +21,8 @@ struct borrows {
     _Atomic uint64_t *cells; /* the release table in this process's own segment */
     uint64_t slots;
     atomic_size_t count;
-    atomic_bool abandoned;   /* in a forked child, where nothing is released */
-    _Atomic uint64_t held[]; /* by slot: the sequence of the descriptor that holds it, or 0 */
+    atomic_bool abandoned; /* in a forked child, where nothing is released */
+    atomic_bool is_held[]; /* by slot: whether a borrow lives that will release it */
 };
 
 struct borrow {
@@ -37,7 +37,7 @@ struct borrows *borrows_make(struct mapping *data_mapping, size_t data_offset, s
 
 void borrows_drop(struct borrows *borrows);
 
-/* Whether a descriptor's slot is in range, and not held by that descriptor already. */
+/* Whether a descriptor's slot is in range and not held, and its sequence is one. */
 bool borrow_is_possible(const struct borrows *borrows, uint64_t slot, uint64_t sequence);
 
 /* Begin a borrow by a descriptor; NULL if that is not possible, or without memory. */

@@ -175,6 +175,5 @@ static PyType_Spec borrows_spec = {
 
 int add_borrows_type(PyObject *module)
 {
-    borrows_type = (PyTypeObject *)PyType_FromSpec(&borrows_spec);
-    return borrows_type == NULL ? -1 : PyModule_AddObjectRef(module, "Borrows", (PyObject *)borrows_type);
+    return make_type_once(&borrows_type, &borrows_spec) ? PyModule_AddObjectRef(module, "Borrows", (PyObject *)borrows_type) : -1;
 }

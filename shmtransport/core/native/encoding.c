@@ -27,7 +27,7 @@ struct encoder {
     PyObject *pack;
     PyObject *descriptors; /* a list */
     PyObject *loans;       /* NULL where pack exports all tensors */
-    uint64_t tensor_bytes; /* of those that were exported here */
+    uint64_t tensor_bytes, copies, copied_bytes; /* of those that were exported here */
 };
 
 static bool put_value(struct encoder *encoder, PyObject *value, int depth);
@@ -205,20 +205,22 @@ static bool put_dict(struct encoder *encoder, PyObject *dict, int depth)
     return put_it;
 }
 
-/* A tensor of a loan is exported here; *done tells whether it was one. */
-static bool put_loan(struct encoder *encoder, PyObject *value, bool *done)
+/* A plain tensor is exported here; *done tells whether it was one. */
+static bool put_tensor(struct encoder *encoder, PyObject *value, bool *done)
 {
     Py_ssize_t index = PyList_Size(encoder->descriptors);
-    int64_t nbytes;
+    struct exported result;
     *done = false;
     if (encoder->loans == NULL || index >= MAX_TENSORS)
         return true;
-    int exported = export_loan(encoder->loans, value, encoder->descriptors, &nbytes);
+    int exported = export_tensor(encoder->loans, value, encoder->descriptors, &result);
     if (exported <= 0)
         return exported == 0;
     const char bytes[2] = {(char)(index & 0xff), (char)(index >> 8)};
     pack_extension(&encoder->packer, TENSOR_CODE, bytes, sizeof bytes);
-    encoder->tensor_bytes += (uint64_t)nbytes;
+    encoder->tensor_bytes += (uint64_t)result.nbytes;
+    encoder->copies += result.is_copy;
+    encoder->copied_bytes += result.is_copy ? (uint64_t)result.nbytes : 0;
     *done = true;
     return true;
 }
@@ -227,7 +229,7 @@ static bool put_loan(struct encoder *encoder, PyObject *value, bool *done)
 static bool put_other(struct encoder *encoder, PyObject *value, int depth)
 {
     bool is_put;
-    if (!put_loan(encoder, value, &is_put) || is_put)
+    if (!put_tensor(encoder, value, &is_put) || is_put)
         return is_put;
     PyObject *number = PyLong_FromLong(depth);
     PyObject *packed = number == NULL ? NULL : PyObject_CallFunctionObjArgs(encoder->pack, value, number, NULL);
@@ -345,7 +347,7 @@ static void begin_message(struct encoder *encoder, size_t fields, uint64_t tag)
     packer_begin(&encoder->packer);
     if (!is_loans(encoder->loans))
         encoder->loans = NULL;
-    encoder->tensor_bytes = 0;
+    encoder->tensor_bytes = encoder->copies = encoder->copied_bytes = 0;
     pack_byte(&encoder->packer, MAGIC_BYTE);
     pack_byte(&encoder->packer, FORMAT_VERSION);
     pack_array(&encoder->packer, 1 + fields);
@@ -360,8 +362,9 @@ static PyObject *end_message(struct encoder *encoder, bool is_whole)
     if (packer->out_of_memory && is_whole)
         PyErr_NoMemory();
     else if (is_whole)
-        result = Py_BuildValue("y#K", (const char *)packer->bytes, (Py_ssize_t)packer->length,
-                               (unsigned long long)encoder->tensor_bytes);
+        result = Py_BuildValue("y#KKK", (const char *)packer->bytes, (Py_ssize_t)packer->length,
+                               (unsigned long long)encoder->tensor_bytes, (unsigned long long)encoder->copies,
+                               (unsigned long long)encoder->copied_bytes);
     packer_end(packer);
     return result;
 }

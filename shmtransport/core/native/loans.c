@@ -184,11 +184,16 @@ void loans_give_back(struct loan *loan)
     free_loan(loan);
 }
 
+bool loans_contain(const struct loans *loans, const void *address)
+{
+    return (uintptr_t)address - (uintptr_t)loans->data < (uintptr_t)loans->allocator.capacity;
+}
+
 struct loan *loans_find(const struct loans *loans, const void *start)
 {
-    uintptr_t offset = (uintptr_t)start - (uintptr_t)loans->data;
-    if (offset >= (uintptr_t)loans->allocator.capacity)
+    if (!loans_contain(loans, start))
         return NULL;
+    uintptr_t offset = (uintptr_t)start - (uintptr_t)loans->data;
     struct loan *loan = *bucket_of(loans, (int64_t)offset);
     while (loan != NULL && loan->block->offset != (int64_t)offset)
         loan = loan->next_beside;

@@ -65,6 +65,9 @@ void loans_drop(struct loans *loans);
 struct loan *loans_claim(struct loans *loans, int64_t nbytes, bool is_copy);
 void loans_give_back(struct loan *loan);
 
+/* Whether an address lies in the data area. */
+bool loans_contain(const struct loans *loans, const void *address);
+
 /* The loan that begins at an address, or NULL. */
 struct loan *loans_find(const struct loans *loans, const void *start);
 

@@ -6,27 +6,9 @@
  */
 #include "loans_type.h"
 
-#include "loans.h"
 #include "mapping_type.h"
 #include "tensors_type.h"
 #include "waiting.h"
-
-typedef struct {
-    PyObject_HEAD
-    struct loans *loans;
-    PyObject *tensors; /* keeps what the next points to */
-    const struct tensors *library;
-    PyObject *describe; /* makes a descriptor of (offset, shape, dtype, slot, sequence) */
-    PyObject *is_neg, *is_conj;
-} Loans;
-
-/* A block to copy into, until it is held or dropped. */
-typedef struct {
-    PyObject_HEAD
-    Loans *owner;
-    struct loan *loan; /* NULL once it is held */
-    long long offset;
-} Claim;
 
 static PyTypeObject *claim_type, *loans_type; /* for as long as the process lives */
 
@@ -59,13 +41,26 @@ static PyType_Spec claim_spec = {
     .slots = claim_slots,
 };
 
+Claim *claim_copy(PyObject *owner, int64_t nbytes)
+{
+    Claim *claim = PyObject_New(Claim, claim_type);
+    if (claim == NULL)
+        return NULL;
+    claim->owner = (Loans *)Py_NewRef(owner);
+    claim->loan = loans_claim(claim->owner->loans, nbytes, true);
+    claim->offset = claim->loan == NULL ? 0 : claim->loan->block->offset;
+    return claim;
+}
+
 /* --- Loans --- */
 
 static bool find_tensor_methods(Loans *self)
 {
     self->is_neg = PyObject_GetAttrString((PyObject *)self->library->type, "is_neg");
     self->is_conj = PyObject_GetAttrString((PyObject *)self->library->type, "is_conj");
-    return self->is_neg != NULL && self->is_conj != NULL;
+    self->untyped_storage = PyObject_GetAttrString((PyObject *)self->library->type, "untyped_storage");
+    self->storage_offset = PyObject_GetAttrString((PyObject *)self->library->type, "storage_offset");
+    return !PyErr_Occurred();
 }
 
 static PyObject *loans_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
@@ -110,6 +105,8 @@ static void loans_dealloc(PyObject *object)
     Py_XDECREF(self->describe);
     Py_XDECREF(self->is_neg);
     Py_XDECREF(self->is_conj);
+    Py_XDECREF(self->untyped_storage);
+    Py_XDECREF(self->storage_offset);
     free_object(object);
 }
 
@@ -132,122 +129,22 @@ static PyObject *loans_lend(PyObject *object, PyObject *const *arguments, Py_ssi
     return make_tensor_over(self->library, &loan->view, self->loans->data + loan->block->offset, row, &extent);
 }
 
-static PyObject *shape_of(int dimensions, const int64_t *sizes)
-{
-    PyObject *shape = PyTuple_New(dimensions);
-    for (int index = 0; shape != NULL && index < dimensions; index++) {
-        PyObject *size = PyLong_FromLongLong(sizes[index]);
-        if (size == NULL || PyTuple_SetItem(shape, index, size) < 0)
-            Py_CLEAR(shape);
-    }
-    return shape;
-}
-
-/* Hold a loan by a descriptor, which is appended to a list: True, or False without a free slot. Takes the shape over.
- * start is where a tensor's loan begins, and NULL for a copy, which cannot end meanwhile. */
-static PyObject *hold(Loans *self, struct loan *loan, const void *start, int64_t offset, PyObject *shape,
-                      PyObject *name, PyObject *out)
-{
-    struct loans *loans = self->loans;
-    PyObject *descriptor = NULL;
-    while (shape != NULL) {
-        int32_t slot = loans_next_slot(loans);
-        if (slot == NO_SLOT)
-            break;
-        uint64_t sequence = loans->sequence + 1;
-        descriptor = PyObject_CallFunction(self->describe, "LOOiK", (long long)offset, shape, name, (int)slot,
-                                           (unsigned long long)sequence);
-        if (descriptor == NULL)
-            break;
-        bool is_current = loans->sequence + 1 == sequence && loans->free_count > 0
-            && loans->free_slots[loans->free_count - 1] == slot;
-        if (is_current && (start == NULL || loans_find(loans, start) == loan)) {
-            if (PyList_Append(out, descriptor) == 0)
-                loans_hold(loans, loan, slot);
-            break;
-        }
-        Py_CLEAR(descriptor); /* an inner call was faster */
-    }
-    Py_XDECREF(shape);
-    Py_XDECREF(descriptor);
-    return PyErr_Occurred() ? NULL : PyBool_FromLong(descriptor != NULL);
-}
-
-/* Whether a method of a tensor says yes; -1 with an error set. */
-static int says_yes(PyObject *method, PyObject *tensor)
-{
-    PyObject *answer = PyObject_CallFunctionObjArgs(method, tensor, NULL);
-    int yes = answer == NULL ? -1 : PyObject_IsTrue(answer);
-    Py_XDECREF(answer);
-    return yes;
-}
-
-static bool is_contiguous(const struct dl_tensor *tensor)
-{
-    int64_t expected = 1;
-    for (int index = tensor->dimensions - 1; index >= 0; index--) {
-        if (tensor->shape[index] <= 0 || (tensor->shape[index] != 1 && tensor->strides[index] != expected)
-            || expected > INT64_MAX / tensor->shape[index])
-            return false;
-        expected *= tensor->shape[index];
-    }
-    return true;
-}
-
-/* Describe a tensor that begins where a loan does; false for any other, without an error. */
-static bool describe_loan(Loans *self, PyObject *object, struct dl_tensor *tensor, const struct dtype_row **row)
-{
-    if (!Py_IS_TYPE(object, self->library->type))
-        return false;
-    if (self->library->exchange->describe(object, tensor) != 0) {
-        PyErr_Clear();
-        return false;
-    }
-    *row = row_described(self->library, tensor->dtype);
-    return *row != NULL && tensor->device_type == DL_CPU && tensor->dimensions <= MAX_DIMENSIONS
-        && tensor->byte_offset == 0 && is_contiguous(tensor) && loans_find(self->loans, tensor->data) != NULL;
-}
-
-int export_loan(PyObject *object, PyObject *exported, PyObject *out, int64_t *nbytes)
-{
-    Loans *self = (Loans *)object;
-    struct dl_tensor tensor;
-    const struct dtype_row *row;
-    if (!describe_loan(self, exported, &tensor, &row))
-        return 0;
-    int is_lazy = says_yes(self->is_neg, exported);
-    if (is_lazy == 0 && row->described.code == DL_COMPLEX)
-        is_lazy = says_yes(self->is_conj, exported);
-    if (is_lazy < 0)
-        return -1;
-    if (is_lazy || !describe_loan(self, exported, &tensor, &row)) /* again: a mode of torch may run Python code */
-        return 0;
-    struct loan *loan = loans_find(self->loans, tensor.data);
-    *nbytes = row->itemsize;
-    for (int index = 0; index < tensor.dimensions; index++)
-        *nbytes *= tensor.shape[index];
-    if (*nbytes > loan->block->nbytes)
-        return 0;
-    PyObject *held = hold(self, loan, tensor.data, loan->block->offset, shape_of(tensor.dimensions, tensor.shape),
-                          row->name, out);
-    Py_XDECREF(held);
-    return held == NULL ? -1 : held == Py_True;
-}
-
 bool is_loans(PyObject *object)
 {
     return PyObject_TypeCheck(object, loans_type);
 }
 
-/* export(tensor, out): append a descriptor of a loan's tensor to out, and hold it: True. False, with nothing done, for
- * what memory/send_arena.py is to look at. */
+/* export(tensor, out): append a tensor's descriptor to out, and hold it. How many bytes were copied in: 0 for a loan's.
+ * None, with nothing done, without room, and for what memory/send_arena.py is to look at. */
 static PyObject *loans_export(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    int64_t nbytes;
+    struct exported result;
     if (count != 2 || !PyList_Check(arguments[1]))
         return PyErr_Format(PyExc_TypeError, "%zd", count);
-    int done = export_loan(self, arguments[0], arguments[1], &nbytes);
-    return done < 0 ? NULL : PyBool_FromLong(done);
+    int done = export_tensor(self, arguments[0], arguments[1], &result);
+    if (done <= 0)
+        return done < 0 ? NULL : Py_NewRef(Py_None);
+    return PyLong_FromLongLong(result.is_copy ? result.nbytes : 0);
 }
 
 /* hold(start, offset, shape, dtype, out): hold the loan that begins at an address by a descriptor of what lies at an
@@ -263,30 +160,22 @@ static PyObject *loans_hold_part(PyObject *object, PyObject *parameters)
     struct loan *loan = loans_find(self->loans, (void *)(uintptr_t)start);
     if (loan == NULL)
         return refuse("not_lent", "(K)", start);
-    return hold(self, loan, (void *)(uintptr_t)start, offset, Py_NewRef(shape), name, out);
+    return hold_by_descriptor(self, loan, (void *)(uintptr_t)start, offset, Py_NewRef(shape), name, out);
 }
 
 /* claim(nbytes): a block to copy into, or None without room. */
-static PyObject *loans_claim_copy(PyObject *object, PyObject *argument)
+static PyObject *loans_claim_method(PyObject *self, PyObject *argument)
 {
-    Loans *self = (Loans *)object;
     long long nbytes = PyLong_AsLongLong(argument);
     if (nbytes == -1 && PyErr_Occurred())
         return NULL;
     if (nbytes <= 0)
         return refuse("empty_claim", "(O)", argument);
-    Claim *claim = PyObject_New(Claim, claim_type);
-    if (claim == NULL)
-        return NULL;
-    claim->owner = NULL;
-    claim->loan = loans_claim(self->loans, nbytes, true);
-    if (claim->loan == NULL) {
-        Py_DECREF(claim);
-        Py_RETURN_NONE;
-    }
-    claim->owner = (Loans *)Py_NewRef(object);
-    claim->offset = claim->loan->block->offset;
-    return (PyObject *)claim;
+    Claim *claim = claim_copy(self, nbytes);
+    if (claim == NULL || claim->loan != NULL)
+        return (PyObject *)claim;
+    Py_DECREF(claim);
+    Py_RETURN_NONE;
 }
 
 /* hold_copy(claim, shape, dtype, out): as hold, for what was copied into a claim, which is used up. */
@@ -300,7 +189,7 @@ static PyObject *loans_hold_copy(PyObject *object, PyObject *parameters)
     Claim *claim = (Claim *)claimed;
     if (claim->owner != self || claim->loan == NULL)
         return refuse("block_not_held", "(L)", claim->offset);
-    PyObject *held = hold(self, claim->loan, NULL, claim->offset, Py_NewRef(shape), name, out);
+    PyObject *held = hold_by_descriptor(self, claim->loan, NULL, claim->offset, Py_NewRef(shape), name, out);
     if (held == Py_True)
         claim->loan = NULL;
     return held;
@@ -380,7 +269,7 @@ static PyMethodDef loans_methods[] = {
     {"lend", (PyCFunction)(void (*)(void))loans_lend, METH_FASTCALL, NULL},
     {"export", (PyCFunction)(void (*)(void))loans_export, METH_FASTCALL, NULL},
     {"hold", loans_hold_part, METH_VARARGS, NULL},
-    {"claim", loans_claim_copy, METH_O, NULL},
+    {"claim", loans_claim_method, METH_O, NULL},
     {"hold_copy", loans_hold_copy, METH_VARARGS, NULL},
     {"has", loans_has, METH_O, NULL},
     {"end_hold", loans_end_hold_method, METH_VARARGS, NULL},
@@ -408,7 +297,7 @@ static PyType_Spec loans_spec = {
 
 int add_loans_types(PyObject *module)
 {
-    claim_type = (PyTypeObject *)PyType_FromSpec(&claim_spec);
-    loans_type = claim_type == NULL ? NULL : (PyTypeObject *)PyType_FromSpec(&loans_spec);
-    return loans_type == NULL ? -1 : PyModule_AddObjectRef(module, "Loans", (PyObject *)loans_type);
+    if (!make_type_once(&claim_type, &claim_spec) || !make_type_once(&loans_type, &loans_spec))
+        return -1;
+    return PyModule_AddObjectRef(module, "Loans", (PyObject *)loans_type);
 }

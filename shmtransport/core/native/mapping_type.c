@@ -106,6 +106,5 @@ static PyType_Spec mapping_spec = {
 
 int add_mapping_type(PyObject *module)
 {
-    mapping_type = (PyTypeObject *)PyType_FromSpec(&mapping_spec);
-    return mapping_type == NULL ? -1 : PyModule_AddObjectRef(module, "Mapping", (PyObject *)mapping_type);
+    return make_type_once(&mapping_type, &mapping_spec) ? PyModule_AddObjectRef(module, "Mapping", (PyObject *)mapping_type) : -1;
 }

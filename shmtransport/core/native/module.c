@@ -10,6 +10,13 @@ void free_object(PyObject *self)
     Py_DECREF(type);
 }
 
+bool make_type_once(PyTypeObject **type, PyType_Spec *spec)
+{
+    if (*type == NULL)
+        *type = (PyTypeObject *)PyType_FromSpec(spec);
+    return *type != NULL;
+}
+
 /* Types are kept in static pointers, so that there is one interpreter only that may have them. */
 static int check_interpreter(void)
 {

@@ -16,9 +16,15 @@
 #include <Python.h>
 #include <structmember.h>
 
+#include <stdbool.h>
+
 /* Raise what shmtransport.core.refusals.<rule>(arguments) returns: no words in C. The format is that of Py_BuildValue
  * for a tuple. Always NULL. */
 PyObject *refuse(const char *rule, const char *format, ...);
+
+/* Make a type once, for as long as the process lives, however often this module is imported: a static pointer to it tells
+ * its objects, those of an earlier import too. False with an error set. */
+bool make_type_once(PyTypeObject **type, PyType_Spec *spec);
 
 /* The memory of an object of one of this module's types, without references in it, and its reference to its type. */
 void free_object(PyObject *self);

@@ -49,6 +49,5 @@ static PyType_Spec tensors_spec = {
 
 int add_tensors_type(PyObject *module)
 {
-    tensors_type = (PyTypeObject *)PyType_FromSpec(&tensors_spec);
-    return tensors_type == NULL ? -1 : PyModule_AddObjectRef(module, "Tensors", (PyObject *)tensors_type);
+    return make_type_once(&tensors_type, &tensors_spec) ? PyModule_AddObjectRef(module, "Tensors", (PyObject *)tensors_type) : -1;
 }

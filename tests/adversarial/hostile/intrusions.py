@@ -175,9 +175,10 @@ def descriptors_out_of_range(scene: Scene) -> None:
 
 
 @attack(*BOTH)
-def the_same_sequence_twice(scene: Scene) -> None:
-    """Two tensors of one message that would be released by the same number."""
-    twice = [carrying(descriptor(), descriptor(slot=slot), arguments=[TENSOR, Ext(1, b"\1\0")]) for slot in (0, 1)]
+def the_same_slot_twice(scene: Scene) -> None:
+    """Two tensors of one message that would be released in the same slot: the same one, and another."""
+    seconds = (descriptor(), descriptor(64), descriptor(sequence=2))
+    twice = [carrying(descriptor(), second, arguments=[TENSOR, Ext(1, b"\1\0")]) for second in seconds]
     scene.assert_each_costs_the_connection(twice)
 
 

@@ -218,7 +218,7 @@ def wrong_replies(request: Request) -> dict[str, list[bytes]]:
             forged(request, shape=[0], sequence=1),
         ],
         "with one tensor twice": [
-            replied(request, [TENSOR, Ext(1, b"\1\0")], [0, [8], "uint8", 0, 1], [64, [8], "uint8", 1, 1])
+            replied(request, [TENSOR, Ext(1, b"\1\0")], [0, [8], "uint8", 0, 1], [64, [8], "uint8", 0, 1])
         ],
         "with extensions that name nothing": [
             replied(request, value, [0, [8], "uint8", 0, 1])

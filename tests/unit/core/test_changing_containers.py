@@ -33,7 +33,7 @@ def _encode(core: ModuleType, value: Any, change: Change) -> bytes:
         change(value)
         return 0
 
-    data, _ = core.encode_reply(0, value, lambda one, depth: pack(one, export, depth), [], None)
+    data, *_ = core.encode_reply(0, value, lambda one, depth: pack(one, export, depth), [], None)
     return data
 
 
@@ -115,7 +115,7 @@ def test_an_item_may_change_the_list_that_it_is_in(core: ModuleType) -> None:
             return _TENSOR.__dlpack__()
 
     items: list[Any] = [1, Array(), 2]
-    data, _ = core.encode_reply(0, items, lambda one, depth: pack(one, lambda _tensor: 0, depth), [], None)
+    data, *_ = core.encode_reply(0, items, lambda one, depth: pack(one, lambda _tensor: 0, depth), [], None)
     assert len(_result(data)) == 2
 
 

@@ -143,14 +143,14 @@ def test_both_stop_at_the_same_depth(kind: int, value: Any, depth: int) -> None:
 def test_the_bytes_are_those_of_the_messages(core: ModuleType) -> None:
     """A request and a reply decode as what they are; encoding those again gives the same bytes."""
     exporter = _Exporter()
-    data, _ = core.encode_request(
+    data, *_ = core.encode_request(
         5, "add", (1, (_TENSOR, [_ARRAY])), {"k": None}, exporter.pack, exporter.descriptors, None
     )
     request = decode(data)
     assert isinstance(request, Request)
     assert (request.call_id, request.method, request.tensors) == (5, "add", tuple(exporter.descriptors))
     assert encode(request) == data
-    data, _ = core.encode_reply(6, {"x": _TENSOR}, exporter.pack, exporter.descriptors, None)
+    data, *_ = core.encode_reply(6, {"x": _TENSOR}, exporter.pack, exporter.descriptors, None)
     reply = decode(data)
     assert isinstance(reply, Reply)
     assert encode(reply) == data
@@ -158,7 +158,7 @@ def test_the_bytes_are_those_of_the_messages(core: ModuleType) -> None:
 
 def test_keywords_of_a_subclass_of_str_are_sent(core: ModuleType) -> None:
     """Python takes them as names of keyword arguments."""
-    data, _ = core.encode_request(0, "m", (), {_OwnText("x"): 1}, _Exporter().pack, [], None)
+    data, *_ = core.encode_request(0, "m", (), {_OwnText("x"): 1}, _Exporter().pack, [], None)
     assert decode(data) == Request(0, "m", [], {"x": 1}, ())
 
 
@@ -188,5 +188,5 @@ def test_both_count_alike(count: int) -> None:
     values = ("x" * count, b"x" * count, [None] * count, (None,) * count, dict.fromkeys(range(count)), count, -count)
     assert _encoded(native_twin, (values,), {"k": values}) == _encoded(python_twin, (values,), {"k": values})
     extension = Ext(-5, b"x" * count)
-    data, _ = native_twin.encode_reply(0, _TENSOR, lambda _value, _depth: extension, [], None)
+    data, *_ = native_twin.encode_reply(0, _TENSOR, lambda _value, _depth: extension, [], None)
     assert data == encode(Reply(0, extension, ()), 1 << 20)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from shmtransport.core import python_twin
 from shmtransport.errors import LocalProtocolError, TransportError
 from shmtransport.memory.dtypes import TABLE, DType
 from tests.support.arenas import Pair, random_tensor, raw
@@ -260,9 +261,13 @@ def test_an_unaligned_array_is_sent(pair: Pair) -> None:
 
 @pytest.mark.parametrize("value", [torch.ones(3), torch.ones(3, dtype=torch.bfloat16), np.ones(3)[::-1]])
 def test_a_copy_that_is_interrupted_leaves_no_block(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, value: torch.Tensor | np.ndarray
+    monkeypatch: pytest.MonkeyPatch, value: torch.Tensor | np.ndarray
 ) -> None:
-    """Where copying a tensor in doesn't come to an end, its room can be had again, and no copy was counted."""
+    """Where copying a tensor in doesn't come to an end, its room can be had again, and no copy was counted.
+
+    The compiled twin copies tensors without running Python code: it can't be interrupted there.
+    """
+    pair = Pair(core=python_twin)
 
     def interrupted(_target: np.ndarray, _source: np.ndarray) -> None:
         raise KeyboardInterrupt
@@ -273,3 +278,4 @@ def test_a_copy_that_is_interrupted_leaves_no_block(
             pair.pass_on(value)
     assert pair.is_free()
     assert pair.copied == []
+    pair.close()

@@ -70,7 +70,7 @@ def test_a_descriptor_sent_twice_is_the_peers_error(pair: Pair) -> None:
     """While its borrow is held, the same sequence can't be borrowed again; the first borrow stays."""
     descriptor = pair.send.export(torch.arange(3))
     borrow = pair.receive.borrow(descriptor)
-    with pytest.raises(PeerProtocolError, match=f"sequence {descriptor.sequence} was sent before"):
+    with pytest.raises(PeerProtocolError, match=f"slot {descriptor.slot}, which an earlier tensor still holds"):
         pair.receive.borrow(descriptor)
     assert len(pair.receive) == 1
     assert borrow.tolist() == [0, 1, 2]

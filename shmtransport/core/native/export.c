@@ -1,0 +1,186 @@
+/* Exporting tensors: those of loans in place, plain ones by a copy, and all others not at all.
+ *
+ * Where a tensor or a descriptor is made, a garbage collection may run Python code that uses the same loans, and so may
+ * a method of a tensor where a mode of torch is active: what was looked at before is looked at again after that.
+ */
+#include "loans_type.h"
+
+#include <string.h>
+
+#define LONG_COPY (64 << 10) /* bytes: from here on other threads run meanwhile */
+
+static PyObject *shape_of(int dimensions, const int64_t *sizes)
+{
+    PyObject *shape = PyTuple_New(dimensions);
+    for (int index = 0; shape != NULL && index < dimensions; index++) {
+        PyObject *size = PyLong_FromLongLong(sizes[index]);
+        if (size == NULL || PyTuple_SetItem(shape, index, size) < 0)
+            Py_CLEAR(shape);
+    }
+    return shape;
+}
+
+PyObject *hold_by_descriptor(Loans *self, struct loan *loan, const void *start, int64_t offset, PyObject *shape,
+                             PyObject *name, PyObject *out)
+{
+    struct loans *loans = self->loans;
+    PyObject *descriptor = NULL;
+    while (shape != NULL) {
+        int32_t slot = loans_next_slot(loans);
+        if (slot == NO_SLOT)
+            break;
+        uint64_t sequence = loans->sequence + 1;
+        descriptor = PyObject_CallFunction(self->describe, "LOOiK", (long long)offset, shape, name, (int)slot,
+                                           (unsigned long long)sequence);
+        if (descriptor == NULL)
+            break;
+        bool is_current = loans->sequence + 1 == sequence && loans->free_count > 0
+            && loans->free_slots[loans->free_count - 1] == slot;
+        if (is_current && (start == NULL || loans_find(loans, start) == loan)) {
+            if (PyList_Append(out, descriptor) == 0)
+                loans_hold(loans, loan, slot);
+            break;
+        }
+        Py_CLEAR(descriptor); /* an inner call was faster */
+    }
+    Py_XDECREF(shape);
+    Py_XDECREF(descriptor);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(descriptor != NULL);
+}
+
+/* Whether a method of a tensor says yes; -1 with an error set. */
+static int says_yes(PyObject *method, PyObject *tensor)
+{
+    PyObject *answer = PyObject_CallFunctionObjArgs(method, tensor, NULL);
+    int yes = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return yes;
+}
+
+static bool is_contiguous(const struct dl_tensor *tensor)
+{
+    int64_t expected = 1;
+    for (int index = tensor->dimensions - 1; index >= 0; index--) {
+        if (tensor->shape[index] <= 0 || (tensor->shape[index] != 1 && tensor->strides[index] != expected)
+            || expected > INT64_MAX / tensor->shape[index])
+            return false;
+        expected *= tensor->shape[index];
+    }
+    return true;
+}
+
+/* Describe a tensor of plain, contiguous elements in this process's memory; false for any other, without an error. */
+static bool describe(Loans *self, PyObject *object, struct dl_tensor *tensor, const struct dtype_row **row,
+                     int64_t *nbytes)
+{
+    if (!Py_IS_TYPE(object, self->library->type))
+        return false;
+    if (self->library->exchange->describe(object, tensor) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    *row = row_described(self->library, tensor->dtype);
+    if (*row == NULL || tensor->device_type != DL_CPU || tensor->dimensions > MAX_DIMENSIONS
+        || tensor->byte_offset != 0 || tensor->data == NULL || !is_contiguous(tensor))
+        return false;
+    *nbytes = (*row)->itemsize;
+    for (int index = 0; index < tensor->dimensions; index++)
+        if (__builtin_mul_overflow(*nbytes, tensor->shape[index], nbytes))
+            return false;
+    return true;
+}
+
+/* Whether the elements of a tensor are what its bytes say; -1 with an error set. */
+static int is_plain(Loans *self, PyObject *tensor, const struct dtype_row *row)
+{
+    int is_lazy = says_yes(self->is_neg, tensor);
+    if (is_lazy == 0 && row->described.code == DL_COMPLEX)
+        is_lazy = says_yes(self->is_conj, tensor);
+    return is_lazy < 0 ? -1 : !is_lazy;
+}
+
+/* What a method returns as an integer; -1 with an error set. */
+static long long ask(PyObject *method, PyObject *object)
+{
+    PyObject *answer = method == NULL ? NULL : PyObject_CallFunctionObjArgs(method, object, NULL);
+    long long number = answer == NULL ? -1 : PyLong_AsLongLong(answer);
+    Py_XDECREF(answer);
+    return number;
+}
+
+/* Whether a tensor's storage, which may have been freed or cut, holds all of it; -1 with an error set. */
+static int is_in_storage(Loans *self, PyObject *tensor, int64_t itemsize, int64_t nbytes)
+{
+    long long offset = ask(self->storage_offset, tensor), size = -1;
+    PyObject *storage = offset < 0 ? NULL : PyObject_CallFunctionObjArgs(self->untyped_storage, tensor, NULL);
+    PyObject *answer = storage == NULL ? NULL : PyObject_CallMethod(storage, "nbytes", NULL);
+    if (answer != NULL)
+        size = PyLong_AsLongLong(answer);
+    Py_XDECREF(answer);
+    Py_XDECREF(storage);
+    if (PyErr_Occurred())
+        return -1;
+    return offset >= 0 && size >= nbytes && offset <= (size - nbytes) / itemsize;
+}
+
+static void copy(void *target, const void *source, size_t nbytes)
+{
+    if (nbytes < LONG_COPY) {
+        memcpy(target, source, nbytes);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    memcpy(target, source, nbytes);
+    Py_END_ALLOW_THREADS
+}
+
+/* Copy a tensor in and hold the copy: as export_tensor. Nothing between the description and the copy runs Python code. */
+static int export_copy(PyObject *self, const struct dl_tensor *tensor, const struct dtype_row *row, int64_t nbytes,
+                       PyObject *out)
+{
+    Claim *claim = claim_copy(self, nbytes);
+    if (claim == NULL || claim->loan == NULL) {
+        Py_XDECREF(claim);
+        return claim == NULL ? -1 : 0;
+    }
+    int64_t sizes[MAX_DIMENSIONS];
+    int dimensions = tensor->dimensions; /* the tensor may change while another thread runs */
+    memcpy(sizes, tensor->shape, (size_t)dimensions * sizeof *sizes);
+    copy(((Loans *)self)->loans->data + claim->offset, tensor->data, (size_t)nbytes);
+    PyObject *held = hold_by_descriptor((Loans *)self, claim->loan, NULL, claim->offset, shape_of(dimensions, sizes), row->name, out);
+    if (held == Py_True)
+        claim->loan = NULL;
+    Py_XDECREF(held);
+    Py_DECREF(claim);
+    return held == NULL ? -1 : held == Py_True;
+}
+
+int export_tensor(PyObject *object, PyObject *exported, PyObject *out, struct exported *result)
+{
+    Loans *self = (Loans *)object;
+    struct dl_tensor tensor;
+    const struct dtype_row *row;
+    if (!describe(self, exported, &tensor, &row, &result->nbytes))
+        return 0;
+    int is_sent = is_plain(self, exported, row);
+    if (is_sent == 1 && loans_find(self->loans, tensor.data) == NULL)
+        is_sent = is_in_storage(self, exported, row->itemsize, result->nbytes);
+    if (is_sent <= 0)
+        return is_sent;
+    int64_t looked_at = result->nbytes;
+    if (!describe(self, exported, &tensor, &row, &result->nbytes) /* again: a mode of torch may run Python code */
+        || result->nbytes != looked_at)
+        return 0;
+    struct loan *loan = loans_find(self->loans, tensor.data);
+    result->is_copy = loan == NULL;
+    if (loan == NULL && loans_contain(self->loans, tensor.data)) /* a part of a loan that does not begin where it does */
+        return 0;
+    if (loan == NULL)
+        return export_copy(object, &tensor, row, result->nbytes, out);
+    if (result->nbytes > loan->block->nbytes)
+        return 0;
+    PyObject *held = hold_by_descriptor(self, loan, tensor.data, loan->block->offset, shape_of(tensor.dimensions, tensor.shape),
+                          row->name, out);
+    Py_XDECREF(held);
+    return held == NULL ? -1 : held == Py_True;
+}
