@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llama_split import SplitLlamaForCausalLM
 from llama_split.boundary.operations import Mode
+from llama_split.checkpoint import Checkpoint, open_checkpoint
 from llama_split.commands.settings import demo_model
+from tests.support.checkpoints import read_once
 from tests.support.children import Child, Mother
 from tests.support.commands import FORKED, environment
 from tests.support.llamas import VARIANTS, Small, Worker, random_llama, worker_in_thread
@@ -22,6 +24,14 @@ from tests.support.process import ROOT, Process
 from tests.support.workers import Workers
 
 TINY_VOCABULARY = 2000  # a row of logits is 8000 bytes, more than the smallest arena
+
+
+@dataclass(frozen=True)
+class SmolLM2:
+    """The demo model as transformers itself loads it from the GGUF file, in float32, and its tokenizer."""
+
+    unsplit: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,16 @@ def plain_split(plain: Small, plain_worker: Worker, mode: str) -> Iterator[Split
         yield model
 
 
+@pytest.fixture(scope="session", params=[mode.value for mode in Mode])
+def lasting_split(request: pytest.FixtureRequest, plain: Small) -> Iterator[SplitLlamaForCausalLM]:
+    """The one small model, split, with a worker of its own; for tests that leave it as it is."""
+    with (
+        worker_in_thread(plain.path) as running,
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=running.address, mode=request.param) as model,
+    ):
+        yield model
+
+
 @pytest.fixture
 def layer_split(plain: Small, plain_worker: Worker) -> Iterator[SplitLlamaForCausalLM]:
     """The small model in layer mode, on a worker that has no sessions."""
@@ -127,10 +147,30 @@ def smollm2_starting(llama_mother: Mother, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def unsplit_smollm2() -> LlamaForCausalLM:
-    """The demo model as transformers itself loads it from the GGUF file, in float32."""
+def smollm2_checkpoint() -> Checkpoint:
+    """The demo model's file."""
+    return open_checkpoint(str(demo_model()))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_checkpoint: Checkpoint) -> SmolLM2:
+    """What transformers makes of the demo model's file, which it reads once for both."""
     path = demo_model()
-    return LlamaForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
+    with read_once():
+        unsplit = LlamaForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+        return SmolLM2(unsplit.eval(), smollm2_checkpoint.tokenizer())
+
+
+@pytest.fixture(scope="session")
+def unsplit_smollm2(smollm2: SmolLM2) -> LlamaForCausalLM:
+    """The demo model as transformers itself loads it."""
+    return smollm2.unsplit
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2: SmolLM2) -> PreTrainedTokenizerBase:
+    """The demo model's tokenizer."""
+    return smollm2.tokenizer
 
 
 @pytest.fixture(scope="session")

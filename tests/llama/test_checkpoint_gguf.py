@@ -20,7 +20,6 @@ import llama_split.checkpoint.base
 from llama_split import CheckpointError
 from llama_split.checkpoint import EMBEDDING, FINAL_NORM, Checkpoint, GgufCheckpoint, open_checkpoint
 from llama_split.checkpoint.gguf_file import GgufFile
-from llama_split.commands.settings import demo_model
 from tests.support.checkpoints import CPU, as_gguf, assert_equal_to, refusal
 from tests.support.llamas import Small, random_llama
 
@@ -87,17 +86,11 @@ def test_a_directory_with_one_gguf_file_is_that_file(plain: Small, tmp_path: Pat
     assert open_checkpoint(str(as_gguf(plain.unsplit, tmp_path / "model.gguf").parent)).path == tmp_path / "model.gguf"
 
 
-@pytest.fixture(scope="module")
-def demo() -> Checkpoint:
-    """The demo model's file."""
-    return open_checkpoint(str(demo_model()))
-
-
 def test_the_demo_models_configuration_is_the_one_that_transformers_reads(
-    demo: Checkpoint, unsplit_smollm2: LlamaForCausalLM
+    smollm2_checkpoint: Checkpoint, unsplit_smollm2: LlamaForCausalLM
 ) -> None:
     """Every field of the configuration that transformers makes of the GGUF file, but for its own bookkeeping."""
-    mine = demo.config.to_dict()
+    mine = smollm2_checkpoint.config.to_dict()
     theirs = unsplit_smollm2.config.to_dict()
     bookkeeping = {
         "_name_or_path",
@@ -112,7 +105,7 @@ def test_the_demo_models_configuration_is_the_one_that_transformers_reads(
 
 
 def test_the_demo_models_tensors_are_those_that_transformers_reads(
-    demo: Checkpoint, unsplit_smollm2: LlamaForCausalLM
+    smollm2_checkpoint: Checkpoint, unsplit_smollm2: LlamaForCausalLM
 ) -> None:
     """Bit for bit, after undoing quantisation and row order, in the first, a middle and the last layer."""
     state = unsplit_smollm2.state_dict()
@@ -120,7 +113,7 @@ def test_the_demo_models_tensors_are_those_that_transformers_reads(
     names = [EMBEDDING, FINAL_NORM, *(name for name in state if name.startswith(layers))]
     assert len(names) == 2 + 3 * 9
     for name in names:
-        assert torch.equal(demo.load([name], torch.float32, CPU)[name], state[name]), name
+        assert torch.equal(smollm2_checkpoint.load([name], torch.float32, CPU)[name], state[name]), name
 
 
 def can_undo(kind: Kind) -> bool:
@@ -142,13 +135,18 @@ def test_the_gguf_package_undoes_the_usual_kinds() -> None:
     assert UNREADABLE not in READABLE
 
 
+@pytest.fixture(scope="module")
+def wide() -> LlamaForCausalLM:
+    """A model whose rows hold whole blocks of every kind."""
+    return random_llama(hidden_size=512, intermediate_size=512, num_hidden_layers=1, vocab_size=300)
+
+
 @pytest.mark.parametrize("kind", READABLE, ids=lambda kind: kind.name)
 def test_every_quantisation_that_the_gguf_package_undoes_is_read(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Kind, wide: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A matrix of any kind, read in several blocks, is bit for bit what the package makes of it at once."""
     monkeypatch.setattr(llama_split.checkpoint.base, "BLOCK_NUMBERS", 7 * 512)
-    model = random_llama(hidden_size=512, intermediate_size=512, num_hidden_layers=1, vocab_size=300)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     # Bytes below 60 are finite scales in every kind.
     data = np.random.default_rng(int(kind)).integers(0, 60, (512, 512 // block * block_bytes), np.uint8)
@@ -156,7 +154,7 @@ def test_every_quantisation_that_the_gguf_package_undoes_is_read(
     def add(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=kind)
 
-    checkpoint = open_checkpoint(str(as_gguf(model, tmp_path / "model.gguf", more=add, leave_out="blk.0.ffn_up")))
+    checkpoint = open_checkpoint(str(as_gguf(wide, tmp_path / "model.gguf", more=add, leave_out="blk.0.ffn_up")))
     name = "model.layers.0.mlp.up_proj.weight"
     expected = torch.from_numpy(gguf.dequantize(data, kind).reshape(512, 512))
     assert torch.isfinite(expected).all()

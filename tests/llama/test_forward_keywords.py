@@ -29,12 +29,12 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("keywords", LOSSES.values(), ids=LOSSES)
 def test_the_loss_is_the_unsplit_models(
-    plain: Small, plain_split: SplitLlamaForCausalLM, keywords: dict[str, Any]
+    plain: Small, lasting_split: SplitLlamaForCausalLM, keywords: dict[str, Any]
 ) -> None:
     """Every argument of the loss reaches it."""
     with torch.inference_mode():
         expected = plain.unsplit(IDS, labels=IDS, **keywords).loss
-        torch.testing.assert_close(plain_split(IDS, labels=IDS, **keywords).loss, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lasting_split(IDS, labels=IDS, **keywords).loss, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_loss_of_ones_own_is_given_its_keywords(plain_split: SplitLlamaForCausalLM) -> None:
@@ -54,13 +54,13 @@ def test_every_keyword_of_transformers_is_known() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
-def test_a_keyword_without_effect_is_taken(plain: Small, plain_split: SplitLlamaForCausalLM, name: str) -> None:
+def test_a_keyword_without_effect_is_taken(plain: Small, lasting_split: SplitLlamaForCausalLM, name: str) -> None:
     """The unsplit model gives the same with it as without it, and so does a split."""
     value = torch.zeros_like(IDS)
     with torch.inference_mode():
         expected = plain.unsplit(IDS).logits
         assert torch.equal(plain.unsplit(IDS, **{name: value}).logits, expected)
-        torch.testing.assert_close(plain_split(IDS, **{name: value}).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lasting_split(IDS, **{name: value}).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -77,24 +77,24 @@ def test_a_keyword_without_effect_is_taken(plain: Small, plain_split: SplitLlama
         ("block_table", torch.zeros(1)),
     ],
 )
-def test_any_other_keyword_is_refused_by_its_name(plain_split: SplitLlamaForCausalLM, name: str, value: Any) -> None:
+def test_any_other_keyword_is_refused_by_its_name(lasting_split: SplitLlamaForCausalLM, name: str, value: Any) -> None:
     """The unsplit model's attention might read it; None counts as absent, and generation passes it on."""
     with pytest.raises(UnsupportedBySplit, match=f"forward takes no {name} "):
-        plain_split(IDS, **{name: value})
-    plain_split(IDS, **{name: None})
+        lasting_split(IDS, **{name: value})
+    lasting_split(IDS, **{name: None})
 
 
-def test_causal_attention_may_be_asked_for(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+def test_causal_attention_may_be_asked_for(plain: Small, lasting_split: SplitLlamaForCausalLM) -> None:
     """The split model's attention is always causal."""
     with torch.inference_mode():
         expected = plain.unsplit(IDS, is_causal=True).logits
-        torch.testing.assert_close(plain_split(IDS, is_causal=True).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(lasting_split(IDS, is_causal=True).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_tuple_is_given_where_no_dictionary_is_wanted(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+def test_a_tuple_is_given_where_no_dictionary_is_wanted(plain: Small, lasting_split: SplitLlamaForCausalLM) -> None:
     """``return_dict=False``, in the call."""
     with torch.inference_mode():
-        expected, found = (model(IDS, return_dict=False) for model in (plain.unsplit, plain_split))
+        expected, found = (model(IDS, return_dict=False) for model in (plain.unsplit, lasting_split))
     assert isinstance(found, tuple)
     assert len(found) == len(expected)
     torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
@@ -112,7 +112,7 @@ KEPT: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
-def test_logits_are_kept_as_by_the_unsplit_model(plain: Small, plain_split: SplitLlamaForCausalLM, kept: Any) -> None:
+def test_logits_are_kept_as_by_the_unsplit_model(plain: Small, lasting_split: SplitLlamaForCausalLM, kept: Any) -> None:
     """``logits_to_keep`` in each of its forms, whatever shape this version of transformers makes of it."""
 
     def logits(model: PreTrainedModel) -> torch.Tensor:
@@ -124,13 +124,13 @@ def test_logits_are_kept_as_by_the_unsplit_model(plain: Small, plain_split: Spli
             expected = logits(plain.unsplit)
         except Exception as error:  # noqa: BLE001 - whatever it is
             with pytest.raises(type(error)):
-                logits(plain_split)
+                logits(lasting_split)
             return
-        torch.testing.assert_close(logits(plain_split), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits(lasting_split), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_cache_that_is_none_of_transformers_is_refused(plain_split: SplitLlamaForCausalLM) -> None:
+def test_a_cache_that_is_none_of_transformers_is_refused(lasting_split: SplitLlamaForCausalLM) -> None:
     """Tuples of tensors, which old versions took, and caches of other engines."""
     for cache in (((torch.zeros(1),),), object()):
         with pytest.raises(UnsupportedBySplit, match="past_key_values is a"):
-            plain_split(IDS, past_key_values=cache)
+            lasting_split(IDS, past_key_values=cache)

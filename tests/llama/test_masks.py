@@ -150,8 +150,14 @@ def assert_same(found: torch.Tensor | Exception, expected: torch.Tensor | Except
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mask", ["none", "left", "right"])
+# Positions without a mask say which texts are packed; beside one they only say where each token is.
+COMBINED = [
+    *(("none", positions) for positions in POSITIONS if positions != "none"),
+    *((mask, p) for mask in ("left", "right") for p in ("packed", "packed-otherwise-in-each-row", "later")),
+]
+
+
+@pytest.mark.parametrize(("mask", "positions"), COMBINED)
 def test_each_combination_of_mask_positions_and_cache_gives_the_unsplit_logits(
     plain: Small, way: SplitLlamaForCausalLM, mask: str, positions: str
 ) -> None:
@@ -207,11 +213,11 @@ def test_a_mask_of_four_dimensions_means_what_it_means_unsplit(
     ids=lambda inputs: " ".join(f"{name}{list(getattr(value, 'shape', []))}" for name, value in inputs.items()),
 )
 def test_what_fits_no_forward_is_refused_in_the_same_line_by_all_splits(
-    plain_split: SplitLlamaForCausalLM, inputs: dict[str, Any]
+    lasting_split: SplitLlamaForCausalLM, inputs: dict[str, Any]
 ) -> None:
     """Shapes, dtypes and kinds that don't go with the tokens, and batches without tokens: one of our own errors."""
     with pytest.raises(InvalidInput) as caught:
-        plain_split(**{"input_ids": prompt(TOKENS, batch=2), **inputs})
+        lasting_split(**{"input_ids": prompt(TOKENS, batch=2), **inputs})
     assert isinstance(caught.value, ValueError)
     assert next(iter(inputs)) in str(caught.value)
     assert "\n" not in str(caught.value)

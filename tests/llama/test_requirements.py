@@ -12,8 +12,8 @@ import pytest
 from llama_split import MissingPackage
 from llama_split.boundary import requirements
 from llama_split.boundary.requirements import TESTED, Range, check_requirements
-
-ROOT = Path(__file__).parents[2]
+from tests.support.children import Child, Mother
+from tests.support.process import ROOT
 
 
 def run_with(directory: Path, package: str, version: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -37,9 +37,13 @@ def test_these_tests_run_in_the_tested_range() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "version"), [("transformers", "5.25.0"), ("transformers", "5.19.9"), ("torch", "2.6.0+cpu")]
+    ("package", "version", "command"),
+    [
+        *(("transformers", "5.25.0", command) for command in ("info", "generate", "worker")),
+        ("transformers", "5.19.9", "generate"),
+        ("torch", "2.6.0+cpu", "worker"),
+    ],
 )
-@pytest.mark.parametrize("command", ["info", "generate", "worker"])
 def test_a_version_outside_of_the_range_ends_every_command_with_one_line(
     tmp_path: Path, package: str, version: str, command: str
 ) -> None:
@@ -91,12 +95,14 @@ def test_a_bare_installation_names_the_extra(statement: str, missing: str) -> No
     )
 
 
-def test_a_generation_with_these_versions_is_the_unsplit_models() -> None:
+def test_a_generation_with_these_versions_is_the_unsplit_models(llama_mother: Mother) -> None:
     """The comparison script passes with the installed versions."""
-    command = [sys.executable, "-m", "tests.llama.every_split"]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("gives the unsplit model's tokens") == 4
+    script = Child(llama_mother, ROOT / "tests/llama/every_split.py")
+    said = script.output.read()
+    code = script.wait()
+    script.end()
+    assert code == 0, said
+    assert said.count("gives the unsplit model's tokens") == 4
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ TEXTS = [
 GENERATIONS: list[dict[str, Any]] = [
     {"input_ids": prompt(length), "attention_mask": torch.ones(1, length), **SHARED, **how, "do_sample": False}
     for length, how in (
-        (55, {}),
+        (58, {"max_new_tokens": 12}),
         (90, {"num_beams": 2, "max_new_tokens": 6}),
-        (60, {"prompt_lookup_num_tokens": 4}),
+        (60, {"prompt_lookup_num_tokens": 4, "max_new_tokens": 10}),
         (100, {"prefill_chunk_size": 33, "max_new_tokens": 4}),
     )
 ]

@@ -10,13 +10,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.checkpoint import Checkpoint, open_checkpoint
-from llama_split.commands.settings import demo_model
+from llama_split.checkpoint import Checkpoint
 
 CHAT = ["What is the capital of France?", "Write a haiku about shared memory."]
 PLAIN = "In the beginning of the nineteenth century, the"
 PADDING = 2
-TOKENS = 24
+TOKENS = 12
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": TOKENS,
     "min_new_tokens": TOKENS,
@@ -28,27 +27,15 @@ TEN: dict[str, Any] = {**OPTIONS, "max_new_tokens": 10, "min_new_tokens": 10}
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    """The demo model's file."""
-    return open_checkpoint(str(demo_model()))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The demo model's tokenizer."""
-    return checkpoint.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def prompts(tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
+def prompts(smollm2_tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     """Two questions in the chat template and a text to continue."""
     chats = [
-        tokenizer.apply_chat_template(
+        smollm2_tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )["input_ids"]
         for text in CHAT
     ]
-    return [*chats, tokenizer(PLAIN, return_tensors="pt")["input_ids"]]
+    return [*chats, smollm2_tokenizer(PLAIN, return_tensors="pt")["input_ids"]]
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +89,13 @@ def split(
     request: pytest.FixtureRequest,
     smollm2_starting: object,  # first, so that it loads while this process does
     unsplit_smollm2: LlamaForCausalLM,
-    checkpoint: Checkpoint,
+    smollm2_checkpoint: Checkpoint,
     prompts: list[torch.Tensor],
     smollm2_address: str,
 ) -> Iterator[SplitLlamaForCausalLM]:
     """The demo model over a worker process, in each split."""
     with SplitLlamaForCausalLM.from_pretrained(
-        checkpoint, worker=smollm2_address, mode=request.param, dtype="float32"
+        smollm2_checkpoint, worker=smollm2_address, mode=request.param, dtype="float32"
     ) as model:
         yield model
 

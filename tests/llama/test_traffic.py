@@ -193,7 +193,7 @@ def test_a_wide_batchs_prompt_is_not_cut_for_its_logits_sake(
 def test_logits_may_be_kept(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
     """Results of earlier forwards stay what they were while later ones run."""
     with torch.inference_mode():
-        kept = [plain_split(prompt(30, seed=seed)).logits for seed in range(30)]
+        kept = [plain_split(prompt(30, seed=seed)).logits for seed in range(12)]
         for seed, logits in enumerate(kept):
             torch.testing.assert_close(logits, plain.unsplit(prompt(30, seed=seed)).logits, atol=1e-4, rtol=1e-4)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit
 from llama_split.boundary.operations import Mode
 from llama_split.trusted.unsupported import REFUSED
-from tests.support.llamas import Small, Worker
+from tests.support.llamas import Small
 from tests.support.prompts import SHARED, prompt, single_prompt
 
 # Neither refused nor changed: they describe the class, its modules and flags, or have a test here or elsewhere.
@@ -57,11 +57,10 @@ class Lasting:
     logits: torch.Tensor
 
 
-@pytest.fixture(scope="module", params=[mode.value for mode in Mode])
-def lasting(request: pytest.FixtureRequest, plain: Small, plain_worker: Worker) -> Iterator[Lasting]:
+@pytest.fixture(scope="module")
+def lasting(lasting_split: SplitLlamaForCausalLM) -> Lasting:
     """One in each split."""
-    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=request.param) as split:
-        yield Lasting(split, split(prompt()).logits.clone())
+    return Lasting(lasting_split, lasting_split(prompt()).logits.clone())
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -89,48 +88,48 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_of_this_sides_weights_alone_is_refused(
-    plain_split: SplitLlamaForCausalLM, change: Callable[[Any], Any]
+    lasting_split: SplitLlamaForCausalLM, change: Callable[[Any], Any]
 ) -> None:
     """The worker's weights would stay as they are; no weight has changed after the refusal."""
-    before = plain_split(prompt()).logits
+    before = lasting_split(prompt()).logits
     with pytest.raises(UnsupportedBySplit, match="this side's weights"):
-        change(plain_split)
-    assert {parameter.dtype for parameter in plain_split.parameters()} == {torch.float32}
-    assert torch.equal(plain_split(prompt()).logits, before)
+        change(lasting_split)
+    assert {parameter.dtype for parameter in lasting_split.parameters()} == {torch.float32}
+    assert torch.equal(lasting_split(prompt()).logits, before)
 
 
-def test_a_change_to_what_the_weights_are_already_does_nothing(plain_split: SplitLlamaForCausalLM) -> None:
+def test_a_change_to_what_the_weights_are_already_does_nothing(lasting_split: SplitLlamaForCausalLM) -> None:
     """Pipelines do this for every model."""
-    before = plain_split(prompt()).logits
-    assert plain_split.to("cpu").float().cpu().to(torch.float32) is plain_split
-    assert torch.equal(plain_split(prompt()).logits, before)
+    before = lasting_split(prompt()).logits
+    assert lasting_split.to("cpu").float().cpu().to(torch.float32) is lasting_split
+    assert torch.equal(lasting_split(prompt()).logits, before)
 
 
-def test_embedding_and_head_can_be_asked(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+def test_embedding_and_head_can_be_asked(plain: Small, lasting_split: SplitLlamaForCausalLM) -> None:
     """On either side; ids may be of 32 bits, and the caller owns the result."""
     with torch.inference_mode():
         for ids in (prompt(7, batch=2), prompt(7, batch=2).int()):
             expected = plain.unsplit.get_input_embeddings()(ids)
-            embedded = plain_split.get_input_embeddings()(ids)
+            embedded = lasting_split.get_input_embeddings()(ids)
             torch.testing.assert_close(embedded, expected)
-            torch.testing.assert_close(plain_split(ids).logits, plain.unsplit(ids).logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(lasting_split(ids).logits, plain.unsplit(ids).logits, atol=1e-4, rtol=1e-4)
         for hidden in (expected, expected[:, -1], expected[0, 0]):
-            found = plain_split.get_output_embeddings()(hidden)
+            found = lasting_split.get_output_embeddings()(hidden)
             torch.testing.assert_close(found, plain.unsplit.lm_head(hidden), atol=1e-4, rtol=1e-4)
 
 
-def test_weights_that_are_the_workers_are_refused_by_their_name(plain_split: SplitLlamaForCausalLM, mode: str) -> None:
+def test_weights_that_are_the_workers_are_refused_by_their_name(lasting_split: SplitLlamaForCausalLM) -> None:
     """The caller gets neither None nor an AttributeError, but an error that names the weight."""
     with pytest.raises(UnsupportedBySplit, match=r"RemoteHead.weight"):
-        _ = plain_split.get_output_embeddings().weight
-    if mode == "op":
+        _ = lasting_split.get_output_embeddings().weight
+    if lasting_split.mode is Mode.OP:
         with pytest.raises(UnsupportedBySplit, match=r"RemoteEmbedding.weight"):
-            _ = plain_split.get_input_embeddings().weight
+            _ = lasting_split.get_input_embeddings().weight
 
 
-def test_the_inner_model_is_refused(plain_split: SplitLlamaForCausalLM) -> None:
+def test_the_inner_model_is_refused(lasting_split: SplitLlamaForCausalLM) -> None:
     """The errors for ``model.model`` and ``get_decoder()`` name what to call instead."""
-    for part in (plain_split.model, plain_split.get_decoder(), plain_split.base_model):
+    for part in (lasting_split.model, lasting_split.get_decoder(), lasting_split.base_model):
         with pytest.raises(UnsupportedBySplit, match="call the model itself"):
             part(prompt())
 
@@ -145,12 +144,12 @@ def test_other_attention_is_refused_and_its_own_is_taken(plain_split: SplitLlama
     torch.testing.assert_close(plain_split(prompt()).logits, before, atol=1e-4, rtol=1e-4)
 
 
-def test_continuous_batching_is_refused_under_each_of_its_names(plain_split: SplitLlamaForCausalLM) -> None:
+def test_continuous_batching_is_refused_under_each_of_its_names(lasting_split: SplitLlamaForCausalLM) -> None:
     """It would end without an exception, with one token out of eight."""
     with pytest.raises(UnsupportedBySplit, match="continuous batching"):
-        plain_split.generate_batch([[1, 5, 7], [1, 9]], max_new_tokens=4)
+        lasting_split.generate_batch([[1, 5, 7], [1, 9]], max_new_tokens=4)
     with pytest.raises(UnsupportedBySplit, match="continuous batching"):
-        plain_split.generate(**single_prompt(), **SHARED, cache_implementation="paged")
+        lasting_split.generate(**single_prompt(), **SHARED, cache_implementation="paged")
 
 
 def test_an_early_exit_is_refused_and_leaves_the_model_whole(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
@@ -187,7 +186,7 @@ def test_a_configuration_that_its_owner_changes_leaves_the_model_as_it_is(
     torch.testing.assert_close(labels, plain.unsplit(prompt(), labels=prompt()).loss)
 
 
-def test_scores_of_a_generation_are_the_unsplit_models(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+def test_scores_of_a_generation_are_the_unsplit_models(plain: Small, lasting_split: SplitLlamaForCausalLM) -> None:
     """``compute_transition_scores`` over what ``generate`` returns."""
 
     def scores(model: LlamaForCausalLM) -> torch.Tensor:
@@ -196,21 +195,23 @@ def test_scores_of_a_generation_are_the_unsplit_models(plain: Small, plain_split
         found: torch.Tensor = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
         return found
 
-    torch.testing.assert_close(scores(plain_split), scores(plain.unsplit), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scores(lasting_split), scores(plain.unsplit), atol=1e-4, rtol=1e-4)
 
 
-def test_a_generation_from_embeddings_goes_on_from_its_cache(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+def test_a_generation_from_embeddings_goes_on_from_its_cache(
+    plain: Small, lasting_split: SplitLlamaForCausalLM
+) -> None:
     """Three tokens from ``inputs_embeds``, then one more over the returned cache, are four tokens at once."""
     shared: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
-    embed = plain_split.get_input_embeddings()
+    embed = lasting_split.get_input_embeddings()
     with torch.inference_mode():
         embedded = embed(prompt())
         expected = plain.unsplit.generate(inputs_embeds=embedded, max_new_tokens=4, **shared)
-        first = plain_split.generate(
+        first = lasting_split.generate(
             inputs_embeds=embedded, max_new_tokens=3, return_dict_in_generate=True, output_scores=True, **shared
         )
         longer = torch.cat([embedded, embed(first.sequences)], dim=1)
-        rest = plain_split.generate(
+        rest = lasting_split.generate(
             first.sequences,
             inputs_embeds=longer,
             attention_mask=torch.ones(longer.shape[:2], dtype=torch.int64),
@@ -221,8 +222,8 @@ def test_a_generation_from_embeddings_goes_on_from_its_cache(plain: Small, plain
     assert torch.equal(rest, expected)
 
 
-def test_what_describes_a_model_tells_the_same(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:
+def test_what_describes_a_model_tells_the_same(plain: Small, lasting_split: SplitLlamaForCausalLM) -> None:
     """Its device, dtype and capabilities."""
     for name in ("device", "dtype", "use_kernels", "main_input_name", "base_model_prefix"):
-        assert getattr(plain_split, name) == getattr(plain.unsplit, name)
-    assert plain_split.can_generate()
+        assert getattr(lasting_split, name) == getattr(plain.unsplit, name)
+    assert lasting_split.can_generate()

@@ -85,12 +85,16 @@ def test_caches_outlive_their_worker(plain: Small, workers: Workers, mode: str) 
 
 
 def test_without_reconnect_a_dead_worker_is_an_error_at_once(plain: Small, workers: Workers, mode: str) -> None:
-    """The caller asked for that."""
+    """The caller asked for that; the worker isn't started again either."""
+    revived: list[bool] = []
     workers.start()
-    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=workers.address, mode=mode, reconnect=False) as split:
+    with SplitLlamaForCausalLM.from_pretrained(
+        plain.path, worker=workers.address, mode=mode, reconnect=False, revive=lambda: revived.append(True)
+    ) as split:
         workers.kill()
         with pytest.raises(PeerDied):
             split(prompt())
+    assert not revived
 
 
 def test_tries_are_bounded_and_logged(

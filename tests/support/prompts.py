@@ -9,9 +9,10 @@ from transformers import GenerationConfig
 
 from shmtransport import Statistics
 
-NEW_TOKENS = 40
+NEW_TOKENS = 24
 LONG: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-SHARED: dict[str, Any] = {"max_new_tokens": 16, "pad_token_id": 0}
+SHARED_TOKENS = 16
+SHARED: dict[str, Any] = {"max_new_tokens": SHARED_TOKENS, "pad_token_id": 0}
 STATIC = GenerationConfig(cache_implementation="static", max_new_tokens=3, pad_token_id=0)
 QUANTIZED = GenerationConfig(cache_implementation="quantized", max_new_tokens=3, pad_token_id=0)
 

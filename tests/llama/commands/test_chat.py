@@ -7,14 +7,15 @@ import os
 import pty
 import select
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.commands import LLAMA, Command, environment, is_one_line_error
+from tests.support.children import Child, Mother
+from tests.support.commands import Command, is_one_line_error
+from tests.support.process import ROOT
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -157,17 +158,11 @@ def test_a_model_without_chat_template_is_one_line(command: Command, worker: str
 class Terminal:
     """A command on a terminal of its own, like a user's; its standard error goes elsewhere."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, mother: Mother, *arguments: str) -> None:
         self._ours, self._its = pty.openpty()
         self._seen = b""
-        # A process that leads a session gets the first terminal that it opens as its own, where Ctrl-C is a signal.
-        self.process = subprocess.Popen(
-            ["/bin/sh", "-c", 'exec <"$0" >"$0" "$@"', os.ttyname(self._its), *LLAMA, *arguments],
-            env=environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        script = ROOT / "tests/support/processes/terminal.py"
+        self._process = Child(mother, script, os.ttyname(self._its), *arguments)
 
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
@@ -184,17 +179,17 @@ class Terminal:
     def end(self, timeout_s: float = 30.0) -> tuple[int, str]:
         """Its exit code and standard error; it must end by itself."""
         deadline = time.monotonic() + timeout_s
-        while self.process.poll() is None and time.monotonic() < deadline:
-            self._read()  # a terminal that is not read would block it
-        assert self.process.poll() is not None
-        assert self.process.stderr is not None
-        return self.process.returncode, self.process.stderr.read()
+        ended = os.pidfd_open(self._process.pid)
+        try:
+            while not select.select([ended], [], [], 0)[0]:
+                assert time.monotonic() < deadline, self._seen
+                self._read()  # a terminal that is not read would block it
+        finally:
+            os.close(ended)
+        return self._process.wait(), self._process.output.read()
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
+        self._process.end()
         os.close(self._ours)
         os.close(self._its)
 
@@ -203,9 +198,10 @@ class Terminal:
             self._seen += os.read(self._ours, 4096)
 
 
-def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(worker: str, talking: Path) -> None:
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(llama_mother: Mother, worker: str, talking: Path) -> None:
     """After an answer that was cut short the chat goes on; at the prompt the second ends it with 130 and one word."""
-    terminal = Terminal("chat", "--model", str(talking), "--worker", worker, "--max-new-tokens", "90000")
+    options = ("--model", str(talking), "--worker", worker, "--max-new-tokens", "90000")
+    terminal = Terminal(llama_mother, "chat", *options)
     try:
         terminal.until("> ")
         for said in (FIRST, SECOND):

@@ -62,15 +62,18 @@ def test_the_demo_answers_and_reports_its_transport() -> None:
     assert answer["statistics"]["control_bytes_sent"] < answer["statistics"]["tensor_bytes_sent"]
 
 
-def test_a_pipelined_prompt_has_the_same_answer(command: Command, smollm2_address: str) -> None:
+def test_a_pipelined_prompt_has_the_same_answer(command: Command, worker: str, long: Path) -> None:
     """Its parts are in flight together, as the statistics show."""
-    prompt = "Which city is the capital of France? Answer with the name of the city alone, without any other word."
-    options = ("--json", "--max-new-tokens", "4", "--pipeline", "2", "--worker", smollm2_address)
-    done = command("generate", "--prompt", prompt, *options)
-    assert done.code == 0, done.err
-    answer = json.loads(done.out)
-    assert "Paris" in answer["text"]
-    assert answer["statistics"]["in_flight_peak"] == 2
+    prompt = " ".join(f"w{number}" for number in range(40))
+    common = ("generate", "--prompt", prompt, "--no-chat", "--json", "--max-new-tokens", "8", "--model", str(long))
+    answers = []
+    for options in ((), ("--pipeline", "2")):
+        done = command(*common, "--worker", worker, *options)
+        assert done.code == 0, done.err
+        answers.append(json.loads(done.out))
+    whole, parts = answers
+    assert parts["token_ids"] == whole["token_ids"]
+    assert (whole["statistics"]["in_flight_peak"], parts["statistics"]["in_flight_peak"]) == (1, 2)
 
 
 @pytest.mark.parametrize("prompt", ["w5 w6 w7", "w1999"])

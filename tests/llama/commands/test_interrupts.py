@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.timeout(150)
 
 @pytest.fixture
 def start_generating(running: Callable[..., Running], long: Path) -> Callable[..., Running]:
-    """Start a command with its own worker; return once it prints what it generates."""
+    """Start a command, by default with its own worker; return once it prints what it generates."""
     common = ("--prompt", "w5", "--no-chat", "--model", str(long), "--max-new-tokens", "90000")
 
     def start(*options: str) -> Running:
@@ -48,11 +47,14 @@ def test_a_killed_generation_leaves_no_worker_and_no_file(start_generating: Call
     assert eventually(lambda: not workers_of(process.pid), 10.0)
 
 
-def test_a_killed_worker_is_one_line_if_it_is_not_to_be_started_again(start_generating: Callable[..., Running]) -> None:
+def test_a_killed_worker_is_one_line_if_it_is_not_to_be_connected_to_again(
+    start_generating: Callable[..., Running], running: Callable[..., Running], long: Path, address: str
+) -> None:
     """The generation ends with an error that names the lost worker, not with a time-out."""
-    process = start_generating("--no-reconnect")
-    for worker in workers_of(process.pid):
-        os.kill(worker, signal.SIGKILL)
+    worker = running("worker", "--bind", address, "--model", str(long))
+    worker.wait_until_ready()
+    process = start_generating("--worker", address, "--no-reconnect")
+    worker.signal(signal.SIGKILL)
     code, _, err = process.finish()
     assert code == 2
     assert err.strip().splitlines()[-1].startswith("error: ")

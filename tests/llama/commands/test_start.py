@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shmtransport.version import VERSION
-from tests.support.commands import LLAMA, Command, Finished, environment
+from tests.support.commands import LLAMA, Command, Finished, Running, environment
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -163,19 +164,13 @@ def test_a_short_wait_is_not_announced(command: Command, tmp_path: Path) -> None
     assert "waiting" not in done.err
 
 
-def test_a_worker_ends_soon_after_it_was_told_to(tiny: Path, tmp_path: Path) -> None:
+def test_a_worker_ends_soon_after_it_was_told_to(running: Callable[..., Running], tiny: Path, tmp_path: Path) -> None:
     """In order: its socket is gone, and the exit code is 0."""
-    process = subprocess.Popen(
-        [*LLAMA, "worker", "--bind", f"ipc://{tmp_path}/w.ipc", "--model", str(tiny)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("ready")
+    process = running("worker", "--bind", f"ipc://{tmp_path}/w.ipc", "--model", str(tiny))
+    process.wait_until_ready()
+    assert os.path.exists(tmp_path / "w.ipc")
     started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
     assert time.monotonic() - started < 10.0
     assert not os.path.exists(tmp_path / "w.ipc")
-    process.stdout.close()

@@ -35,7 +35,10 @@ def lay_traps(directory: Path, *names: str) -> Path:
 def test_a_worker_imports_nothing_from_the_current_directory(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even for an empty entry of PYTHONPATH; its socket gets a short path where TMPDIR's is too long."""
+    """Not even for an empty entry of PYTHONPATH; its socket gets a short path where TMPDIR's is too long.
+
+    It ends in order, within the time that it is given before it is killed.
+    """
     traps = ("tokenizers.py", "torch.py", "sitecustomize.py", "llama_split/__init__.py", "shmtransport/__init__.py")
     trapped = lay_traps(tmp_path, *traps)
     monkeypatch.chdir(tmp_path)
@@ -46,6 +49,7 @@ def test_a_worker_imports_nothing_from_the_current_directory(
         with WorkerProcess(["--model", str(tiny)]) as worker:
             worker.wait_until_ready()
             assert worker.address.startswith("ipc:///tmp/llama-split-")
+        assert worker._process.returncode == 0
     finally:
         shutil.rmtree(LONG)
     assert not trapped.exists(), trapped.read_text()
