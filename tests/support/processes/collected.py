@@ -82,16 +82,17 @@ def fork_mother() -> str | None:
     return None
 
 
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for a worker's exit code
-collect(sys.argv[3:])
-standard = worker_for(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
-if standard is not None:
-    forking.die_with_parent()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    forking.stand_on(standard)
-    take_private_memory()
-    script = fork_mother()
-    if script is None:
-        exec(BOOTSTRAP)  # noqa: S102
-    else:
-        kept = runpy.run_path(script, run_name="__main__")
+if __name__ == "__main__":  # multiprocessing imports it in its children
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for a worker's exit code
+    collect(sys.argv[3:])
+    standard = worker_for(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+    if standard is not None:
+        forking.die_with_parent()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        forking.stand_on(standard)
+        take_private_memory()
+        script = fork_mother()
+        if script is None:
+            exec(BOOTSTRAP)  # noqa: S102
+        else:
+            kept = runpy.run_path(script, run_name="__main__")
