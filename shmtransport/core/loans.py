@@ -19,11 +19,9 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from typing import Any
 
 from .allocator import Block, NextFitAllocator
-from .refusals import not_lent
 from .tensors import Tensors, address_of_memory, extent_of
 
 FEW_HELD = 8
@@ -44,31 +42,30 @@ class _Loan(weakref.ref[Any]):
 
 
 class Claim:
-    """A block to copy into, until it is held or dropped: no local tensor refers to it; only the peer does."""
+    """A block to copy into, until it is held or given back: no local tensor refers to it; only the peer does.
 
-    block: Block | None = None
-    offset = 0
-    """Where it begins, in bytes from the start of the data area."""
-    holds = 0
+    ``offset`` is where it begins, in bytes from the start of the data area.
+    """
+
+    __slots__ = ("block", "holds", "offset")
     ended = True
-
-    def __init__(self, take_back: Callable[[Block], None]) -> None:
-        self.take_back: Callable[[Block], None] | None = take_back
-        """What its end calls; None once it is held: what holds it must not keep what keeps that."""
-
-    def __del__(self) -> None:
-        if self.block is not None and self.take_back is not None:
-            self.take_back(self.block)
+    block: Block
+    holds: int
+    offset: int
 
 
 class Loans:
     """The loans and holds of one connection. Safe for use by several threads.
+
+    ``knows_tensors`` says whether ``export`` does anything.
 
     Args:
         data: the data area of this side's segment.
         released: the cells of the release table in the peer's segment.
         tensors: how tensors are made.
     """
+
+    knows_tensors = False
 
     def __init__(self, data: memoryview, released: memoryview, tensors: Tensors) -> None:
         self._data = data
@@ -144,43 +141,70 @@ class Loans:
         """Whether a loan begins at an address."""
         return start in self._by_address
 
-    def hold(self, start: int, offset: int, shape: tuple[int, ...], dtype: str, out: list[Any]) -> bool:
-        """Append a descriptor to ``out``, and hold a loan until the peer releases that.
+    def claim(self, nbytes: int) -> Claim | None:
+        """Claim a block to copy into; None if there is no room now."""
+        claim = Claim()
+        claim.holds = 0
+        block: Block | None = None
+        try:
+            with self._lock:
+                block = self._claim(nbytes)
+            if block is None:
+                return None
+            claim.block = block
+            claim.offset = block.offset
+        except BaseException:
+            if block is not None:
+                self._give_back(block)
+            raise
+        return claim
+
+    def give_back(self, claim: Claim) -> None:
+        """Undo a claim, unless it is held, or was undone already."""
+        if claim.holds == 0:
+            self._give_back(claim.block)
+
+    def hold(self, what: int | Claim, offset: int, shape: tuple[int, ...], dtype: str, out: list[Any]) -> bool | None:
+        """Append a descriptor to ``out``, and hold a block until the peer releases that.
 
         Args:
-            start: the address at which the loan begins.
+            what: the address at which a loan begins, or a claim that was copied into, and is used up.
             offset: where what is described begins, in bytes from the start of the data area.
             shape: its shape.
             dtype: the name of its dtype.
             out: gets the descriptor.
 
         Returns:
-            Whether there was a free release slot.
-
-        Raises:
-            LocalProtocolError: no loan begins there.
+            Whether there was a free release slot; None if no loan begins at that address.
         """
-        loan = self._by_address.get(start)
+        loan = what if isinstance(what, Claim) else self._by_address.get(what)
         if loan is None:
-            raise not_lent(start)
-        return self._hold(loan, offset, shape, dtype, out)
-
-    def claim(self, nbytes: int) -> Claim | None:
-        """Claim a block to copy into; None if there is no room now."""
-        claim = Claim(self._give_back)
-        with self._lock:
-            claim.block = block = self._claim(nbytes)
-        if block is None:
             return None
-        claim.offset = block.offset
-        return claim
-
-    def hold_copy(self, claim: Claim, shape: tuple[int, ...], dtype: str, out: list[Any]) -> bool:
-        """As ``hold``, for what was copied into a claim, which is used up."""
-        held = self._hold(claim, claim.offset, shape, dtype, out)
-        if held:
-            claim.take_back = None
-        return held
+        held, count = self._held, len(out)
+        descriptor = None
+        try:
+            with self._lock:
+                while True:
+                    if len(held) >= FEW_HELD or not self._free_slots:
+                        self._collect_oldest()
+                        if not self._free_slots:
+                            return False
+                    sequence, now, slot = self._sequence + 1, time.monotonic(), self._free_slots[-1]
+                    descriptor = self._describe(offset, shape, dtype, slot, sequence)
+                    if self._sequence + 1 == sequence and self._free_slots[-1] == slot:
+                        break
+                # From here on nothing is called but ``append``, so that no interrupt comes between.
+                del self._free_slots[-1]
+                self._sequence = sequence
+                loan.holds += 1
+                held[slot] = (sequence, loan, now)
+                out.append(descriptor)
+            return True
+        except BaseException:
+            if descriptor is not None and held.get(descriptor.slot, (0,))[0] == descriptor.sequence:
+                del out[count:]
+                self.end_hold(descriptor.slot, descriptor.sequence)
+            raise
 
     def end_hold(self, slot: int, sequence: int) -> None:
         """End a hold, unless it has ended: its descriptor was never sent."""
@@ -215,33 +239,6 @@ class Loans:
         if block.held:
             with self._lock:
                 self._allocator.release(block)
-
-    def _hold(self, loan: _Loan | Claim, offset: int, shape: tuple[int, ...], dtype: str, out: list[Any]) -> bool:
-        held, count = self._held, len(out)
-        descriptor = None
-        try:
-            with self._lock:
-                while True:
-                    if len(held) >= FEW_HELD or not self._free_slots:
-                        self._collect_oldest()
-                        if not self._free_slots:
-                            return False
-                    sequence, now, slot = self._sequence + 1, time.monotonic(), self._free_slots[-1]
-                    descriptor = self._describe(offset, shape, dtype, slot, sequence)
-                    if self._sequence + 1 == sequence and self._free_slots[-1] == slot:
-                        break
-                # From here on nothing is called but ``append``, so that no interrupt comes between.
-                del self._free_slots[-1]
-                self._sequence = sequence
-                loan.holds += 1
-                held[slot] = (sequence, loan, now)
-                out.append(descriptor)
-            return True
-        except BaseException:
-            if descriptor is not None and held.get(descriptor.slot, (0,))[0] == descriptor.sequence:
-                del out[count:]
-                self.end_hold(descriptor.slot, descriptor.sequence)
-            raise
 
     def _claim(self, nbytes: int) -> Block | None:
         if self._ended:

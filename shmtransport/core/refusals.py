@@ -34,11 +34,6 @@ def outside_of_mapping(start: int, length: int) -> ValueError:
     return ValueError(f"{start} and {length} are not all inside of the mapping, and aligned")
 
 
-def not_lent(start: int) -> LocalProtocolError:
-    """No loan begins at an address."""
-    return LocalProtocolError(f"no tensor was lent at the address {start}")
-
-
 def bad_ring_memory(nbytes: int) -> ValueError:
     """This memory can't be a message ring's."""
     return ValueError(

@@ -56,7 +56,8 @@ class SendArena:
         self._address = address_of_memory(self._data)
         self.loans = Loans(self._data, peer_released, TENSORS)
         """What is lent and held, for the core."""
-        self._lend, self._export = self.loans.lend, self.loans.export
+        self._lend = self.loans.lend
+        self._export = self.loans.export if self.loans.knows_tensors else None
         self._counters = counters
         self._claim_timeout_s = claim_timeout_s
         self._this_thread = threading.local()
@@ -113,7 +114,7 @@ class SendArena:
         """
         out: list[TensorDescriptor] = []
         try:
-            copied = self._export(tensor, out)
+            copied = None if self._export is None else self._export(tensor, out)
             if copied is None:
                 self._export_slowly(tensor, out)
             elif copied:
@@ -135,9 +136,7 @@ class SendArena:
             and len(shape) <= MAX_DIMENSIONS
             and tensor.nbytes > 0
         ):
-            offset = tensor.data_ptr() - self._address
-            while not self.loans.hold(start, offset, shape, row.name, out):
-                self._wait_for_slot()
+            self._hold(start, tensor.data_ptr() - self._address, shape, row, out)
             return
         check_content(tensor, row)
         self._export_copy(tensor.detach() if tensor.requires_grad else tensor, shape, row, out)
@@ -192,16 +191,18 @@ class SendArena:
             without_bytes(shape, row)
             out.append(TensorDescriptor(0, shape, row.name, 0, 0))
             return
-        while (claim := self.loans.claim(nbytes)) is None:
-            self._wait_for_room(nbytes)
+        claim = None
         try:
+            while (claim := self.loans.claim(nbytes)) is None:
+                self._wait_for_room(nbytes)
             self._write(claim.offset, source, shape, row)
-        except TransportError:
+            self._hold(claim, claim.offset, shape, row, out)
+        except BaseException as error:
+            if claim is not None:
+                self.loans.give_back(claim)
+            if isinstance(error, Exception) and not isinstance(error, TransportError):
+                refuse_copy(error)
             raise
-        except Exception as error:  # noqa: BLE001 - another library's code may raise anything
-            refuse_copy(error)
-        while not self.loans.hold_copy(claim, shape, row.name, out):
-            self._wait_for_slot()
         self.copies[out[-1].sequence] = nbytes
 
     def _write(
@@ -215,9 +216,10 @@ class SendArena:
             source = (source if row.numpy is not None else source.view(INTEGERS[row.itemsize])).numpy()
         np.copyto(np.ndarray(shape, row.carrier, self._data, offset), source)
 
-    def _wait_for_slot(self) -> None:
-        """Wait until a release slot is free; raises as ``_wait_until``."""
-        self._wait_until(lambda: self.loans.has_slot, self._no_slot)
+    def _hold(self, what: Any, offset: int, shape: tuple[int, ...], row: DType, out: list[TensorDescriptor]) -> None:
+        """Hold a loan or a copy, once there is a release slot for it."""
+        while not self.loans.hold(what, offset, shape, row.name, out):
+            self._wait_until(lambda: self.loans.has_slot, self._no_slot)
 
     def _wait_for_room(self, nbytes: int) -> None:
         """Wait until there is a gap that is large enough.

@@ -90,9 +90,18 @@ def decode_unread(data: bytes, borrows: Any = None) -> AnyMessage:
         PeerProtocolError: the bytes are of another format version, or no valid message.
     """
     call = decode_call(data, TensorDescriptor, borrows)
-    if call is None:
-        return decode(data)
-    call_id, method, descriptors, start, tensors, tensor_bytes = call
+    return decode(data) if call is None else _unread_message(data, *call)
+
+
+def _unread_message(
+    data: bytes,
+    call_id: int,
+    method: str | None,
+    descriptors: tuple[TensorDescriptor, ...],
+    start: int,
+    tensors: tuple[torch.Tensor, ...] | None,
+    tensor_bytes: int,
+) -> Request | Reply:
     values: Any = _Unread(data, start, tensors, tensor_bytes)
     return Reply(call_id, values, descriptors) if method is None else Request(call_id, method, values, {}, descriptors)
 
@@ -194,10 +203,11 @@ class Codec:
         outbox = _Outbox(self._exporter)
         try:
             if kind is Request:
-                data, *exported = encode_request(
+                data, nbytes, copies, copied_bytes = encode_request(
                     call_id, method, tuple(arguments), dict(keywords), outbox.pack, outbox, self._loans
                 )
-                outbox.add_exported(*exported)
+                if nbytes:
+                    outbox.add_exported(nbytes, copies, copied_bytes)
                 check_size(data, self._max_message_bytes)
             else:
                 packed = [outbox.pack(argument, ARGUMENT_DEPTH) for argument in arguments]
@@ -217,8 +227,9 @@ class Codec:
         outbox = _Outbox(self._exporter)
         try:
             if kind is Reply:
-                data, *exported = encode_reply(call_id, result, outbox.pack, outbox, self._loans)
-                outbox.add_exported(*exported)
+                data, nbytes, copies, copied_bytes = encode_reply(call_id, result, outbox.pack, outbox, self._loans)
+                if nbytes:
+                    outbox.add_exported(nbytes, copies, copied_bytes)
                 check_size(data, self._max_message_bytes)
             else:
                 data = encode(kind(call_id, outbox.pack(result, 0), tuple(outbox)), self._max_message_bytes)
@@ -238,7 +249,8 @@ class Codec:
 
     def decode_unread(self, data: bytes) -> AnyMessage:
         """As the function, with the arena's borrows."""
-        return decode_unread(data, self._borrows)
+        call = decode_call(data, TensorDescriptor, self._borrows)
+        return decode(data) if call is None else _unread_message(data, *call)
 
     def result_of(self, reply: Reply | Part, control_bytes: int, started: float) -> Any:
         """Return the result in a received reply, or part of a stream, with its tensors.
@@ -291,9 +303,11 @@ class Codec:
         """Return a message's tensors, as borrowed views or snapshots, and their size in bytes."""
         if unread is not None and unread.tensors is not None:
             tensors, nbytes = unread.tensors, unread.tensor_bytes
-        else:
+        elif descriptors:
             tensors = tuple([self._borrow(descriptor) for descriptor in descriptors])
             nbytes = sum([tensor.nbytes for tensor in tensors])
+        else:
+            return (), 0
         if tensors:
             if self._snapshot:
                 tensors = tuple([tensor.clone() for tensor in tensors])

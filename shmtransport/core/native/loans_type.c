@@ -147,22 +147,6 @@ static PyObject *loans_export(PyObject *self, PyObject *const *arguments, Py_ssi
     return PyLong_FromLongLong(result.is_copy ? result.nbytes : 0);
 }
 
-/* hold(start, offset, shape, dtype, out): hold the loan that begins at an address by a descriptor of what lies at an
- * offset in the data area. True; False without a free slot. */
-static PyObject *loans_hold_part(PyObject *object, PyObject *parameters)
-{
-    Loans *self = (Loans *)object;
-    unsigned long long start;
-    long long offset;
-    PyObject *shape, *name, *out;
-    if (!PyArg_ParseTuple(parameters, "KLO!UO!", &start, &offset, &PyTuple_Type, &shape, &name, &PyList_Type, &out))
-        return NULL;
-    struct loan *loan = loans_find(self->loans, (void *)(uintptr_t)start);
-    if (loan == NULL)
-        return refuse("not_lent", "(K)", start);
-    return hold_by_descriptor(self, loan, (void *)(uintptr_t)start, offset, Py_NewRef(shape), name, out);
-}
-
 /* claim(nbytes): a block to copy into, or None without room. */
 static PyObject *loans_claim_method(PyObject *self, PyObject *argument)
 {
@@ -178,21 +162,46 @@ static PyObject *loans_claim_method(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-/* hold_copy(claim, shape, dtype, out): as hold, for what was copied into a claim, which is used up. */
-static PyObject *loans_hold_copy(PyObject *object, PyObject *parameters)
+/* give_back(claim): undo it, unless it is held or was given back already. */
+static PyObject *loans_give_back_method(PyObject *Py_UNUSED(self), PyObject *argument)
 {
-    Loans *self = (Loans *)object;
-    PyObject *claimed, *shape, *name, *out;
-    if (!PyArg_ParseTuple(parameters, "O!O!UO!", claim_type, &claimed, &PyTuple_Type, &shape, &name, &PyList_Type,
-                          &out))
-        return NULL;
-    Claim *claim = (Claim *)claimed;
+    if (!Py_IS_TYPE(argument, claim_type))
+        return PyErr_Format(PyExc_TypeError, "%R", argument);
+    Claim *claim = (Claim *)argument;
+    if (claim->loan != NULL)
+        loans_give_back(claim->loan);
+    claim->loan = NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *hold_claim(Loans *self, Claim *claim, int64_t offset, PyObject *shape, PyObject *name, PyObject *out)
+{
     if (claim->owner != self || claim->loan == NULL)
         return refuse("block_not_held", "(L)", claim->offset);
-    PyObject *held = hold_by_descriptor(self, claim->loan, NULL, claim->offset, Py_NewRef(shape), name, out);
+    PyObject *held = hold_by_descriptor(self, claim->loan, NULL, offset, Py_NewRef(shape), name, out);
     if (held == Py_True)
         claim->loan = NULL;
     return held;
+}
+
+/* hold(what, offset, shape, dtype, out): hold the loan that begins at an address, or a claim, which is used up, by a
+ * descriptor of what lies at an offset in the data area. True; False without a free slot; None without such a loan. */
+static PyObject *loans_hold_method(PyObject *object, PyObject *parameters)
+{
+    Loans *self = (Loans *)object;
+    long long offset;
+    PyObject *what, *shape, *name, *out;
+    if (!PyArg_ParseTuple(parameters, "OLO!UO!", &what, &offset, &PyTuple_Type, &shape, &name, &PyList_Type, &out))
+        return NULL;
+    if (Py_IS_TYPE(what, claim_type))
+        return hold_claim(self, (Claim *)what, offset, shape, name, out);
+    void *start = PyLong_AsVoidPtr(what);
+    if (start == NULL && PyErr_Occurred())
+        return NULL;
+    struct loan *loan = loans_find(self->loans, start);
+    if (loan == NULL)
+        Py_RETURN_NONE;
+    return hold_by_descriptor(self, loan, start, offset, Py_NewRef(shape), name, out);
 }
 
 static PyObject *loans_has(PyObject *self, PyObject *argument)
@@ -257,7 +266,13 @@ static PyObject *loans_has_slot(PyObject *self, void *Py_UNUSED(closure))
     return PyBool_FromLong(loans_in(self)->free_count > 0);
 }
 
+static PyObject *loans_know_tensors(PyObject *Py_UNUSED(self), void *Py_UNUSED(closure))
+{
+    Py_RETURN_TRUE;
+}
+
 static PyGetSetDef loans_attributes[] = {
+    {"knows_tensors", loans_know_tensors, NULL, NULL, NULL},
     {"capacity", loans_capacity, NULL, NULL, NULL},
     {"blocks", loans_blocks, NULL, NULL, NULL},
     {"held_by_peer", loans_held_by_peer, NULL, NULL, NULL},
@@ -268,9 +283,9 @@ static PyGetSetDef loans_attributes[] = {
 static PyMethodDef loans_methods[] = {
     {"lend", (PyCFunction)(void (*)(void))loans_lend, METH_FASTCALL, NULL},
     {"export", (PyCFunction)(void (*)(void))loans_export, METH_FASTCALL, NULL},
-    {"hold", loans_hold_part, METH_VARARGS, NULL},
+    {"give_back", loans_give_back_method, METH_O, NULL},
+    {"hold", loans_hold_method, METH_VARARGS, NULL},
     {"claim", loans_claim_method, METH_O, NULL},
-    {"hold_copy", loans_hold_copy, METH_VARARGS, NULL},
     {"has", loans_has, METH_O, NULL},
     {"end_hold", loans_end_hold_method, METH_VARARGS, NULL},
     {"collect", loans_collect_method, METH_NOARGS, NULL},

@@ -168,7 +168,9 @@ class _Side:
             seen = tensor is None
         elif step == "copy":
             claim = loans.claim(size)
-            seen = claim and (claim.offset, loans.hold_copy(claim, (size,), "uint8", out))
+            seen = claim and (claim.offset, loans.hold(claim, claim.offset, (size,), "uint8", out))
+            if claim is not None:
+                loans.give_back(claim)  # unless it is held
         elif step in ("send", "send a part") and self.alive:
             tensor = self.alive[which % len(self.alive)]
             part = tensor[1:] if step == "send a part" and len(tensor) > 1 else tensor
