@@ -3,9 +3,8 @@
 What a call spends its time in has two twins: one in Python, the executable specification, and one in C. Each provides
 all names of ``CONTRACT``, and nothing else differs between them: the same bytes, the same errors.
 
-The Python twin is the default, compiled or not: the C twin does not have the rest of the call path yet, and becomes the
-default with it. ``SHMTRANSPORT_CORE=native`` or ``=python`` in the environment chooses one; a choice that can't be had
-is an ImportError.
+The compiled twin is the default where there is one. ``SHMTRANSPORT_CORE=native`` or ``=python`` in the environment
+chooses one; a choice that can't be had is an ImportError.
 """
 
 from __future__ import annotations
@@ -69,15 +68,15 @@ def choose(wanted: str) -> tuple[ModuleType, str, str]:
     """
     if wanted not in ("", "python", "native"):
         raise ImportError(f"{SWITCH}={wanted} names no core: set it to python or native, or unset it")
-    if wanted != "native":
-        return python_twin, "python", f"{SWITCH}=python" if wanted else "it is the default"
+    if wanted == "python":
+        return python_twin, "python", f"{SWITCH}=python"
     try:
-        return import_module(".native_twin", __name__), "native", f"{SWITCH}=native"
+        return import_module(".native_twin", __name__), "native", f"{SWITCH}=native" if wanted else "it is the default"
     except ImportError as error:
-        raise ImportError(
-            f"{SWITCH}=native, but the compiled core can't be loaded ({error}): install shmtransport where there is a "
-            f"C compiler, or unset {SWITCH}"
-        ) from error
+        why = f"the compiled core can't be loaded ({error}): install shmtransport where there is a C compiler"
+        if not wanted:
+            return python_twin, "python", why
+        raise ImportError(f"{SWITCH}=native, but {why}, or unset {SWITCH}") from error
 
 
 _twin, CORE, CORE_REASON = choose(os.environ.get(SWITCH, ""))

@@ -21,6 +21,7 @@ from ..errors import SegmentError
 from ..memory.leftovers import SharedObject, list_all
 from ..memory.mapped_file import guards_are_on
 from ..memory.segment import shared_memory_room
+from ..memory.views import HAS_EXCHANGE
 from ..version import VERSION
 
 _PACKAGES = ("torch", "numpy", "pyzmq", "posix_ipc", "msgspec")
@@ -37,6 +38,7 @@ _MAPPED = re.compile(
     r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) (\d+) +/dev/shm/shmtransport-[0-9a-f]{32} \(deleted\)$"
 )
 UNKNOWN = "unknown"
+_NO_EXCHANGE = "; tensors by the Python twin, since this torch has no DLPack exchange table (2.10 and later have)"
 
 SegmentId: TypeAlias = "tuple[str, str]"
 """A segment's device and inode, as ``/proc/PID/maps`` writes them."""
@@ -109,7 +111,7 @@ def machine_facts() -> MachineFacts:
         locked_memory_bytes=_limit(resource.RLIMIT_MEMLOCK),
         environment=environment(os.environ),
         huge_pages=f"{_huge_pages_rule()}, /dev/shm: {_huge_pages_mount()}",
-        core=f"{CORE}: {CORE_REASON}",
+        core=f"{CORE}: {CORE_REASON}{'' if HAS_EXCHANGE else _NO_EXCHANGE}",
         guarded=guards_are_on(),
     )
 

@@ -30,15 +30,15 @@ def test_the_package_uses_the_twin_that_it_names() -> None:
     assert all(getattr(shmtransport.core, each) is getattr(twin, each) for each in CONTRACT)
 
 
-def test_python_is_the_default_and_can_be_chosen() -> None:
+def test_python_can_be_chosen() -> None:
     """Also where there is a compiled core."""
-    assert choose("") == (python_twin, "python", "it is the default")
     assert choose("python") == (python_twin, "python", "SHMTRANSPORT_CORE=python")
 
 
 @needs_native
-def test_the_compiled_core_can_be_chosen() -> None:
+def test_the_compiled_core_is_the_default_and_can_be_chosen() -> None:
     """Where it was compiled."""
+    assert choose("")[1:] == ("native", "it is the default")
     assert choose("native")[1:] == ("native", "SHMTRANSPORT_CORE=native")
 
 
@@ -50,10 +50,12 @@ def test_an_unknown_choice_is_one_clear_error(wanted: str) -> None:
 
 
 def test_without_a_compiled_core_python_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the compiled one was asked for: then it is one clear error."""
+    """And it says why; where the compiled one was asked for, that is one clear error."""
     monkeypatch.setitem(sys.modules, "shmtransport.core.native_twin", None)
-    twin, name, _ = choose("")
+    twin, name, why = choose("")
     assert (twin, name) == (python_twin, "python")
+    assert why.startswith("the compiled core can't be loaded (")
+    assert why.endswith("install shmtransport where there is a C compiler")
     with pytest.raises(
         ImportError, match=r"^SHMTRANSPORT_CORE=native, but the compiled core can't be loaded \(.*unset"
     ):
