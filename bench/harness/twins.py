@@ -83,7 +83,7 @@ def _decode(twin: ModuleType) -> Act:
     tensors = (_TENSOR,)
 
     def compiled() -> object:
-        _, _, _, start, _, _ = twin.decode_call(data, TensorDescriptor, None)
+        _, _, _, start = twin.decode_call(data, TensorDescriptor)
         return twin.decode_values(REQUEST_TAG, data, start, tensors, None)
 
     def specified() -> object:
@@ -105,7 +105,7 @@ def _decode_values(twin: ModuleType) -> Act:
     data, *_ = python_twin.encode_reply(1234, _VALUES, _pack, [], None)
 
     def compiled() -> object:
-        _, _, _, start, _, _ = twin.decode_call(data, TensorDescriptor, None)
+        _, _, _, start = twin.decode_call(data, TensorDescriptor)
         return twin.decode_values(REPLY_TAG, data, start, (), None)
 
     def specified() -> object:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         decode_values,
         encode_reply,
         encode_request,
+        take_call,
     )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "decode_values",
     "encode_reply",
     "encode_request",
+    "take_call",
 ]
 
 CONTRACT = (
@@ -54,6 +56,7 @@ CONTRACT = (
     "decode_values",
     "encode_reply",
     "encode_request",
+    "take_call",
 )
 """What each twin provides."""
 

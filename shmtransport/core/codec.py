@@ -67,16 +67,28 @@ def encode_reply(
     return PREAMBLE + _encode([REPLY_TAG, call_id, pack(result, 0), descriptors]), 0, 0, 0
 
 
-def decode_call(
-    data: bytes, describe: Callable[..., Any], borrows: Any
-) -> tuple[int, str | None, tuple[Any, ...], int, tuple[Any, ...] | None, int] | None:
+def take_call(data: bytes, tag: int, borrows: Any) -> tuple[Any, ...] | None:
+    """Read a received request or reply as a whole, with its tensors borrowed, if this twin does so.
+
+    The compiled twin does so for a valid message of that tag whose tensors its own ``borrows`` can all borrow, unless
+    one of them is to become an array. It leaves every other message to ``decode_call``, with nothing borrowed.
+
+    This twin leaves every message to that.
+
+    Returns:
+        For a request: the call's id, the method, the arguments, a list, and the keyword arguments, both in one tuple,
+        how many tensors there are, and their size in bytes. For a reply: the call's id, the result, how many tensors
+        there are, and their size. None for what is left.
+    """
+    return None
+
+
+def decode_call(data: bytes, describe: Callable[..., Any]) -> tuple[int, str | None, tuple[Any, ...], int] | None:
     """Look at a received request or reply without its values, if this twin does so.
 
-    The compiled twin returns the call's id; a request's method, or None for a reply; the descriptors that
-    ``describe(offset, shape, dtype, slot, sequence)`` makes; where the values begin, for ``decode_values``; and the
-    tensors, borrowed, with their size in bytes. If its own ``borrows`` can't borrow all of them, there are descriptors
-    and no tensors (None); otherwise there are no descriptors. It returns None for a message of another kind, and for
-    one that is invalid.
+    The compiled twin returns the call's id, a request's method or None for a reply, the descriptors that
+    ``describe(offset, shape, dtype, slot, sequence)`` makes, and where the values begin, for ``decode_values``. It
+    returns None for a message of another kind, and for one that is invalid.
 
     This twin always returns None: it leaves every message to the caller's own decoder, which is the specification of
     what is valid.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._native import FORMAT_VERSION as COMPILED_FORMAT_VERSION
-from ._native import Block, NextFitAllocator, decode_call, decode_values, encode_reply, encode_request
+from ._native import Block, NextFitAllocator, decode_call, decode_values, encode_reply, encode_request, take_call
 from ._native import Borrows as CompiledBorrows
 from ._native import Loans as CompiledLoans
 from ._native import MessageRing as CompiledMessageRing
@@ -30,6 +30,7 @@ __all__ = [
     "decode_values",
     "encode_reply",
     "encode_request",
+    "take_call",
 ]
 
 if COMPILED_FORMAT_VERSION != FORMAT_VERSION:

@@ -2,7 +2,7 @@
 
 from .allocator import Block, NextFitAllocator
 from .borrows import Borrows
-from .codec import decode_call, decode_values, encode_reply, encode_request
+from .codec import decode_call, decode_values, encode_reply, encode_request, take_call
 from .loans import Loans
 from .message_ring import MessageRing
 
@@ -16,4 +16,5 @@ __all__ = [
     "decode_values",
     "encode_reply",
     "encode_request",
+    "take_call",
 ]

@@ -21,7 +21,6 @@ from ..errors import SegmentError
 from ..memory.leftovers import SharedObject, list_all
 from ..memory.mapped_file import guards_are_on
 from ..memory.segment import shared_memory_room
-from ..memory.views import HAS_EXCHANGE
 from ..version import VERSION
 
 _PACKAGES = ("torch", "numpy", "pyzmq", "posix_ipc", "msgspec")
@@ -42,6 +41,13 @@ _NO_EXCHANGE = "; tensors by the Python twin, since this torch has no DLPack exc
 
 SegmentId: TypeAlias = "tuple[str, str]"
 """A segment's device and inode, as ``/proc/PID/maps`` writes them."""
+
+
+def _without_exchange() -> str:
+    """What is to be said of a torch that the compiled core can't make tensors with; nothing of any other."""
+    from ..memory.views import HAS_EXCHANGE  # only here: what needs no torch must not wait for it
+
+    return "" if HAS_EXCHANGE or CORE != "native" else _NO_EXCHANGE
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def machine_facts() -> MachineFacts:
         locked_memory_bytes=_limit(resource.RLIMIT_MEMLOCK),
         environment=environment(os.environ),
         huge_pages=f"{_huge_pages_rule()}, /dev/shm: {_huge_pages_mount()}",
-        core=f"{CORE}: {CORE_REASON}{'' if HAS_EXCHANGE else _NO_EXCHANGE}",
+        core=f"{CORE}: {CORE_REASON}{_without_exchange()}",
         guarded=guards_are_on(),
     )
 

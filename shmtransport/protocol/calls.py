@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from ..core.codec import REPLY_TAG, REQUEST_TAG
 from ..errors import (
     ArenaFull,
     Closed,
@@ -41,9 +42,10 @@ from .messages import (
     StreamRequest,
     shorten,
 )
-from .values import Codec, carries_tensors
+from .values import Codec, decode_unread
 
 HANDLER = "handler"
+_INTERRUPTED = "an interrupt came while this call's reply was being read"
 _TRACEBACK_CHARACTERS = 4096  # its end, which names what failed
 _RAISED_BY_NAME: dict[str, type[TransportError]] = {
     kind.__name__: kind for kind in (ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError)
@@ -105,7 +107,10 @@ class ClientProtocol:
             PeerDied: the server ended the connection.
         """
         started = perf_counter()
-        message = self._codec.decode_unread(data)
+        taken = self._codec.take(REPLY_TAG, data)
+        if taken is not None:
+            return self._take_result(*taken, control_bytes=len(data), started=started)
+        message = decode_unread(data)
         if isinstance(message, (Reply, Failure)):
             call = self._pending.pop(message.call_id, None)
             if call is not None:
@@ -120,6 +125,22 @@ class ClientProtocol:
         if isinstance(message, Goodbye):
             raise PeerDied(f"the server ended the connection: {printable(message.reason)}")
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where only replies are valid")
+
+    def _take_result(
+        self, call_id: int, result: Any, tensors: int, tensor_bytes: int, *, control_bytes: int, started: float
+    ) -> CallInFlight | None:
+        """End a call with the result that the core has read; of one that was given up, the tensors are released."""
+        call = self._pending.pop(call_id, None)
+        try:
+            self._counters.count_received(control_bytes, tensor_bytes, perf_counter() - started)
+            if call is not None:
+                call.succeed(result, has_tensors=tensors > 0)
+                self._counters.count_call(perf_counter() - call.submitted)
+        except BaseException:
+            if call is not None and not call.ended:
+                call.fail(Closed(_INTERRUPTED))
+            raise
+        return call
 
     def give_up(self, call: CallInFlight, error: TransportError) -> None:
         """End a call with an error; the tensors of a late reply are released when it comes."""
@@ -153,8 +174,7 @@ class ClientProtocol:
         failed = False
         if isinstance(message, Reply):
             try:
-                result = self._codec.result_of(message, control_bytes, started)
-                call.succeed(result, has_tensors=carries_tensors(message))
+                call.succeed(self._codec.result_of(message, control_bytes, started), has_tensors=bool(message.tensors))
             except PeerProtocolError as error:
                 call.fail(error)
                 raise
@@ -162,7 +182,7 @@ class ClientProtocol:
                 failed = True
                 call.fail(error)
             except BaseException:
-                call.fail(Closed("an interrupt came while this call's reply was being read"))
+                call.fail(Closed(_INTERRUPTED))
                 raise
         else:
             failed = True
@@ -207,7 +227,12 @@ class ServerProtocol:
             PeerProtocolError: the message is invalid.
         """
         started = perf_counter()
-        message = self._codec.decode_unread(data)
+        taken = self._codec.take(REQUEST_TAG, data)
+        if taken is not None:
+            call_id, method, (arguments, keywords), _, tensor_bytes = taken
+            self._counters.count_received(len(data), tensor_bytes, perf_counter() - started)
+            return Call(call_id, method, arguments, keywords)
+        message = decode_unread(data)
         if isinstance(message, (Request, OneWayRequest, StreamRequest)):
             arguments, keywords = self._codec.arguments_of(message, len(data), started)
             call = Call(message.call_id, message.method, arguments, keywords)

@@ -16,7 +16,7 @@ import torch
 import torch.utils.dlpack
 from msgspec.msgpack import Ext
 
-from ..core import decode_call, decode_values, encode_reply, encode_request
+from ..core import decode_call, decode_values, encode_reply, encode_request, take_call
 from ..core.codec import ARGUMENT_DEPTH, EXT_ARRAY, EXT_TENSOR, EXT_TUPLE, MAX_DEPTH, REPLY_TAG, REQUEST_TAG
 from ..core.refusals import bad_key, changed_size, nested_too_deep
 from ..errors import LocalProtocolError, PeerProtocolError
@@ -71,45 +71,24 @@ class Importer(Protocol):
 
 
 class _Unread(NamedTuple):
-    """The values of a received message that are still bytes of it, and its tensors if the core has borrowed them."""
+    """The values of a received message that are still bytes of it."""
 
     data: bytes
     start: int
-    tensors: tuple[torch.Tensor, ...] | None
-    tensor_bytes: int
 
 
-def decode_unread(data: bytes, borrows: Any = None) -> AnyMessage:
+def decode_unread(data: bytes) -> AnyMessage:
     """Return the typed message in a peer's bytes; the values of a request or reply are for ``Codec`` to read.
-
-    Args:
-        data: the bytes.
-        borrows: what the core may borrow the message's tensors from. Default: nothing.
 
     Raises:
         PeerProtocolError: the bytes are of another format version, or no valid message.
     """
-    call = decode_call(data, TensorDescriptor, borrows)
-    return decode(data) if call is None else _unread_message(data, *call)
-
-
-def _unread_message(
-    data: bytes,
-    call_id: int,
-    method: str | None,
-    descriptors: tuple[TensorDescriptor, ...],
-    start: int,
-    tensors: tuple[torch.Tensor, ...] | None,
-    tensor_bytes: int,
-) -> Request | Reply:
-    values: Any = _Unread(data, start, tensors, tensor_bytes)
+    call = decode_call(data, TensorDescriptor)
+    if call is None:
+        return decode(data)
+    call_id, method, descriptors, start = call
+    values: Any = _Unread(data, start)
     return Reply(call_id, values, descriptors) if method is None else Request(call_id, method, values, {}, descriptors)
-
-
-def carries_tensors(reply: Reply) -> bool:
-    """Whether a received reply has tensors."""
-    unread = reply.result
-    return bool(reply.tensors) or (type(unread) is _Unread and bool(unread.tensors))
 
 
 class _Outbox(list[TensorDescriptor]):
@@ -247,10 +226,16 @@ class Codec:
         self._counters.count_sent(len(data))
         return data
 
-    def decode_unread(self, data: bytes) -> AnyMessage:
-        """As the function, with the arena's borrows."""
-        call = decode_call(data, TensorDescriptor, self._borrows)
-        return decode(data) if call is None else _unread_message(data, *call)
+    def take(self, tag: int, data: bytes) -> tuple[Any, ...] | None:
+        """Return a received request or reply as the core reads it, see ``core.codec.take_call``, or None.
+
+        Raises:
+            PeerProtocolError: the peer has cut its segment short.
+        """
+        taken = None if self._snapshot else take_call(data, tag, self._borrows)
+        if taken is not None and taken[-1]:
+            self._check_whole()
+        return taken
 
     def result_of(self, reply: Reply | Part, control_bytes: int, started: float) -> Any:
         """Return the result in a received reply, or part of a stream, with its tensors.
@@ -263,11 +248,10 @@ class Codec:
         Raises:
             PeerProtocolError: a descriptor or a value that the other side never makes.
         """
-        unread = reply.result if type(reply.result) is _Unread else None
-        tensors, tensor_bytes = self._borrow_all(reply.tensors, unread)
+        tensors, tensor_bytes = self._borrow_all(reply.tensors)
         result: Any
-        if unread is not None:
-            result = decode_values(REPLY_TAG, unread.data, unread.start, tensors, self._to_array)
+        if type(reply.result) is _Unread:
+            result = decode_values(REPLY_TAG, *reply.result, tensors, self._to_array)
         else:
             result = unpack(reply.result, tensors, 0, self._to_array)
         self._counters.count_received(control_bytes, tensor_bytes, perf_counter() - started)
@@ -284,11 +268,10 @@ class Codec:
         Raises:
             PeerProtocolError: a descriptor or a value that the other side never makes.
         """
-        values: Any = request.arguments
-        unread = values if type(values) is _Unread else None
-        tensors, tensor_bytes = self._borrow_all(request.tensors, unread)
-        if unread is not None:
-            arguments, keywords = decode_values(REQUEST_TAG, unread.data, unread.start, tensors, self._to_array)
+        tensors, tensor_bytes = self._borrow_all(request.tensors)
+        unread: Any = request.arguments
+        if type(unread) is _Unread:
+            arguments, keywords = decode_values(REQUEST_TAG, *unread, tensors, self._to_array)
         else:
             arguments = [unpack(argument, tensors, ARGUMENT_DEPTH, self._to_array) for argument in request.arguments]
             keywords = {
@@ -297,21 +280,15 @@ class Codec:
         self._counters.count_received(control_bytes, tensor_bytes, perf_counter() - started)
         return arguments, keywords
 
-    def _borrow_all(
-        self, descriptors: Sequence[TensorDescriptor], unread: _Unread | None
-    ) -> tuple[tuple[torch.Tensor, ...], int]:
+    def _borrow_all(self, descriptors: Sequence[TensorDescriptor]) -> tuple[tuple[torch.Tensor, ...], int]:
         """Return a message's tensors, as borrowed views or snapshots, and their size in bytes."""
-        if unread is not None and unread.tensors is not None:
-            tensors, nbytes = unread.tensors, unread.tensor_bytes
-        elif descriptors:
-            tensors = tuple([self._borrow(descriptor) for descriptor in descriptors])
-            nbytes = sum([tensor.nbytes for tensor in tensors])
-        else:
+        if not descriptors:
             return (), 0
-        if tensors:
-            if self._snapshot:
-                tensors = tuple([tensor.clone() for tensor in tensors])
-            self._check_whole()
+        tensors = tuple([self._borrow(descriptor) for descriptor in descriptors])
+        nbytes = sum([tensor.nbytes for tensor in tensors])
+        if self._snapshot:
+            tensors = tuple([tensor.clone() for tensor in tensors])
+        self._check_whole()
         return tensors, nbytes
 
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:

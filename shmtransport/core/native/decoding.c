@@ -1,8 +1,7 @@
-/* Requests and replies from a peer's bytes: core/codec.py's decode_call and decode_values.
+/* Requests and replies from a peer's bytes: core/codec.py's decode_call, decode_values and take_call.
  *
- * A message's tensors stand behind its values. So it is read twice: decode_call looks at every byte, refuses what is not
- * exactly what protocol/messages.py and values.unpack accept, and gives the tensors' descriptors; decode_values then
- * makes the values, with those tensors. Both are safe for any bytes: neither relies on the other.
+ * A message's tensors stand behind its values. So it is read twice: it is looked at as a whole, which gives the tensors'
+ * descriptors; then the values are made, with those tensors. Both are safe for any bytes: neither relies on the other.
  *
  * What is refused is None here: protocol/messages.py, the specification, then says in words what is wrong with it.
  */
@@ -10,148 +9,9 @@
 
 #include "borrows_type.h"
 #include "descriptor.h"
+#include "inspection.h"
 #include "layout.h"
 #include "unpacker.h"
-
-#define MAX_DEPTH 32
-#define ARGUMENT_DEPTH 2
-#define MAX_TENSORS 1024
-#define MAX_NAME_CHARACTERS 256
-#define REQUEST_FIELDS 6 /* tag, call_id, method, arguments, keywords, tensors */
-#define REPLY_FIELDS 4   /* tag, call_id, result, tensors */
-
-enum extension { EXTENSION_TENSOR = 1, EXTENSION_ARRAY = 2, EXTENSION_TUPLE = 3 };
-
-/* --- looking at everything --- */
-
-static bool is_tensor(const struct token *token)
-{
-    return (token->code == EXTENSION_TENSOR || token->code == EXTENSION_ARRAY) && token->count == 2;
-}
-
-static uint32_t tensor_index(const struct token *token)
-{
-    return (uint32_t)token->bytes[0] | (uint32_t)token->bytes[1] << 8;
-}
-
-static bool is_key(const struct token *token)
-{
-    if (token->kind == TOKEN_TEXT)
-        return utf8_characters(token->bytes, token->count) >= 0;
-    return token->kind == TOKEN_UNSIGNED || token->kind == TOKEN_NEGATIVE;
-}
-
-static bool check_value(struct unpacker *unpacker, int depth, uint32_t *tensors);
-
-static bool check_items(struct unpacker *unpacker, uint32_t count, int depth, uint32_t *tensors)
-{
-    for (; count > 0; count--)
-        if (!check_value(unpacker, depth, tensors))
-            return false;
-    return true;
-}
-
-/* Go over a tuple's marker, if the next item is one. */
-static bool take_tuple_marker(struct unpacker *unpacker)
-{
-    struct unpacker ahead = *unpacker;
-    struct token token;
-    if (!unpack_kind(&ahead, &token, TOKEN_EXTENSION) || token.code != EXTENSION_TUPLE)
-        return false;
-    *unpacker = ahead;
-    return true;
-}
-
-static bool check_map(struct unpacker *unpacker, uint32_t count, int depth, uint32_t *tensors, bool only_text)
-{
-    struct token key;
-    for (; count > 0; count--)
-        if (!unpack_token(unpacker, &key) || !is_key(&key) || (only_text && key.kind != TOKEN_TEXT)
-            || !check_value(unpacker, depth, tensors))
-            return false;
-    return true;
-}
-
-/* Go over a value; *tensors becomes larger than every index in it. */
-static bool check_value(struct unpacker *unpacker, int depth, uint32_t *tensors)
-{
-    struct token token;
-    if (!unpack_token(unpacker, &token))
-        return false;
-    switch (token.kind) {
-    case TOKEN_TEXT:
-        return utf8_characters(token.bytes, token.count) >= 0;
-    case TOKEN_EXTENSION:
-        if (depth > MAX_DEPTH || !is_tensor(&token))
-            return false;
-        if (tensor_index(&token) >= *tensors)
-            *tensors = tensor_index(&token) + 1;
-        return true;
-    case TOKEN_ARRAY:
-        if (depth > MAX_DEPTH)
-            return false;
-        if (token.count > 0 && take_tuple_marker(unpacker))
-            token.count--;
-        return check_items(unpacker, token.count, depth + 1, tensors);
-    case TOKEN_MAP:
-        return depth <= MAX_DEPTH && check_map(unpacker, token.count, depth + 1, tensors, false);
-    default:
-        return true;
-    }
-}
-
-/* A whole message, as far as it is known without making anything. */
-struct call {
-    uint64_t tag, call_id;
-    struct token method;       /* of a request */
-    struct unpacker values;    /* where a request's arguments or a reply's result begin */
-    struct unpacker tensors;   /* where the first descriptor begins */
-    uint32_t tensor_count;
-};
-
-static bool take_name(struct unpacker *unpacker, struct token *name)
-{
-    if (!unpack_kind(unpacker, name, TOKEN_TEXT))
-        return false;
-    int64_t characters = utf8_characters(name->bytes, name->count);
-    return characters >= 0 && characters <= MAX_NAME_CHARACTERS;
-}
-
-static bool check_arguments(struct unpacker *unpacker, uint32_t *tensors)
-{
-    struct token token;
-    return unpack_kind(unpacker, &token, TOKEN_ARRAY) && check_items(unpacker, token.count, ARGUMENT_DEPTH, tensors)
-        && unpack_kind(unpacker, &token, TOKEN_MAP) && check_map(unpacker, token.count, ARGUMENT_DEPTH, tensors, true);
-}
-
-/* Whether the bytes after the preamble are a valid request or reply. */
-static bool check_call(struct unpacker *unpacker, struct call *call)
-{
-    struct token token;
-    struct descriptor descriptor;
-    uint32_t tensors = 0;
-    if (!unpack_kind(unpacker, &token, TOKEN_ARRAY) || !unpack_count(unpacker, &call->tag))
-        return false;
-    bool is_request = call->tag == TAG_REQUEST;
-    if (!is_request && call->tag != TAG_REPLY)
-        return false;
-    if (token.count != (is_request ? REQUEST_FIELDS : REPLY_FIELDS) || !unpack_count(unpacker, &call->call_id)
-        || (is_request && !take_name(unpacker, &call->method)))
-        return false;
-    call->values = *unpacker;
-    if (!(is_request ? check_arguments(unpacker, &tensors) : check_value(unpacker, 0, &tensors)))
-        return false;
-    if (!unpack_kind(unpacker, &token, TOKEN_ARRAY) || token.count > MAX_TENSORS || token.count < tensors)
-        return false;
-    call->tensor_count = token.count;
-    call->tensors = *unpacker;
-    for (uint32_t index = 0; index < call->tensor_count; index++)
-        if (!take_descriptor(unpacker, &descriptor))
-            return false;
-    return unpacker->at == unpacker->end;
-}
-
-/* --- making Python's objects --- */
 
 static PyObject *make_text(const struct token *token)
 {
@@ -193,80 +53,31 @@ static PyObject *make_descriptors(struct call *call, PyObject *describe)
     return descriptors;
 }
 
-/* Whether every tensor can be borrowed, as far as this can be known before any is. */
-static bool all_can_be_borrowed(const struct call *call, PyObject *borrows)
-{
-    struct unpacker tensors = call->tensors;
-    struct descriptor descriptor;
-    for (uint32_t index = 0; index < call->tensor_count; index++)
-        if (!take_descriptor(&tensors, &descriptor) || !can_be_borrowed(borrows, &descriptor))
-            return false;
-    return true;
-}
-
-/* All tensors, or None if one can't be borrowed: the borrows that were begun end with that. */
-static PyObject *borrow_all(const struct call *call, PyObject *borrows, uint64_t *nbytes)
-{
-    struct unpacker remaining = call->tensors;
-    struct descriptor descriptor;
-    PyObject *tensors = PyTuple_New((Py_ssize_t)call->tensor_count);
-    for (uint32_t index = 0; tensors != NULL && index < call->tensor_count; index++) {
-        bool is_read = take_descriptor(&remaining, &descriptor);
-        PyObject *tensor = is_read ? borrow_described(borrows, &descriptor, nbytes) : Py_NewRef(Py_None);
-        if (tensor == Py_None) {
-            Py_DECREF(tensors);
-            return tensor;
-        }
-        if (tensor == NULL || PyTuple_SetItem(tensors, (Py_ssize_t)index, tensor) < 0)
-            Py_CLEAR(tensors);
-    }
-    return tensors;
-}
-
-/* What decode_call returns of a message that is valid. */
-static PyObject *make_call(struct call *call, PyObject *describe, PyObject *borrows, Py_ssize_t start)
-{
-    uint64_t nbytes = 0;
-    PyObject *tensors, *descriptors = NULL, *method = NULL;
-    if (is_borrows(borrows) && all_can_be_borrowed(call, borrows))
-        tensors = borrow_all(call, borrows, &nbytes);
-    else
-        tensors = Py_NewRef(Py_None);
-    if (tensors != NULL)
-        descriptors = tensors == Py_None ? make_descriptors(call, describe) : PyTuple_New(0);
-    if (descriptors != NULL)
-        method = call->tag == TAG_REQUEST ? make_text(&call->method) : Py_NewRef(Py_None);
-    if (method == NULL) {
-        Py_XDECREF(tensors);
-        Py_XDECREF(descriptors);
-        return NULL;
-    }
-    return Py_BuildValue("KNNnNK", (unsigned long long)call->call_id, method, descriptors, start, tensors,
-                         (unsigned long long)nbytes);
-}
-
 PyObject *decode_call(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
-    PyObject *data, *describe, *borrows;
+    PyObject *data, *describe;
     char *bytes;
     Py_ssize_t nbytes;
-    if (!PyArg_ParseTuple(parameters, "OOO", &data, &describe, &borrows)
-        || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0)
+    struct call call;
+    if (!PyArg_ParseTuple(parameters, "OO", &data, &describe) || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0)
         return NULL;
-    if (nbytes < 2 || (unsigned char)bytes[0] != MAGIC_BYTE || bytes[1] != FORMAT_VERSION)
+    if (!inspect_call(bytes, (size_t)nbytes, &call))
         Py_RETURN_NONE;
-    struct call call = {0};
-    struct unpacker unpacker = {(unsigned char *)bytes + 2, (unsigned char *)bytes + nbytes};
-    if (!check_call(&unpacker, &call))
-        Py_RETURN_NONE;
-    return make_call(&call, describe, borrows, (Py_ssize_t)(call.values.at - (unsigned char *)bytes));
+    PyObject *method = call.tag == TAG_REQUEST ? make_text(&call.method) : Py_NewRef(Py_None);
+    PyObject *descriptors = method == NULL ? NULL : make_descriptors(&call, describe);
+    if (descriptors == NULL) {
+        Py_XDECREF(method);
+        return NULL;
+    }
+    Py_ssize_t start = (Py_ssize_t)(call.values.at - (unsigned char *)bytes);
+    return Py_BuildValue("KNNn", (unsigned long long)call.call_id, method, descriptors, start);
 }
 
 /* What the values of one message are made from. */
 struct decoder {
     struct unpacker unpacker;
-    PyObject *tensors; /* a tuple */
-    PyObject *to_array;
+    PyObject *tensors;  /* a tuple */
+    PyObject *to_array; /* NULL where arrays are left to others */
 };
 
 static PyObject *invalid(void)
@@ -283,6 +94,8 @@ static PyObject *make_tensor(struct decoder *decoder, const struct token *token)
     PyObject *tensor = PyTuple_GetItem(decoder->tensors, (Py_ssize_t)tensor_index(token));
     if (token->code == EXTENSION_TENSOR)
         return Py_NewRef(tensor);
+    if (decoder->to_array == NULL)
+        return invalid();
     return PyObject_CallFunctionObjArgs(decoder->to_array, tensor, NULL);
 }
 
@@ -402,4 +215,80 @@ PyObject *decode_values(PyObject *Py_UNUSED(module), PyObject *parameters)
         return invalid();
     decoder.unpacker = (struct unpacker){(unsigned char *)bytes + start, (unsigned char *)bytes + nbytes};
     return tag == TAG_REQUEST ? make_arguments(&decoder) : make_value(&decoder, 0);
+}
+
+/* Whether every tensor can be borrowed, as far as this can be known before any is. */
+static bool all_can_be_borrowed(const struct call *call, PyObject *borrows)
+{
+    struct unpacker tensors = call->tensors;
+    struct descriptor descriptor;
+    for (uint32_t index = 0; index < call->tensor_count; index++)
+        if (!take_descriptor(&tensors, &descriptor) || !can_be_borrowed(borrows, &descriptor))
+            return false;
+    return true;
+}
+
+/* All tensors, or None if one can't be borrowed: the borrows that were begun end with that. */
+static PyObject *borrow_all(const struct call *call, PyObject *borrows, uint64_t *nbytes)
+{
+    struct unpacker remaining = call->tensors;
+    struct descriptor descriptor;
+    PyObject *tensors = PyTuple_New((Py_ssize_t)call->tensor_count);
+    for (uint32_t index = 0; tensors != NULL && index < call->tensor_count; index++) {
+        bool is_read = take_descriptor(&remaining, &descriptor);
+        PyObject *tensor = is_read ? borrow_described(borrows, &descriptor, nbytes) : Py_NewRef(Py_None);
+        if (tensor == Py_None) {
+            Py_DECREF(tensors);
+            return tensor;
+        }
+        if (tensor == NULL || PyTuple_SetItem(tensors, (Py_ssize_t)index, tensor) < 0)
+            Py_CLEAR(tensors);
+    }
+    return tensors;
+}
+
+/* The rest of what take_call returns: a request's method, arguments and keyword arguments, or a reply's result. */
+static PyObject *make_taken(const struct call *call, struct decoder *decoder, uint64_t nbytes)
+{
+    unsigned long long call_id = call->call_id, tensor_bytes = nbytes;
+    if (call->tag == TAG_REPLY) {
+        PyObject *result = make_value(decoder, 0);
+        return result == NULL ? NULL : Py_BuildValue("KNIK", call_id, result, call->tensor_count, tensor_bytes);
+    }
+    PyObject *method = make_text(&call->method);
+    PyObject *arguments = method == NULL ? NULL : make_arguments(decoder);
+    if (arguments == NULL) {
+        Py_XDECREF(method);
+        return NULL;
+    }
+    return Py_BuildValue("KNNIK", call_id, method, arguments, call->tensor_count, tensor_bytes);
+}
+
+/* take_call(data, tag, borrows): see core/codec.py. */
+PyObject *take_call(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    char *bytes;
+    Py_ssize_t nbytes;
+    struct call call;
+    uint64_t tensor_bytes = 0;
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "%zd", count);
+    unsigned long long tag = PyLong_AsUnsignedLongLong(arguments[1]);
+    if (PyErr_Occurred() || PyBytes_AsStringAndSize(arguments[0], &bytes, &nbytes) < 0)
+        return NULL;
+    PyObject *borrows = arguments[2];
+    if (!is_borrows(borrows) || !inspect_call(bytes, (size_t)nbytes, &call) || call.tag != tag || call.has_arrays
+        || !all_can_be_borrowed(&call, borrows))
+        Py_RETURN_NONE;
+    PyObject *tensors = borrow_all(&call, borrows, &tensor_bytes);
+    if (tensors == NULL || tensors == Py_None)
+        return tensors;
+    struct decoder decoder = {.unpacker = call.values, .tensors = tensors};
+    PyObject *taken = make_taken(&call, &decoder, tensor_bytes);
+    Py_DECREF(tensors);
+    if (taken == NULL && call.tensor_count == 0) { /* the caller's own decoder meets it again, and says what it is */
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    return taken; /* the tensors are released by now: nobody may look at them again */
 }

@@ -48,6 +48,7 @@ static PyMethodDef functions[] = {
     {"encode_reply", encode_reply, METH_VARARGS, NULL},
     {"decode_call", decode_call, METH_VARARGS, NULL},
     {"decode_values", decode_values, METH_VARARGS, NULL},
+    {"take_call", (PyCFunction)(void (*)(void))take_call, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -42,5 +42,6 @@ PyObject *encode_reply(PyObject *module, PyObject *parameters);
 
 PyObject *decode_call(PyObject *module, PyObject *parameters);
 PyObject *decode_values(PyObject *module, PyObject *parameters);
+PyObject *take_call(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
 
 #endif

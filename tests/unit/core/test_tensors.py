@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.msgpack import Ext
 
 from shmtransport.core import python_twin
+from shmtransport.core.codec import EXT_TENSOR, REPLY_TAG
 from shmtransport.core.layout import Layout
+from shmtransport.memory.descriptor import TensorDescriptor
 from shmtransport.memory.dtypes import TABLE
 from shmtransport.memory.receive_arena import release_cells
 from shmtransport.memory.segment import Segment
@@ -137,6 +141,46 @@ def test_tensors_may_end_on_threads_that_python_does_not_know(native_pair: Pair)
     del result, loan
     assert eventually(lambda: len(native_pair.receive) == 0)
     assert native_pair.is_free()
+
+
+def test_a_message_is_made_and_taken_as_a_whole(native_pair: Pair) -> None:
+    """Tensors of loans in place, others copied in, where the values name them; what was counted is what was done."""
+    assert native_twin is not None
+    loan = native_pair.send.lend((3,), torch.float32)
+    loan.fill_(2.0)
+    out: list[Any] = []
+    values = ({"lent": loan, "same": [loan]}, torch.arange(4), (None, torch.ones(2, 2)))
+    data, *counted = native_twin.encode_reply(9, values, lambda *_: None, out, native_pair.send.loans)
+    assert counted == [2 * 12 + 32 + 16, 2, 48]
+    call_id, result, tensors, nbytes = native_twin.take_call(data, REPLY_TAG, native_pair.receive.borrows)
+    assert (call_id, tensors, nbytes) == (9, 4, 72)
+    named, copied, (nothing, square) = result
+    assert nothing is None
+    assert named["lent"].data_ptr() == named["same"][0].data_ptr()
+    assert [one.tolist() for one in (named["lent"], copied, square)] == [[2.0] * 3, [0, 1, 2, 3], [[1.0, 1.0]] * 2]
+    del named, copied, square, result, loan, values
+    assert native_pair.is_free()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"slot": 64}, {"sequence": 0}, {"offset": 16 * 1024}, {"dtype": "float31"}, {"shape": (0,)}]
+)
+def test_a_message_is_left_whole_where_one_tensor_is_not_plain(native_pair: Pair, wrong: dict[str, Any]) -> None:
+    """With nothing borrowed, so that the specification can look at it again and say what is wrong."""
+    assert native_twin is not None
+    good = TensorDescriptor(0, (4,), "float32", 0, 1)
+    bad = msgspec.structs.replace(TensorDescriptor(64, (4,), "float32", 1, 2), **wrong)
+    borrows = native_pair.receive.borrows
+    for descriptors in ([good, bad], [bad, good], [good, msgspec.structs.replace(good, offset=64)]):
+        out: list[Any] = []
+
+        def export(_value: Any, _depth: int, out: list[Any] = out, descriptors: list[Any] = descriptors) -> Ext:
+            out.append(descriptors[len(out)])
+            return Ext(EXT_TENSOR, bytes((len(out) - 1, 0)))
+
+        data, *_ = native_twin.encode_reply(1, [object(), object()], export, out, None)
+        assert native_twin.take_call(data, REPLY_TAG, borrows) is None
+        assert len(borrows) == 0
 
 
 _steps = st.lists(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from shmtransport.memory.descriptor import MAX_DIMENSIONS, TensorDescriptor
 from shmtransport.protocol import values
 from shmtransport.protocol.messages import MAX_TENSORS, Reply, Request, decode
 from shmtransport.protocol.values import decode_unread, pack, unpack
+from tests.support.arenas import Pair
 from tests.support.cores import native_twin, needs_native
 from tests.support.messages import MESSAGES
 from tests.unit.core.test_twin_encoders import _Exporter, _values
@@ -69,15 +71,52 @@ def _to_array(tensor: torch.Tensor) -> Any:
 
 
 def _compiled(data: bytes) -> Any:
-    """The same by the compiled core."""
+    """The same by the compiled core; what it takes as a whole is the same again."""
     assert native_twin is not None
-    call = native_twin.decode_call(data, TensorDescriptor, None)
+    call = native_twin.decode_call(data, TensorDescriptor)
     if call is None:
+        assert _taken(data) is None
         return None
-    call_id, method, descriptors, start, _, _ = call
+    call_id, method, descriptors, start = call
     tag = REPLY_TAG if method is None else REQUEST_TAG
     tensors = _TENSORS[: len(descriptors)]
-    return call_id, method, descriptors, _plain(native_twin.decode_values(tag, data, start, tensors, _to_array))
+    values = _plain(native_twin.decode_values(tag, data, start, tensors, _to_array))
+    taken = _taken(data)
+    if taken is not None:
+        assert taken[:3] == (call_id, method, len(descriptors))
+        assert descriptors or taken == (call_id, method, 0, 0, values)
+    else:
+        assert descriptors, "a message without tensors was left"
+    return call_id, method, descriptors, values
+
+
+def _taken(data: bytes) -> Any:
+    """What the compiled core takes as a whole: call id, method, tensors, their bytes, values; nothing is borrowed."""
+    assert native_twin is not None
+    borrows = _borrows()
+    request = native_twin.take_call(data, REQUEST_TAG, borrows)
+    reply = native_twin.take_call(data, REPLY_TAG, borrows)
+    assert request is None or reply is None
+    taken = None
+    if request is not None:
+        call_id, method, (arguments, keywords), tensors, nbytes = request
+        taken = call_id, method, tensors, nbytes, _plain((arguments, keywords))
+        del arguments, keywords
+    elif reply is not None:
+        call_id, result, tensors, nbytes = reply
+        taken = call_id, None, tensors, nbytes, _plain(result)
+        del result
+    del request, reply
+    assert len(borrows) == 0
+    return taken
+
+
+@functools.cache
+def _borrows() -> Any:
+    """The compiled borrows of an arena of a page; its memory lives as long as they do."""
+    pair = Pair(4096, slots=4, core=native_twin)
+    pair.close()
+    return pair.receive.borrows
 
 
 def _message(*fields: Any) -> bytes:
@@ -219,7 +258,7 @@ def test_every_other_tag_is_left_to_the_specification(tag: Any, monkeypatch: pyt
     monkeypatch.setattr(values, "decode_call", native_twin.decode_call)
     for body in _BODIES:
         data = _message(tag, *body)
-        assert native_twin.decode_call(data, TensorDescriptor, None) is None
+        assert native_twin.decode_call(data, TensorDescriptor) is None
         assert _outcome_of(decode_unread, data) == _outcome_of(decode, data)
 
 
