@@ -175,7 +175,7 @@ class Loans:
             out: gets the descriptor.
 
         Returns:
-            Whether there was a free release slot; None if no loan begins at that address.
+            Whether there was a free release slot; None if no loan begins at that address, or it is gone.
         """
         loan = what if isinstance(what, Claim) else self._by_address.get(what)
         if loan is None:
@@ -187,6 +187,8 @@ class Loans:
                 while True:
                     if len(held) >= FEW_HELD or not self._free_slots:
                         self._collect_oldest()
+                        if loan.ended and loan.holds == 0 and loan is not what:
+                            return None  # that has freed it
                         if not self._free_slots:
                             return False
                     sequence, now, slot = self._sequence + 1, time.monotonic(), self._free_slots[-1]

@@ -65,6 +65,15 @@ def _compiled(kind: type, rows: tuple[Any, ...]) -> CompiledTensors:
     return CompiledTensors(kind, rows)
 
 
+def knows(tensors: Tensors) -> bool:
+    """Whether this twin can make these tensors: their library must have an exchange table of DLPack 1.3 or later."""
+    try:
+        _compiled(tensors.type, tensors.rows)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
 def _place(memory: memoryview) -> tuple[Any, int, int]:
     """The mapping that a memory is part of, where in it that begins, and how many items it has."""
     mapping = memory.obj.mapping  # type: ignore[attr-defined]  # see memory/mapped_file

@@ -47,7 +47,7 @@ def _without_exchange() -> str:
     """What is to be said of a torch that the compiled core can't make tensors with; nothing of any other."""
     from ..memory.views import HAS_EXCHANGE  # only here: what needs no torch must not wait for it
 
-    return "" if HAS_EXCHANGE or CORE != "native" else _NO_EXCHANGE
+    return _NO_EXCHANGE if CORE == "native" and not HAS_EXCHANGE else ""
 
 
 @dataclass(frozen=True)

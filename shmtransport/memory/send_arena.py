@@ -125,19 +125,24 @@ class SendArena:
         return out[0]
 
     def _export_slowly(self, tensor: torch.Tensor, out: list[TensorDescriptor]) -> None:
-        # Only a CPU tensor has its storage at one of these addresses.
-        start = address_of(tensor)
         row = row_of(tensor.dtype)
-        shape = tuple(tensor.shape)
-        if (
-            self.loans.has(start)
-            and tensor.is_contiguous()
-            and not (tensor.is_conj() or tensor.is_neg())
-            and len(shape) <= MAX_DIMENSIONS
-            and tensor.nbytes > 0
-        ):
-            self._hold(start, tensor.data_ptr() - self._address, shape, row, out)
-            return
+        while True:
+            # Looked at again after each wait: another thread may have given the tensor other memory.
+            start = address_of(tensor)  # only a CPU tensor has its storage at one of these addresses
+            shape = tuple(tensor.shape)
+            if not (
+                self.loans.has(start)
+                and tensor.is_contiguous()
+                and not (tensor.is_conj() or tensor.is_neg())
+                and len(shape) <= MAX_DIMENSIONS
+                and tensor.nbytes > 0
+            ):
+                break
+            held = self.loans.hold(start, tensor.data_ptr() - self._address, shape, row.name, out)
+            if held:
+                return
+            if held is False:
+                self._wait_for_slot()
         check_content(tensor, row)
         self._export_copy(tensor.detach() if tensor.requires_grad else tensor, shape, row, out)
 
@@ -196,7 +201,8 @@ class SendArena:
             while (claim := self.loans.claim(nbytes)) is None:
                 self._wait_for_room(nbytes)
             self._write(claim.offset, source, shape, row)
-            self._hold(claim, claim.offset, shape, row, out)
+            while not self.loans.hold(claim, claim.offset, shape, row.name, out):
+                self._wait_for_slot()
         except BaseException as error:
             if claim is not None:
                 self.loans.give_back(claim)
@@ -216,10 +222,9 @@ class SendArena:
             source = (source if row.numpy is not None else source.view(INTEGERS[row.itemsize])).numpy()
         np.copyto(np.ndarray(shape, row.carrier, self._data, offset), source)
 
-    def _hold(self, what: Any, offset: int, shape: tuple[int, ...], row: DType, out: list[TensorDescriptor]) -> None:
-        """Hold a loan or a copy, once there is a release slot for it."""
-        while not self.loans.hold(what, offset, shape, row.name, out):
-            self._wait_until(lambda: self.loans.has_slot, self._no_slot)
+    def _wait_for_slot(self) -> None:
+        """Wait until a release slot is free; raises as ``_wait_until``."""
+        self._wait_until(lambda: self.loans.has_slot, self._no_slot)
 
     def _wait_for_room(self, nbytes: int) -> None:
         """Wait until there is a gap that is large enough.

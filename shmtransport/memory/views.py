@@ -29,6 +29,13 @@ def view(data: memoryview, offset: int, row: DType, shape: tuple[int, ...]) -> t
     return array, tensor if row.numpy is not None else tensor.view(row.torch)
 
 
+def native_knows(tensors: Tensors) -> bool:
+    """Whether the compiled twin can make these tensors."""
+    from ..core import native_twin  # only here: it may not be there
+
+    return native_twin.knows(tensors)
+
+
 def _dlpack_code(row: DType) -> int:
     """The code of a dtype in DLPack, https://dmlc.github.io/dlpack/latest/c_api.html#_CPPv413DLDataTypeCode."""
     for start, code in _DLPACK_CODES.items():
@@ -58,7 +65,7 @@ TENSORS = Tensors(
     view=view,
     describe=TensorDescriptor,
 )
-HAS_EXCHANGE = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-"""Whether torch has what the compiled twin makes tensors with: from 2.10 on. Without it, the Python twin makes them."""
+HAS_EXCHANGE = core.CORE == "native" and native_knows(TENSORS)
+"""Whether the compiled twin makes the tensors, for which torch must be 2.10 or later."""
 _twin = core if HAS_EXCHANGE else python_twin
 Loans, Borrows = _twin.Loans, _twin.Borrows

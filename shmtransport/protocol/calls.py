@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from ..core import decode_call
 from ..core.codec import REPLY_TAG, REQUEST_TAG
 from ..errors import (
     ArenaFull,
@@ -26,6 +27,7 @@ from ..errors import (
     TensorTooLarge,
     TransportError,
 )
+from ..memory.descriptor import TensorDescriptor
 from ..statistics import Counters
 from ..text import printable
 from .in_flight import CallInFlight, StreamInFlight
@@ -107,7 +109,10 @@ class ClientProtocol:
             PeerDied: the server ended the connection.
         """
         started = perf_counter()
-        taken = self._codec.take(REPLY_TAG, data)
+        try:
+            taken = self._codec.take(REPLY_TAG, data)
+        except MemoryError as error:
+            return self._fail_unread(data, error)
         if taken is not None:
             return self._take_result(*taken, control_bytes=len(data), started=started)
         message = decode_unread(data)
@@ -125,6 +130,15 @@ class ClientProtocol:
         if isinstance(message, Goodbye):
             raise PeerDied(f"the server ended the connection: {printable(message.reason)}")
         raise PeerProtocolError(f"the server sent a {type(message).__name__} where only replies are valid")
+
+    def _fail_unread(self, data: bytes, error: MemoryError) -> CallInFlight | None:
+        """End the call whose reply there was no memory to read; the others go on."""
+        found = decode_call(data, TensorDescriptor)
+        call = self._pending.pop(found[0], None) if found is not None else None
+        if call is not None:
+            call.fail(error)
+            self._counters.count_call(perf_counter() - call.submitted, True)
+        return call
 
     def _take_result(
         self, call_id: int, result: Any, tensors: int, tensor_bytes: int, *, control_bytes: int, started: float

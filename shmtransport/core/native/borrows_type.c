@@ -83,9 +83,11 @@ static bool lies_in_data(const struct borrows *borrows, uint64_t offset, const s
 static PyObject *borrow(Borrows *self, uint64_t offset, const struct dtype_row *row, const struct extent *extent,
                         uint64_t slot, uint64_t sequence)
 {
+    if (!borrow_is_possible(self->borrows, slot, sequence))
+        Py_RETURN_NONE;
     struct borrow *borrow = borrow_begin(self->borrows, slot, sequence);
     if (borrow == NULL)
-        Py_RETURN_NONE;
+        return PyErr_NoMemory();
     return make_tensor_over(self->library, &borrow->view, self->borrows->data + offset, row, extent);
 }
 

@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-#define LONG_COPY (64 << 10) /* bytes: from here on other threads run meanwhile */
+#define LONG_COPY (256 << 10) /* bytes: from here on Python copies, which lets other threads run meanwhile */
 
 static PyObject *shape_of(int dimensions, const int64_t *sizes)
 {
@@ -24,28 +24,32 @@ PyObject *hold_by_descriptor(Loans *self, struct loan *loan, const void *start, 
                              PyObject *name, PyObject *out)
 {
     struct loans *loans = self->loans;
-    PyObject *descriptor = NULL;
-    while (shape != NULL) {
+    PyObject *descriptor = NULL, *held = NULL;
+    while (shape != NULL && held == NULL) {
         int32_t slot = loans_next_slot(loans);
-        if (slot == NO_SLOT)
-            break;
         uint64_t sequence = loans->sequence + 1;
-        descriptor = PyObject_CallFunction(self->describe, "LOOiK", (long long)offset, shape, name, (int)slot,
-                                           (unsigned long long)sequence);
-        if (descriptor == NULL)
+        if (start != NULL && loans_find(loans, start) != loan) /* it has ended, and the look for a slot has freed it */
+            held = Py_NewRef(Py_None);
+        else if (slot == NO_SLOT)
+            held = Py_NewRef(Py_False);
+        else if ((descriptor = PyObject_CallFunction(self->describe, "LOOiK", (long long)offset, shape, name, (int)slot,
+                                                     (unsigned long long)sequence)) == NULL)
             break;
-        bool is_current = loans->sequence + 1 == sequence && loans->free_count > 0
-            && loans->free_slots[loans->free_count - 1] == slot;
-        if (is_current && (start == NULL || loans_find(loans, start) == loan)) {
-            if (PyList_Append(out, descriptor) == 0)
-                loans_hold(loans, loan, slot);
+        else if (loans->sequence + 1 != sequence || loans->free_count == 0
+                 || loans->free_slots[loans->free_count - 1] != slot)
+            Py_CLEAR(descriptor); /* an inner call was faster */
+        else if (start != NULL && loans_find(loans, start) != loan)
+            held = Py_NewRef(Py_None);
+        else if (PyList_Append(out, descriptor) < 0)
             break;
+        else {
+            loans_hold(loans, loan, slot);
+            held = Py_NewRef(Py_True);
         }
-        Py_CLEAR(descriptor); /* an inner call was faster */
     }
     Py_XDECREF(shape);
     Py_XDECREF(descriptor);
-    return PyErr_Occurred() ? NULL : PyBool_FromLong(descriptor != NULL);
+    return held;
 }
 
 /* Whether a method of a tensor says yes; -1 with an error set. */
@@ -123,17 +127,6 @@ static int is_in_storage(Loans *self, PyObject *tensor, int64_t itemsize, int64_
     return offset >= 0 && size >= nbytes && offset <= (size - nbytes) / itemsize;
 }
 
-static void copy(void *target, const void *source, size_t nbytes)
-{
-    if (nbytes < LONG_COPY) {
-        memcpy(target, source, nbytes);
-        return;
-    }
-    Py_BEGIN_ALLOW_THREADS
-    memcpy(target, source, nbytes);
-    Py_END_ALLOW_THREADS
-}
-
 /* Copy a tensor in and hold the copy: as export_tensor. Nothing between the description and the copy runs Python code. */
 static int export_copy(PyObject *self, const struct dl_tensor *tensor, const struct dtype_row *row, int64_t nbytes,
                        PyObject *out)
@@ -143,11 +136,9 @@ static int export_copy(PyObject *self, const struct dl_tensor *tensor, const str
         Py_XDECREF(claim);
         return claim == NULL ? -1 : 0;
     }
-    int64_t sizes[MAX_DIMENSIONS];
-    int dimensions = tensor->dimensions; /* the tensor may change while another thread runs */
-    memcpy(sizes, tensor->shape, (size_t)dimensions * sizeof *sizes);
-    copy(((Loans *)self)->loans->data + claim->offset, tensor->data, (size_t)nbytes);
-    PyObject *held = hold_by_descriptor((Loans *)self, claim->loan, NULL, claim->offset, shape_of(dimensions, sizes), row->name, out);
+    memcpy(((Loans *)self)->loans->data + claim->offset, tensor->data, (size_t)nbytes);
+    PyObject *held = hold_by_descriptor((Loans *)self, claim->loan, NULL, claim->offset,
+                                        shape_of(tensor->dimensions, tensor->shape), row->name, out);
     if (held == Py_True)
         claim->loan = NULL;
     Py_XDECREF(held);
@@ -167,13 +158,18 @@ int export_tensor(PyObject *object, PyObject *exported, PyObject *out, struct ex
         is_sent = is_in_storage(self, exported, row->itemsize, result->nbytes);
     if (is_sent <= 0)
         return is_sent;
-    int64_t looked_at = result->nbytes;
+    int64_t looked_at = result->nbytes, sizes[MAX_DIMENSIONS];
     if (!describe(self, exported, &tensor, &row, &result->nbytes) /* again: a mode of torch may run Python code */
         || result->nbytes != looked_at)
         return 0;
+    /* The tensor's own sizes may change with the next piece of Python code. */
+    memcpy(sizes, tensor.shape, (size_t)tensor.dimensions * sizeof *sizes);
+    tensor.shape = sizes;
     struct loan *loan = loans_find(self->loans, tensor.data);
     result->is_copy = loan == NULL;
     if (loan == NULL && loans_contain(self->loans, tensor.data)) /* a part of a loan that does not begin where it does */
+        return 0;
+    if (loan == NULL && result->nbytes >= LONG_COPY)
         return 0;
     if (loan == NULL)
         return export_copy(object, &tensor, row, result->nbytes, out);

@@ -27,8 +27,10 @@ static bool mend(uintptr_t address)
     for (int number = 0; number < count; number++) {
         struct guard *guard = &guards[number];
         uintptr_t start = atomic_load_explicit(&guard->start, memory_order_acquire);
-        size_t nbytes = atomic_load_explicit(&guard->nbytes, memory_order_relaxed);
+        size_t nbytes = atomic_load_explicit(&guard->nbytes, memory_order_acquire);
         if (start == 0 || address < start || address - start >= nbytes)
+            continue;
+        if (atomic_load_explicit(&guard->start, memory_order_relaxed) != start) /* it has become another range's */
             continue;
         uintptr_t page = address & ~(page_bytes - 1);
         void *mapped = mmap((void *)page, start + nbytes - page, PROT_READ | PROT_WRITE,
@@ -96,7 +98,7 @@ int guard_range(uintptr_t start, size_t nbytes)
     if (number == MOST_GUARDS)
         return -1;
     atomic_store_explicit(&guards[number].was_cut, false, memory_order_relaxed);
-    atomic_store_explicit(&guards[number].nbytes, nbytes, memory_order_relaxed);
+    atomic_store_explicit(&guards[number].nbytes, nbytes, memory_order_release);
     atomic_store_explicit(&guards[number].start, start, memory_order_release);
     if (number == count)
         atomic_store_explicit(&used, count + 1, memory_order_release);

@@ -4,7 +4,7 @@
  * there instead, from the one that was touched to the range's end, and is marked as cut. What lies before the cut stays.
  * Every other SIGBUS goes to the handler that was there before.
  *
- * Ranges are added and removed by one thread at a time; the handler may run on any thread meanwhile.
+ * Ranges are added by one thread at a time and removed by any; the handler may run on any thread meanwhile.
  */
 #ifndef SHMTRANSPORT_GUARDS_H
 #define SHMTRANSPORT_GUARDS_H

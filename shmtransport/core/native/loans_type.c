@@ -56,11 +56,11 @@ Claim *claim_copy(PyObject *owner, int64_t nbytes)
 
 static bool find_tensor_methods(Loans *self)
 {
-    self->is_neg = PyObject_GetAttrString((PyObject *)self->library->type, "is_neg");
-    self->is_conj = PyObject_GetAttrString((PyObject *)self->library->type, "is_conj");
-    self->untyped_storage = PyObject_GetAttrString((PyObject *)self->library->type, "untyped_storage");
-    self->storage_offset = PyObject_GetAttrString((PyObject *)self->library->type, "storage_offset");
-    return !PyErr_Occurred();
+    PyObject *type = (PyObject *)self->library->type;
+    return (self->is_neg = PyObject_GetAttrString(type, "is_neg")) != NULL
+        && (self->is_conj = PyObject_GetAttrString(type, "is_conj")) != NULL
+        && (self->untyped_storage = PyObject_GetAttrString(type, "untyped_storage")) != NULL
+        && (self->storage_offset = PyObject_GetAttrString(type, "storage_offset")) != NULL;
 }
 
 static PyObject *loans_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
@@ -150,9 +150,12 @@ static PyObject *loans_export(PyObject *self, PyObject *const *arguments, Py_ssi
 /* claim(nbytes): a block to copy into, or None without room. */
 static PyObject *loans_claim_method(PyObject *self, PyObject *argument)
 {
-    long long nbytes = PyLong_AsLongLong(argument);
+    int overflow;
+    long long nbytes = PyLong_AsLongLongAndOverflow(argument, &overflow);
     if (nbytes == -1 && PyErr_Occurred())
         return NULL;
+    if (overflow > 0)
+        Py_RETURN_NONE;
     if (nbytes <= 0)
         return refuse("empty_claim", "(O)", argument);
     Claim *claim = claim_copy(self, nbytes);
@@ -229,10 +232,11 @@ static PyObject *loans_collect_method(PyObject *self, PyObject *Py_UNUSED(nothin
 
 static PyObject *loans_has_room(PyObject *self, PyObject *argument)
 {
-    long long nbytes = PyLong_AsLongLong(argument);
+    int overflow;
+    long long nbytes = PyLong_AsLongLongAndOverflow(argument, &overflow);
     if (nbytes == -1 && PyErr_Occurred())
         return NULL;
-    return PyBool_FromLong(allocator_has_room(&loans_in(self)->allocator, nbytes));
+    return PyBool_FromLong(overflow == 0 && allocator_has_room(&loans_in(self)->allocator, nbytes));
 }
 
 static PyObject *loans_largest_gap(PyObject *self, PyObject *Py_UNUSED(nothing))

@@ -27,8 +27,8 @@ typedef struct {
 /* A block to copy into; one without a loan where there is no room; NULL with an error set. */
 Claim *claim_copy(PyObject *owner, int64_t nbytes);
 
-/* Hold a loan by a descriptor, which is appended to a list: True, or False without a free slot. Takes the shape over.
- * start is where a tensor's loan begins, and NULL for a copy, which cannot end meanwhile. */
+/* Hold a loan by a descriptor, which is appended to a list: True; False without a free slot; None if the loan has ended and
+ * is gone. Takes the shape over. start is where a tensor's loan begins, and NULL for a copy, which cannot end meanwhile. */
 PyObject *hold_by_descriptor(Loans *self, struct loan *loan, const void *start, int64_t offset, PyObject *shape,
                              PyObject *name, PyObject *out);
 

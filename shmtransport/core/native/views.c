@@ -16,14 +16,16 @@ static int read_row(struct dtype_row *row, PyObject *described)
     long long itemsize;
     if (!PyArg_ParseTuple(described, "OUiiL", &row->dtype, &row->name, &code, &bits, &itemsize))
         return -1;
+    Py_ssize_t length;
+    row->text = PyUnicode_AsUTF8AndSize(row->name, &length);
+    if (row->text == NULL)
+        return -1;
+    row->length = (size_t)length;
     row->described = (struct dl_dtype){(uint8_t)code, (uint8_t)bits, 1};
     row->itemsize = itemsize;
     Py_INCREF(row->dtype);
     Py_INCREF(row->name);
-    Py_ssize_t length;
-    row->text = PyUnicode_AsUTF8AndSize(row->name, &length);
-    row->length = (size_t)length;
-    return row->text == NULL ? -1 : 0;
+    return 0;
 }
 
 int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows)
@@ -36,7 +38,7 @@ int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows)
     if (tensors->exchange == NULL)
         return -1;
     if (tensors->exchange->major != DL_MAJOR || tensors->exchange->minor < DL_MINOR
-        || tensors->exchange->describe == NULL) {
+        || tensors->exchange->describe == NULL || tensors->exchange->import_managed == NULL) {
         PyErr_SetObject(PyExc_ImportError, type);
         return -1;
     }
@@ -144,9 +146,13 @@ PyObject *make_tensor_over(const struct tensors *tensors, struct view *view, voi
     describe_view(view, start, row, extent);
     view->ended_early = &has_ended;
     int failed = tensors->exchange->import_managed(&view->managed, &tensor);
-    if (!failed)
+    if (!failed && tensor != NULL) {
         view->ended_early = NULL;
-    else if (!has_ended)
+        return tensor;
+    }
+    if (!has_ended)
         view->ended(view);
-    return failed ? NULL : tensor;
+    if (!PyErr_Occurred())
+        PyErr_NoMemory();
+    return NULL;
 }

@@ -69,6 +69,34 @@ def test_what_is_no_table_of_tensors_is_refused(segments: tuple[Segment, Segment
         _loans(segments, type=int)
 
 
+def test_tensors_without_a_table_are_left_to_the_python_twin() -> None:
+    """Those of a torch before 2.10, or one whose table is of an older DLPack."""
+    assert native_twin is not None
+    assert native_twin.knows(TENSORS)
+    assert not native_twin.knows(TENSORS._replace(type=int))
+
+
+@pytest.mark.parametrize("twin", [python_twin, native_twin], ids=["python", "native"])
+def test_a_loan_that_is_gone_is_not_held(twin: ModuleType) -> None:
+    """Its block is freed by the very look for a slot: hold says so, rather than look for ever."""
+    pair = Pair(core=twin)
+    loans = pair.send.loans
+    loan = pair.send.lend((4,), torch.float32)
+    start = loan.data_ptr()
+    out: list[Any] = []
+    for _ in range(9):  # so many that a hold looks for releases
+        assert loans.hold(start, start - pair.send._address, (4,), "float32", out) is True
+    del loan
+    assert loans.lend((2000,), torch.float32) is not None  # its end has been looked at, and the peer's holds keep it
+    for one in out:
+        pair.cells[one.slot] = one.sequence
+    assert loans.has(start)
+    assert loans.hold(start, start - pair.send._address, (4,), "float32", out) is None
+    assert loans.claim(2**64) is None
+    assert not loans.has_room(2**64)
+    pair.close()
+
+
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_every_dtype_is_made_and_understood(native_pair: Pair, row: Any) -> None:
     """By its DLPack code: a loan has the dtype that was asked for, in place, and so has what arrives."""
