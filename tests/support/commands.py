@@ -35,7 +35,7 @@ def environment(**extra: str) -> dict[str, str]:
 def run(*arguments: str, **extra: str) -> Finished:
     """Run the command as a user would."""
     done = subprocess.run(
-        [*LLAMA, *arguments], env=environment(**extra), capture_output=True, text=True, timeout=120, check=False
+        [*LLAMA, *arguments], env=environment(**extra), capture_output=True, text=True, timeout=170, check=False
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 
