@@ -297,7 +297,7 @@ def test_a_call_without_a_reply_in_time_is_a_call_timeout(
             started = time.monotonic()
             with pytest.raises(CallTimeout, match=r"no reply to 'late' within 0\.1 s; 0 other calls.* is alive"):
                 await client.call("late", torch.zeros(ARENA_BYTES, dtype=torch.uint8))
-            assert time.monotonic() - started >= 0.1
+            assert time.monotonic() - started > 0.09  # uvloop's clock has milliseconds
             gate.open()
             assert await becomes(lambda: gate.left == 1)
             while True:
