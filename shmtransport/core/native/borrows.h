@@ -40,7 +40,7 @@ void borrows_drop(struct borrows *borrows);
 /* Whether a descriptor's slot is in range and not held, and its sequence is one. */
 bool borrow_is_possible(const struct borrows *borrows, uint64_t slot, uint64_t sequence);
 
-/* Begin a borrow by a descriptor; NULL if that is not possible, or without memory. */
+/* Begin a borrow that is possible; NULL without memory. */
 struct borrow *borrow_begin(struct borrows *borrows, uint64_t slot, uint64_t sequence);
 
 #endif

@@ -23,13 +23,12 @@ static PyObject *borrows_new(PyTypeObject *type, PyObject *arguments, PyObject *
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OnnOnnO", names, &data, &data_offset, &data_bytes, &cells,
                                      &cells_offset, &slots, &tensors))
         return NULL;
-    struct mapping *data_mapping = mapping_of(data), *cells_mapping = mapping_of(cells);
-    const struct tensors *library = tensors_of(tensors);
-    if (data_mapping == NULL || cells_mapping == NULL || library == NULL)
+    struct mapping *data_mapping = mapping_with(data, data_offset, data_bytes, 1), *cells_mapping = NULL;
+    if (data_mapping != NULL)
+        cells_mapping = mapping_with(cells, cells_offset, slots, sizeof(uint64_t));
+    const struct tensors *library = cells_mapping == NULL ? NULL : tensors_of(tensors);
+    if (library == NULL)
         return NULL;
-    if (!mapping_has(data_mapping, data_offset, data_bytes, 1)
-        || !mapping_has(cells_mapping, cells_offset, slots, sizeof(uint64_t)))
-        return refuse("outside_of_mapping", "(nn)", data_offset, cells_offset);
     Borrows *self = (Borrows *)PyType_GenericAlloc(type, 0);
     if (self == NULL)
         return NULL;

@@ -290,5 +290,5 @@ PyObject *take_call(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_
         PyErr_Clear();
         Py_RETURN_NONE;
     }
-    return taken; /* the tensors are released by now: nobody may look at them again */
+    return taken; /* the tensors are released by now: the caller must not look at them again */
 }

@@ -5,9 +5,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "layout.h"
 #include "unpacker.h"
-
-#define MAX_DIMENSIONS 16
 
 struct descriptor {
     uint64_t offset, slot, sequence;

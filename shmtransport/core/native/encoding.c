@@ -11,11 +11,6 @@
 #include "loans_type.h"
 #include "packer.h"
 
-#define MAX_DEPTH 32      /* as in core/codec.py, held to it by a test */
-#define ARGUMENT_DEPTH 2
-#define TENSOR_CODE 1
-#define TUPLE_CODE 3
-#define MAX_TENSORS 1024
 #define DEEPEST 100 /* of what pack returns; it keeps to MAX_DEPTH itself */
 
 static PyObject *ext_type;                                              /* msgspec.msgpack.Ext */
@@ -140,7 +135,7 @@ static bool put_tuple(struct encoder *encoder, PyObject *tuple, int depth)
     if (!check_size(size + 1))
         return false;
     pack_array(&encoder->packer, (size_t)size + 1);
-    pack_extension(&encoder->packer, TUPLE_CODE, NULL, 0);
+    pack_extension(&encoder->packer, EXTENSION_TUPLE, NULL, 0);
     for (Py_ssize_t index = 0; index < size; index++)
         if (!put_value(encoder, PyTuple_GetItem(tuple, index), depth + 1))
             return false;
@@ -217,7 +212,7 @@ static bool put_tensor(struct encoder *encoder, PyObject *value, bool *done)
     if (exported <= 0)
         return exported == 0;
     const char bytes[2] = {(char)(index & 0xff), (char)(index >> 8)};
-    pack_extension(&encoder->packer, TENSOR_CODE, bytes, sizeof bytes);
+    pack_extension(&encoder->packer, EXTENSION_TENSOR, bytes, sizeof bytes);
     encoder->tensor_bytes += (uint64_t)result.nbytes;
     encoder->copies += result.is_copy;
     encoder->copied_bytes += result.is_copy ? (uint64_t)result.nbytes : 0;

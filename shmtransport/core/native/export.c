@@ -20,35 +20,51 @@ static PyObject *shape_of(int dimensions, const int64_t *sizes)
     return shape;
 }
 
+/* Whether a tensor's loan has ended, and a look for a free slot has freed it. */
+static bool is_gone(const struct loans *loans, const struct loan *loan, const void *start)
+{
+    return start != NULL && loans_find(loans, start) != loan;
+}
+
+/* Whether the next hold still gets this slot and sequence. */
+static bool is_next(const struct loans *loans, int32_t slot, uint64_t sequence)
+{
+    return loans->sequence + 1 == sequence && loans->free_count > 0
+        && loans->free_slots[loans->free_count - 1] == slot;
+}
+
+static PyObject *hold_shape(Loans *self, struct loan *loan, const void *start, int64_t offset, PyObject *shape,
+                            PyObject *name, PyObject *out)
+{
+    struct loans *loans = self->loans;
+    for (;;) {
+        int32_t slot = loans_next_slot(loans);
+        uint64_t sequence = loans->sequence + 1;
+        if (is_gone(loans, loan, start))
+            Py_RETURN_NONE;
+        if (slot == NO_SLOT)
+            Py_RETURN_FALSE;
+        PyObject *descriptor = PyObject_CallFunction(self->describe, "LOOiK", (long long)offset, shape, name, (int)slot,
+                                                     (unsigned long long)sequence);
+        if (descriptor == NULL)
+            return NULL;
+        bool is_current = is_next(loans, slot, sequence) && !is_gone(loans, loan, start);
+        int failed = is_current ? PyList_Append(out, descriptor) : 0;
+        Py_DECREF(descriptor);
+        if (failed)
+            return NULL;
+        if (is_current) {
+            loans_hold(loans, loan, slot);
+            Py_RETURN_TRUE;
+        }
+    } /* an inner call was faster */
+}
+
 PyObject *hold_by_descriptor(Loans *self, struct loan *loan, const void *start, int64_t offset, PyObject *shape,
                              PyObject *name, PyObject *out)
 {
-    struct loans *loans = self->loans;
-    PyObject *descriptor = NULL, *held = NULL;
-    while (shape != NULL && held == NULL) {
-        int32_t slot = loans_next_slot(loans);
-        uint64_t sequence = loans->sequence + 1;
-        if (start != NULL && loans_find(loans, start) != loan) /* it has ended, and the look for a slot has freed it */
-            held = Py_NewRef(Py_None);
-        else if (slot == NO_SLOT)
-            held = Py_NewRef(Py_False);
-        else if ((descriptor = PyObject_CallFunction(self->describe, "LOOiK", (long long)offset, shape, name, (int)slot,
-                                                     (unsigned long long)sequence)) == NULL)
-            break;
-        else if (loans->sequence + 1 != sequence || loans->free_count == 0
-                 || loans->free_slots[loans->free_count - 1] != slot)
-            Py_CLEAR(descriptor); /* an inner call was faster */
-        else if (start != NULL && loans_find(loans, start) != loan)
-            held = Py_NewRef(Py_None);
-        else if (PyList_Append(out, descriptor) < 0)
-            break;
-        else {
-            loans_hold(loans, loan, slot);
-            held = Py_NewRef(Py_True);
-        }
-    }
+    PyObject *held = shape == NULL ? NULL : hold_shape(self, loan, start, offset, shape, name, out);
     Py_XDECREF(shape);
-    Py_XDECREF(descriptor);
     return held;
 }
 

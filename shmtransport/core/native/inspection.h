@@ -10,11 +10,6 @@
 
 #include "unpacker.h"
 
-#define MAX_DEPTH 32 /* of values; as in core/codec.py, held to it by a test */
-#define ARGUMENT_DEPTH 2
-
-enum extension { EXTENSION_TENSOR = 1, EXTENSION_ARRAY = 2, EXTENSION_TUPLE = 3 };
-
 /* A whole message, as far as it is known without making anything. */
 struct call {
     uint64_t tag, call_id;

@@ -17,5 +17,12 @@ enum cell { CELL_PUBLISHED, CELL_CONSUMED, CELL_WANTS_ROOM, CELL_ENDED, CELL_COU
 /* A message: these two bytes, then an array that starts with its tag. */
 #define MAGIC_BYTE 0xd5
 enum tag { TAG_REQUEST = 6, TAG_REPLY = 7, TAG_FAILURE = 8 };
+enum extension { EXTENSION_TENSOR = 1, EXTENSION_ARRAY = 2, EXTENSION_TUPLE = 3 };
+
+/* What it may hold. */
+#define MAX_DEPTH 32     /* of values */
+#define ARGUMENT_DEPTH 2 /* at which an argument stands */
+#define MAX_TENSORS 1024
+#define MAX_DIMENSIONS 16 /* of a tensor */
 
 #endif

@@ -10,7 +10,7 @@ static struct loan **bucket_of(const struct loans *loans, int64_t offset)
     return (struct loan **)&loans->buckets[index];
 }
 
-static void free_loan(struct loan *loan)
+void loans_give_back(struct loan *loan)
 {
     struct loans *loans = loan->owner;
     if (!loan->is_copy) {
@@ -70,18 +70,18 @@ static void collect_ended(struct loans *loans)
         in_order = loan->next_ended;
         loan->ended = true;
         if (loan->holds == 0)
-            free_loan(loan);
+            loans_give_back(loan);
     }
 }
 
-/* Once no tensor looks into it any longer, and Python's object is gone: whatever the peer holds, nobody asks for it. */
+/* Once no tensor looks into it any longer, and Python's object is gone: what the peer still holds no longer matters. */
 static void end_loans(struct loans *loans)
 {
     collect_ended(loans);
     for (int32_t slot = loans->oldest; slot != NO_SLOT; slot = loans->holds[slot].behind) {
         struct loan *loan = loans->holds[slot].loan;
         if (--loan->holds == 0)
-            free_loan(loan);
+            loans_give_back(loan);
     }
     allocator_end(&loans->allocator);
     mapping_drop(loans->data_mapping);
@@ -97,7 +97,7 @@ void loans_drop(struct loans *loans)
         end_loans(loans);
 }
 
-/* On any thread: the reads and writes of the block come before whoever finds it in the list. */
+/* On any thread: the reads and writes of the block come before what the owner does once it finds it there. */
 static void end_loan(struct view *view)
 {
     struct loan *loan = (struct loan *)view, *first;
@@ -131,7 +131,7 @@ static void end_hold(struct loans *loans, int32_t slot)
     loans->held_count--;
     loans->free_slots[loans->free_count++] = slot;
     if (--loan->holds == 0 && loan->ended)
-        free_loan(loan);
+        loans_give_back(loan);
 }
 
 /* Look at the oldest holds only: O(1) in first-in-first-out use. */
@@ -177,11 +177,6 @@ struct loan *loans_claim(struct loans *loans, int64_t nbytes, bool is_copy)
     *bucket = loan;
     atomic_fetch_add_explicit(&loans->references, 1, memory_order_relaxed);
     return loan;
-}
-
-void loans_give_back(struct loan *loan)
-{
-    free_loan(loan);
 }
 
 bool loans_contain(const struct loans *loans, const void *address)

@@ -60,8 +60,8 @@ struct loans *loans_make(struct mapping *data_mapping, size_t data_offset, size_
 
 void loans_drop(struct loans *loans);
 
-/* Claim a block, after looking at what has ended; NULL without room or memory. A loan is to be put over a tensor, or
- * given back; a copy is to be held, or given back. */
+/* Claim a block, after looking at what has ended; NULL without room or memory. A loan is to be put over a tensor; a copy
+ * is to be held, or given back. */
 struct loan *loans_claim(struct loans *loans, int64_t nbytes, bool is_copy);
 void loans_give_back(struct loan *loan);
 

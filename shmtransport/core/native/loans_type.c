@@ -72,15 +72,16 @@ static PyObject *loans_new(PyTypeObject *type, PyObject *arguments, PyObject *ke
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OnnOnnOO", names, &data, &data_offset, &data_bytes, &cells,
                                      &cells_offset, &slots, &tensors, &describe))
         return NULL;
-    struct mapping *data_mapping = mapping_of(data), *cells_mapping = mapping_of(cells);
-    const struct tensors *library = tensors_of(tensors);
-    if (data_mapping == NULL || cells_mapping == NULL || library == NULL)
+    struct mapping *data_mapping = mapping_with(data, data_offset, data_bytes, 1), *cells_mapping = NULL;
+    if (data_mapping != NULL)
+        cells_mapping = mapping_with(cells, cells_offset, slots, sizeof(uint64_t));
+    const struct tensors *library = cells_mapping == NULL ? NULL : tensors_of(tensors);
+    if (library == NULL)
         return NULL;
     if (data_bytes <= 0 || data_bytes % BLOCK_ALIGNMENT != 0)
         return refuse("bad_capacity", "(n)", data_bytes);
-    if (slots <= 0 || slots > INT32_MAX || !mapping_has(data_mapping, data_offset, data_bytes, 1)
-        || !mapping_has(cells_mapping, cells_offset, slots, sizeof(uint64_t)))
-        return refuse("outside_of_mapping", "(nn)", data_offset, cells_offset);
+    if (slots <= 0 || slots > INT32_MAX)
+        return refuse("outside_of_mapping", "(nn)", cells_offset, slots);
     Loans *self = (Loans *)PyType_GenericAlloc(type, 0);
     if (self == NULL)
         return NULL;

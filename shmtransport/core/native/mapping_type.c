@@ -15,11 +15,14 @@ typedef struct {
 
 static PyTypeObject *mapping_type; /* for as long as the process lives */
 
-struct mapping *mapping_of(PyObject *object)
+struct mapping *mapping_with(PyObject *object, Py_ssize_t offset, Py_ssize_t count, size_t nbytes)
 {
-    if (Py_IS_TYPE(object, mapping_type))
+    if (!Py_IS_TYPE(object, mapping_type))
+        PyErr_SetObject(PyExc_TypeError, object);
+    else if (!mapping_has(((Mapping *)object)->mapping, offset, count, nbytes))
+        refuse("outside_of_mapping", "(nn)", offset, count);
+    else
         return ((Mapping *)object)->mapping;
-    PyErr_SetObject(PyExc_TypeError, object);
     return NULL;
 }
 
@@ -69,7 +72,7 @@ static PyObject *mapping_madvise(PyObject *self, PyObject *parameters)
     Py_ssize_t start = 0, length = (Py_ssize_t)mapping->nbytes;
     if (!PyArg_ParseTuple(parameters, "i|nn", &advice, &start, &length))
         return NULL;
-    if (start < 0 || length < 0 || (size_t)start > mapping->nbytes || (size_t)length > mapping->nbytes - (size_t)start)
+    if (!mapping_has(mapping, start, length, 1))
         return refuse("outside_of_mapping", "(nn)", start, length);
     int failed;
     Py_BEGIN_ALLOW_THREADS

@@ -6,7 +6,8 @@
 
 #include "mapping.h"
 
-/* The mapping of an object of this type, held by that object; NULL with a TypeError for any other object. */
-struct mapping *mapping_of(PyObject *object);
+/* The mapping of an object of this type, held by that object, if count items of nbytes bytes lie in it, from an offset
+ * on; NULL with an error set if they don't, or for any other object. */
+struct mapping *mapping_with(PyObject *object, Py_ssize_t offset, Py_ssize_t count, size_t nbytes);
 
 #endif

@@ -83,7 +83,7 @@ def fork_mother() -> str | None:
 
 
 if __name__ == "__main__":  # multiprocessing imports it in its children
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks for a worker's exit code
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a worker's exit code is not asked for
     collect(sys.argv[3:])
     standard = worker_for(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
     if standard is not None:

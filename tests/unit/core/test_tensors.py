@@ -78,13 +78,13 @@ def test_tensors_without_a_table_are_left_to_the_python_twin() -> None:
 
 @pytest.mark.parametrize("twin", [python_twin, native_twin], ids=["python", "native"])
 def test_a_loan_that_is_gone_is_not_held(twin: ModuleType) -> None:
-    """Its block is freed by the very look for a slot: hold says so, rather than look for ever."""
+    """Its block is freed by the very look for a slot: hold reports it, rather than look without end."""
     pair = Pair(core=twin)
     loans = pair.send.loans
     loan = pair.send.lend((4,), torch.float32)
     start = loan.data_ptr()
     out: list[Any] = []
-    for _ in range(9):  # so many that a hold looks for releases
+    for _ in range(9):  # enough that a hold looks for releases
         assert loans.hold(start, start - pair.send._address, (4,), "float32", out) is True
     del loan
     assert loans.lend((2000,), torch.float32) is not None  # its end has been looked at, and the peer's holds keep it
