@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import numpy as np
-
+from .core import Counters as CoreCounters
+from .core.counters import RANGES_PER_OCTAVE, SHORTEST_S
 from .units import KIB, MIB
-
-_SHORTEST_S = 1e-6
-_RANGES_PER_OCTAVE = 8
-_LATENCY_OCTAVES = 32  # 1 µs to more than an hour
-_UNSORTED_LIMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -103,122 +98,18 @@ class Statistics:
         return "\n".join(f"{title.ljust(left)}  {value.rjust(right)}" for title, value in rows)
 
 
-class Counters:
-    """The totals behind a ``Statistics``; each method says what has happened.
-
-    Any thread may call any method, and so may a signal handler or a finalizer in the middle of one, without a lock:
-    a total is read and written without calling anything in between, and CPython switches threads and runs handlers and
-    finalizers only at calls and loops. The attributes are for reading.
-    """
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.failures = 0
-        self.call_seconds = 0.0
-        self.serialize_seconds = 0.0
-        self.deserialize_seconds = 0.0
-        self.tensor_bytes_sent = 0
-        self.tensor_bytes_received = 0
-        self.control_bytes_sent = 0
-        self.control_bytes_received = 0
-        self.bytes_copied = 0
-        self.tensors_copied = 0
-        self.tensors_sent = 0
-        self.waits = 0
-        self.stalls = 0
-        self.stall_seconds = 0.0
-        self.in_flight_peak = 0
-        self._latencies = np.zeros(_LATENCY_OCTAVES * _RANGES_PER_OCTAVE, int)
-        self._unsorted: list[float] = []
-
-    def count_sent(
-        self,
-        control_bytes: int,
-        seconds: float = 0.0,
-        tensors: int = 0,
-        tensor_bytes: int = 0,
-        copied: int = 0,
-        copied_bytes: int = 0,
-    ) -> None:
-        """A message was made.
-
-        Args:
-            control_bytes: its size.
-            seconds: how long making it took, with the copies into the arena.
-            tensors: how many tensors it carries.
-            tensor_bytes: the size of all of them.
-            copied: how many of them were copied into the arena.
-            copied_bytes: the size of those.
-        """
-        self.control_bytes_sent += control_bytes
-        self.serialize_seconds += seconds
-        if tensors:
-            self.tensors_sent += tensors
-            self.tensor_bytes_sent += tensor_bytes
-            self.tensors_copied += copied
-            self.bytes_copied += copied_bytes
-
-    def count_received(self, control_bytes: int, tensor_bytes: int, seconds: float) -> None:
-        """A message was read.
-
-        Args:
-            control_bytes: its size.
-            tensor_bytes: the size of its tensors.
-            seconds: how long reading it took, with the copies for a snapshot.
-        """
-        self.control_bytes_received += control_bytes
-        self.tensor_bytes_received += tensor_bytes
-        self.deserialize_seconds += seconds
-
-    def count_call(self, seconds: float, failed: bool = False) -> None:
-        """A call is done."""
-        self.calls += 1
-        self.failures += failed
-        self.call_seconds += seconds
-        self._unsorted.append(seconds)  # sorting each at once would cost every call
-        if len(self._unsorted) >= _UNSORTED_LIMIT:
-            self._sort()
-
-    def count_failure(self) -> None:
-        """A call that is counted elsewhere has failed."""
-        self.failures += 1
-
-    def count_in_flight(self, calls: int) -> None:
-        """This many calls are in flight at once."""
-        if calls > self.in_flight_peak:
-            self.in_flight_peak = calls
-
-    def count_wait(self) -> None:
-        """This side blocked in the kernel for a message."""
-        self.waits += 1
-
-    def count_stall(self) -> None:
-        """A claim or a message has begun to wait for room."""
-        self.stalls += 1
-
-    def count_stalled(self, seconds: float) -> None:
-        """A claim or a message has waited this long for room."""
-        self.stall_seconds += seconds
+class Counters(CoreCounters):
+    """The totals behind a ``Statistics``."""
 
     @property
     def latency_histogram(self) -> tuple[tuple[float, int], ...]:
         """Upper bounds in seconds and counts of the ranges that are not empty."""
-        self._sort()
         return tuple(
-            (_SHORTEST_S * 2 ** ((index + 1) / _RANGES_PER_OCTAVE), count)
-            for index, count in enumerate(self._latencies.tolist())
+            (SHORTEST_S * 2 ** ((index + 1) / RANGES_PER_OCTAVE), count)
+            for index, count in enumerate(self.latencies())
             if count
         )
 
     def snapshot(self) -> Statistics:
         """All totals as they are now."""
         return Statistics(**{field.name: getattr(self, field.name) for field in fields(Statistics)})
-
-    def _sort(self) -> None:
-        fresh: list[float] = []
-        unsorted = self._unsorted
-        self._unsorted = fresh
-        octaves = np.log2(np.maximum(unsorted, _SHORTEST_S) / _SHORTEST_S)
-        index = np.minimum((octaves * _RANGES_PER_OCTAVE).astype(int), len(self._latencies) - 1)
-        counts = np.bincount(index, minlength=len(self._latencies))
-        self._latencies += counts  # in place, and too few for numpy to give the interpreter away

@@ -2,10 +2,10 @@
 
 Rules that both ends keep (the server's is in ``doorbell_server``):
 
-* A side that writes a message posts the peer's bell; for each message it reads, it takes one post from its own bell. So
-  neither side announces that it sleeps, and the order of the two processes' stores and loads doesn't matter here.
+* A side that is about to block says so in its ring, and then looks for a message once more. A side that has written a
+  message posts the peer's bell if the peer sleeps. A post may be left over: the next wait takes it and returns early.
 * A wait first polls for ``spin_us`` microseconds, then blocks in the kernel. It blocks in slices, so a hostile peer
-  that takes a post away delays it by one slice.
+  that takes a post away, or never posts, delays it by one slice.
 * A writer never blocks. When the ring is full, the client's ``send`` returns False; the server queues the message.
 * The handshake, and so every new client, comes by ZeroMQ.
 """
@@ -43,7 +43,6 @@ class DoorbellChannel(Channel):
         self._own_bell, self._peer_bell = bells
         self._spin_s = spin_us * 1e-6
         self._wants_room = False
-        self._unconsumed_posts = 0  # those of messages that polling has found
         self._relay: relay.Relay | None = None
         self._event_fd = -1
         self._closed = False
@@ -57,7 +56,8 @@ class DoorbellChannel(Channel):
         if self._wants_room:
             self._wants_room = False
             self._ring.want_room(False)
-        self._peer_bell.post()
+        if self._ring.peer_sleeps():
+            self._peer_bell.post()
         return True
 
     def receive(self) -> bytes | None:
@@ -68,20 +68,19 @@ class DoorbellChannel(Channel):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._event_fd)
             data = self._ring.read()  # what came before the event was cleared
-            if data is None:
-                return None
-        self._unconsumed_posts += 1
         return data
 
     def wait(self, timeout_s: float) -> bool:
         ring = self._ring
-        while self._unconsumed_posts and self._own_bell.take():
-            self._unconsumed_posts -= 1
         if ring.wait_readable(time.perf_counter() + self._spin_s if self._spin_s else 0.0):
             return False
-        posted = self._own_bell.wait(min(max(timeout_s, 0.0), relay.SLICE_S))
-        if posted and ring.readable():
-            self._unconsumed_posts -= 1
+        ring.sleep(True)
+        try:
+            if ring.readable():
+                return False
+            self._own_bell.wait(min(max(timeout_s, 0.0), relay.SLICE_S))
+        finally:
+            ring.sleep(self._relay is not None)
         return True
 
     def wake(self) -> None:
@@ -91,6 +90,7 @@ class DoorbellChannel(Channel):
     def fileno(self) -> int:
         if self._event_fd < 0:
             self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._ring.sleep(True)
             self._relay = relay.Relay("shmtransport doorbell", self._wake_event_loop, self._own_bell.post)
         return self._event_fd
 

@@ -57,7 +57,8 @@ class _DoorbellPeer:
     def _publish(self, data: bytes) -> bool:
         if not self.ring.write(data):
             return False
-        self.bell.post()
+        if self.ring.peer_sleeps():
+            self.bell.post()
         return True
 
 
@@ -241,7 +242,6 @@ class ThreadDoorbells(DoorbellServerChannel):
 
     def __init__(self, base: ZmqServerChannel, spin_us: float) -> None:
         super().__init__(base, spin_us)
-        self._unconsumed_posts = 0  # those of messages that polling has found
         # Written by the relay, read here:
         self._base_readable = True
         self._readable: deque[int] = deque()
@@ -261,22 +261,27 @@ class ThreadDoorbells(DoorbellServerChannel):
             readable = self.take_readable()
             return [*readable, *self._base.wait(0 if readable else timeout_s)]  # seen by the relay before it ended
         bell = self.bell()
-        while self._unconsumed_posts and bell.take():
-            self._unconsumed_posts -= 1
         deadline = time.perf_counter() + self._spin_s if self._spin_s else 0.0
-        while not (self._peers_readable() or self._base_readable or self._readable):
+        while not self._has_work():
             if time.perf_counter() >= deadline:
-                self.waits += 1
-                posted = bell.wait(relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
-                if posted and self._peers_readable():
-                    self._unconsumed_posts -= 1
+                self._sleep(bell, relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
                 break
         return self.take_readable()
 
-    def drop_unused_bell(self) -> None:
-        super().drop_unused_bell()
-        if self._bell is None:
-            self._unconsumed_posts = 0
+    def _has_work(self) -> bool:
+        return self._peers_readable() or self._base_readable or bool(self._readable)
+
+    def _sleep(self, bell: Bell, timeout_s: float) -> None:
+        """Block until the bell is posted, having said so to all clients."""
+        for peer in self._in_turn:
+            peer.ring.sleep(True)
+        try:
+            if not self._has_work():
+                self.waits += 1
+                bell.wait(timeout_s)
+        finally:
+            for peer in self._in_turn:
+                peer.ring.sleep(False)
 
     def _start_relay(self, bell: Bell) -> relay.Relay:
         def post_for_base() -> None:
@@ -286,12 +291,6 @@ class ThreadDoorbells(DoorbellServerChannel):
 
         self._base_readable = True  # its event may have been consumed already
         return relay.Relay("shmtransport zmq", post_for_base, self._base.wake)
-
-    def _receive_from_peers(self) -> tuple[bytes, bytes] | None:
-        received = super()._receive_from_peers()
-        if received is not None:
-            self._unconsumed_posts += 1
-        return received
 
     def _receive_from_base(self) -> tuple[bytes, bytes] | None:
         self._base_readable = False  # first: what comes from now on is received here, or the relay sets it again
@@ -309,6 +308,10 @@ class ThreadDoorbells(DoorbellServerChannel):
 
 class LoopDoorbells(DoorbellServerChannel):
     """For an event loop, which waits for descriptors; the relay waits for the bell."""
+
+    def connect(self, client_key: bytes, ring: MessageRing, bell: Bell) -> None:
+        super().connect(client_key, ring, bell)
+        ring.sleep(True)  # the relay always waits
 
     def wait(self, timeout_s: float | None) -> list[int]:
         return self._base.wait(timeout_s)

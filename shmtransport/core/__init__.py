@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .python_twin import (
         Block,
         Borrows,
+        Counters,
         Loans,
         MessageRing,
         NextFitAllocator,
@@ -36,6 +37,7 @@ __all__ = [
     "CORE_REASON",
     "Block",
     "Borrows",
+    "Counters",
     "Loans",
     "MessageRing",
     "NextFitAllocator",
@@ -49,6 +51,7 @@ __all__ = [
 CONTRACT = (
     "Block",
     "Borrows",
+    "Counters",
     "Loans",
     "MessageRing",
     "NextFitAllocator",

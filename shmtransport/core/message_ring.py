@@ -2,10 +2,10 @@
 
 ::
 
-    0            64           128          192          256
-    ┌────────────┬────────────┬────────────┬────────────┬────────────────────────────────────────────┐
-    │ published  │ consumed   │ wants room │ ended      │ records: u32 length, payload, padding to 8 │
-    └────────────┴────────────┴────────────┴────────────┴────────────────────────────────────────────┘
+    0            64           128          192          256          320
+    ┌────────────┬────────────┬────────────┬────────────┬────────────┬────────────────────────────────────────────┐
+    │ published  │ consumed   │ wants room │ ended      │ sleeps     │ records: u32 length, payload, padding to 8 │
+    └────────────┴────────────┴────────────┴────────────┴────────────┴────────────────────────────────────────────┘
 
 Each cell has a cache line of its own, so that neither side's writes slow the other's. As everything in a segment, all
 cells are written by its owner:
@@ -13,7 +13,8 @@ cells are written by its owner:
 * ``published``: the bytes of all records that the owner has written here so far;
 * ``consumed``: the bytes of all records that the owner has read from the *peer's* ring so far;
 * ``wants room``: 1 while the owner waits for the peer to read on;
-* ``ended``: 1 once the owner has ended the connection.
+* ``ended``: 1 once the owner has ended the connection;
+* ``sleeps``: 1 while the owner waits to be woken when a message comes.
 
 Rules that it keeps:
 
@@ -38,8 +39,8 @@ from .layout import round_up
 from .refusals import bad_consumed, bad_length, bad_published, bad_record, bad_ring_memory, message_too_large
 
 _CELL_BYTES = 64
-_PUBLISHED, _CONSUMED, _WANTS_ROOM, _ENDED = range(4)
-_DATA_OFFSET = 4 * _CELL_BYTES
+_PUBLISHED, _CONSUMED, _WANTS_ROOM, _ENDED, _SLEEPS = range(5)
+_DATA_OFFSET = 5 * _CELL_BYTES
 _LENGTH = struct.Struct("<I")
 _LENGTH_BYTES = _LENGTH.size
 _pack_length, _length_at = _LENGTH.pack, _LENGTH.unpack_from
@@ -153,6 +154,16 @@ class MessageRing:
         """Ask the peer for a wake-up when it has read on; look for room again after this and before waiting."""
         self._own_cells[_WANTS_ROOM] = int(wanted)
         full_fence()
+
+    def sleep(self, sleeps: bool) -> None:
+        """Say whether this side waits to be woken; having said so, look whether there is something before waiting."""
+        self._own_cells[_SLEEPS] = int(sleeps)
+        full_fence()
+
+    def peer_sleeps(self) -> bool:
+        """Whether the peer waits to be woken; to be asked after a ``write``: one of the two sides sees the other."""
+        full_fence()
+        return self._peer_cells[_SLEEPS] != 0
 
     def end(self) -> None:
         """Tell the peer that this side neither reads nor writes any longer."""

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from ._native import FORMAT_VERSION as COMPILED_FORMAT_VERSION
-from ._native import Block, NextFitAllocator, decode_call, decode_values, encode_reply, encode_request, take_call
+from ._native import (
+    Block,
+    Counters,
+    NextFitAllocator,
+    decode_call,
+    decode_values,
+    encode_reply,
+    encode_request,
+    take_call,
+)
 from ._native import Borrows as CompiledBorrows
 from ._native import Loans as CompiledLoans
 from ._native import MessageRing as CompiledMessageRing
@@ -23,6 +32,7 @@ from .tensors import Tensors, address_of_memory
 __all__ = [
     "Block",
     "Borrows",
+    "Counters",
     "Loans",
     "MessageRing",
     "NextFitAllocator",

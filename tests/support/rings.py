@@ -12,7 +12,8 @@ from shmtransport.core.message_ring import message_ring_bytes
 from shmtransport.memory.segment import Segment
 
 CELL_BYTES = 64
-PUBLISHED, CONSUMED, WANTS_ROOM, ENDED = range(4)
+PUBLISHED, CONSUMED, WANTS_ROOM, ENDED, SLEEPS = range(5)
+CELLS_BYTES = 5 * CELL_BYTES
 LENGTH_BYTES = 4
 RECORD_ALIGNMENT = 8
 
@@ -53,7 +54,7 @@ class Forger:
     def __init__(self, segment: Segment, capacity: int) -> None:
         self._segment = segment
         self._start = segment.layout.message_ring_offset
-        self._records = self._start + 4 * CELL_BYTES
+        self._records = self._start + CELLS_BYTES
         self.capacity = capacity
 
     def cell(self, index: int) -> int:

@@ -142,6 +142,18 @@ void message_ring_want_room(struct message_ring *ring, bool wanted)
     atomic_thread_fence(memory_order_seq_cst);
 }
 
+void message_ring_sleep(struct message_ring *ring, bool sleeps)
+{
+    atomic_store_explicit(cell_of(&ring->own, CELL_SLEEPS), sleeps, memory_order_relaxed);
+    atomic_thread_fence(memory_order_seq_cst);
+}
+
+bool message_ring_peer_sleeps(const struct message_ring *ring)
+{
+    atomic_thread_fence(memory_order_seq_cst);
+    return atomic_load_explicit(cell_of(&ring->peer, CELL_SLEEPS), memory_order_relaxed) != 0;
+}
+
 void message_ring_say_end(struct message_ring *ring)
 {
     atomic_store_explicit(cell_of(&ring->own, CELL_ENDED), 1, memory_order_release);

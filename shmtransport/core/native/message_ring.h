@@ -8,6 +8,8 @@
  *   consumed   stored with release after the record was copied; loaded with acquire before its room is written over
  *   wants room stored, then a sequentially consistent fence, then the writer looks for room again; its reader stores
  *              consumed, then fences, then loads it: one of the two sees the other
+ *   sleeps     stored, then a sequentially consistent fence, then its owner looks for messages again; a writer stores
+ *              published, then fences, then loads it: one of the two sees the other
  *   ended      stored with release after the last message; loaded with acquire before published is
  */
 #ifndef SHMTRANSPORT_MESSAGE_RING_H
@@ -73,6 +75,12 @@ void message_ring_take(struct message_ring *ring, const struct ring_finding *fin
 bool message_ring_awaits_room(const struct message_ring *ring);
 
 void message_ring_want_room(struct message_ring *ring, bool wanted);
+
+/* Say whether this side waits to be woken; having said so, look for messages before waiting. */
+void message_ring_sleep(struct message_ring *ring, bool sleeps);
+
+/* Whether the peer waits to be woken; to be asked after a message was published. */
+bool message_ring_peer_sleeps(const struct message_ring *ring);
 
 void message_ring_say_end(struct message_ring *ring);
 

@@ -183,6 +183,20 @@ static PyObject *ring_want_room(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
+static PyObject *ring_sleep(PyObject *self, PyObject *argument)
+{
+    int sleeps = PyObject_IsTrue(argument);
+    if (sleeps < 0)
+        return NULL;
+    message_ring_sleep(ring_of(self), sleeps);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ring_peer_sleeps(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    return PyBool_FromLong(message_ring_peer_sleeps(ring_of(self)));
+}
+
 static PyObject *ring_end(PyObject *self, PyObject *Py_UNUSED(nothing))
 {
     message_ring_say_end(ring_of(self));
@@ -225,6 +239,8 @@ static PyMethodDef ring_methods[] = {
     {"read", ring_read, METH_NOARGS, NULL},
     {"readable", ring_readable, METH_NOARGS, NULL},
     {"want_room", ring_want_room, METH_O, NULL},
+    {"sleep", ring_sleep, METH_O, NULL},
+    {"peer_sleeps", ring_peer_sleeps, METH_NOARGS, NULL},
     {"end", ring_end, METH_NOARGS, NULL},
     {"ended", ring_ended, METH_NOARGS, NULL},
     {"wait_readable", ring_wait_readable, METH_O, NULL},

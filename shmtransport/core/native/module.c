@@ -38,6 +38,8 @@ static int fill_module(PyObject *module)
         return -1;
     if (add_mapping_type(module) < 0 || add_tensors_type(module) < 0)
         return -1;
+    if (add_counters_type(module) < 0)
+        return -1;
     if (add_borrows_type(module) < 0 || add_loans_types(module) < 0)
         return -1;
     return prepare_encoding();

@@ -32,6 +32,7 @@ void free_object(PyObject *self);
 int add_allocator_types(PyObject *module);
 int add_message_ring_type(PyObject *module);
 int add_mapping_type(PyObject *module);
+int add_counters_type(PyObject *module);
 int add_tensors_type(PyObject *module);
 int add_borrows_type(PyObject *module);
 int add_loans_types(PyObject *module);

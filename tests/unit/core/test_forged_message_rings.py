@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmtransport.errors import PeerProtocolError
-from tests.support.rings import CONSUMED, ENDED, PUBLISHED, WANTS_ROOM, Forger, RingPair, record_bytes
+from tests.support.rings import CELLS_BYTES, CONSUMED, ENDED, PUBLISHED, WANTS_ROOM, Forger, RingPair, record_bytes
 
 LARGEST = 60
 CAPACITY = 128
@@ -192,7 +192,7 @@ def test_whatever_is_said_to_be_read_the_writer_stays_within_the_ring(
         own.mark_surroundings(0xEE)
         before = bytes(pair.segment_b.view)
         start = pair.segment_b.layout.message_ring_offset
-        end = start + 4 * 64 + CAPACITY
+        end = start + CELLS_BYTES + CAPACITY
         for cell in cells:
             forger.set_cell(CONSUMED, cell)
             published = own.cell(PUBLISHED)

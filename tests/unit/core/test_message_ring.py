@@ -21,7 +21,7 @@ from shmtransport.core import python_twin
 from shmtransport.core.message_ring import message_ring_bytes
 from shmtransport.errors import MessageTooLarge
 from tests.support.cores import native_twin, needs_native
-from tests.support.rings import CELL_BYTES, CONSUMED, ENDED, PUBLISHED, WANTS_ROOM, Forger, RingPair, record_bytes
+from tests.support.rings import CELLS_BYTES, CONSUMED, ENDED, PUBLISHED, WANTS_ROOM, Forger, RingPair, record_bytes
 
 LARGEST = 60  # a record of 64 bytes, two of which fill the ring
 
@@ -156,7 +156,7 @@ def test_a_ring_takes_two_of_the_largest_messages_it_was_made_for(core: ModuleTy
     """``message_ring_bytes`` reserves exactly that; a message too large by more than padding never fits."""
     pair = RingPair(largest, core)
     try:
-        assert message_ring_bytes(largest) == 4 * CELL_BYTES + pair.capacity
+        assert message_ring_bytes(largest) == CELLS_BYTES + pair.capacity
         assert largest <= pair.a.largest_message < largest + 8
         for seed in range(3):
             first, second = _content(largest, seed), _content(largest, ~seed)
@@ -316,7 +316,7 @@ def test_an_end_counts_once_all_was_read(rings: RingPair) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nbytes", [0, 8, 4 * CELL_BYTES, 4 * CELL_BYTES + 8, 4 * CELL_BYTES + 20])
+@pytest.mark.parametrize("nbytes", [0, 8, CELLS_BYTES, CELLS_BYTES + 8, CELLS_BYTES + 20])
 def test_memory_that_is_no_rings_is_refused(core: ModuleType, nbytes: int) -> None:
     """It holds the cells and two records, in multiples of 8 bytes."""
     memory, ring = memoryview(bytearray(nbytes)), memoryview(bytearray(message_ring_bytes(0)))
