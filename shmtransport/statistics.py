@@ -1,12 +1,16 @@
-"""Counts what one client or server does, and gives the totals as a frozen ``Statistics``."""
+"""The totals of what one client or server does, frozen; ``core/counters`` counts them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
-from .core import Counters as CoreCounters
-from .core.counters import RANGES_PER_OCTAVE, SHORTEST_S
 from .units import KIB, MIB
+
+SHORTEST_S = 1e-6
+RANGES_PER_OCTAVE = 8
+_HISTOGRAM = "latency_histogram"
+LATENCY_RANGES = 32 * RANGES_PER_OCTAVE  # octaves: 1 µs to more than an hour
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,17 @@ class Statistics:
     stall_seconds: float = 0.0
     in_flight_peak: int = 0
     latency_histogram: tuple[tuple[float, int], ...] = ()
+
+    @classmethod
+    def of(cls, counters: Any) -> Statistics:
+        """All totals of a ``core.Counters`` as they are now."""
+        totals = {field.name: getattr(counters, field.name) for field in fields(cls) if field.name != _HISTOGRAM}
+        ranges = tuple(
+            (SHORTEST_S * 2 ** ((index + 1) / RANGES_PER_OCTAVE), count)
+            for index, count in enumerate(counters.latencies())
+            if count
+        )
+        return cls(**totals, latency_histogram=ranges)
 
     @property
     def copies_avoided(self) -> int:
@@ -96,20 +111,3 @@ class Statistics:
         left = max(len(title) for title, _ in rows)
         right = max(len(value) for _, value in rows)
         return "\n".join(f"{title.ljust(left)}  {value.rjust(right)}" for title, value in rows)
-
-
-class Counters(CoreCounters):
-    """The totals behind a ``Statistics``."""
-
-    @property
-    def latency_histogram(self) -> tuple[tuple[float, int], ...]:
-        """Upper bounds in seconds and counts of the ranges that are not empty."""
-        return tuple(
-            (SHORTEST_S * 2 ** ((index + 1) / RANGES_PER_OCTAVE), count)
-            for index, count in enumerate(self.latencies())
-            if count
-        )
-
-    def snapshot(self) -> Statistics:
-        """All totals as they are now."""
-        return Statistics(**{field.name: getattr(self, field.name) for field in fields(Statistics)})

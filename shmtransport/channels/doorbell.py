@@ -83,6 +83,11 @@ class DoorbellChannel(Channel):
             ring.sleep(self._relay is not None)
         return True
 
+    def give_up_spinning(self) -> float:
+        """Leave it to the caller to poll before each wait; return for how long, in seconds."""
+        spin_s, self._spin_s = self._spin_s, 0.0
+        return spin_s
+
     def wake(self) -> None:
         if not self._closed:
             self._own_bell.post()

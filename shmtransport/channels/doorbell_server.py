@@ -242,9 +242,33 @@ class ThreadDoorbells(DoorbellServerChannel):
 
     def __init__(self, base: ZmqServerChannel, spin_us: float) -> None:
         super().__init__(base, spin_us)
+        self.spins = True
+        """Whether a wait polls first; not if the server does that itself."""
         # Written by the relay, read here:
-        self._base_readable = True
+        self.attention = bytearray(b"\1")
+        """1 while there may be something else than messages of doorbell clients; 0 otherwise."""
         self._readable: deque[int] = deque()
+
+    @property
+    def spin_s(self) -> float:
+        """How long a wait polls, in seconds."""
+        return self._spin_s
+
+    @property
+    def is_queue_empty(self) -> bool:
+        """Whether no message waits for room in a ring."""
+        for peer in self._in_turn:  # noqa: SIM110 - any() takes several times as long
+            if peer.queue:
+                return False
+        return True
+
+    @property
+    def _base_readable(self) -> bool:
+        return self.attention[0] != 0
+
+    @_base_readable.setter
+    def _base_readable(self, readable: bool) -> None:
+        self.attention[0] = readable
 
     def send(self, client_key: bytes, data: bytes) -> bool:
         if client_key not in self._peers:
@@ -261,7 +285,7 @@ class ThreadDoorbells(DoorbellServerChannel):
             readable = self.take_readable()
             return [*readable, *self._base.wait(0 if readable else timeout_s)]  # seen by the relay before it ended
         bell = self.bell()
-        deadline = time.perf_counter() + self._spin_s if self._spin_s else 0.0
+        deadline = time.perf_counter() + self._spin_s if self._spin_s and self.spins else 0.0
         while not self._has_work():
             if time.perf_counter() >= deadline:
                 self._sleep(bell, relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from typing_extensions import Self
@@ -97,6 +97,62 @@ class Counters:
     def count_stall(self) -> None: ...
     def count_stalled(self, seconds: float) -> None: ...
     def latencies(self) -> list[int]: ...
+
+class CallState:
+    method: str
+    tensors: Any
+    error: BaseException | None
+    callbacks: list[Callable[[], object]] | None
+    result: Any
+    call_id: int
+    generation: int
+    submitted: float
+    ready: bool
+    ended: bool
+    has_tensors: bool
+    handed_out: bool
+    def __init__(self, method: str) -> None: ...
+
+class DirectCalls:
+    def __init__(
+        self,
+        ring: MessageRing,
+        pending: dict[int, Any],
+        ids: Iterator[int],
+        loans: Any,
+        borrows: Any,
+        counters: Counters,
+        wake_peer: Callable[[], None],
+        acquire: Callable[..., bool],
+        release: Callable[[], None],
+        followers: dict[object, Any],
+        received_for: list[object],
+        largest_message: int,
+        spin_seconds: float,
+    ) -> None: ...
+    def begin(self, call: CallState, arguments: tuple[Any, ...], keywords: dict[str, Any], /) -> bool: ...
+    def wait(self, call: CallState, seconds: float, /) -> bool: ...
+    def close(self) -> None: ...
+
+class DirectAnswers:
+    def __init__(
+        self,
+        ring: MessageRing,
+        handlers: dict[str, Callable[..., Any]],
+        loans: Any,
+        borrows: Any,
+        counters: Counters,
+        wake_peer: Callable[[], None],
+        set_caller: Callable[[Any], Any],
+        reset_caller: Callable[[Any], None],
+        caller: Any,
+        largest_message: int,
+    ) -> None: ...
+    def close(self) -> None: ...
+
+def answer_in_turn(
+    answers: tuple[DirectAnswers, ...], attention: bytearray, spin_seconds: float, limit_seconds: float, /
+) -> bool | tuple[int, Any]: ...
 
 class Mapping:
     address: int

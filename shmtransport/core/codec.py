@@ -76,7 +76,7 @@ def take_call(data: bytes, tag: int, borrows: Any) -> tuple[Any, ...] | None:
     This twin leaves every message to that.
 
     Returns:
-        For a request: the call's id, the method, the arguments, a list, and the keyword arguments, both in one tuple,
+        For a request: the call's id, the method, the arguments, a tuple, and the keyword arguments, both in one tuple,
         how many tensors there are, and their size in bytes. For a reply: the call's id, the result, how many tensors
         there are, and their size. None for what is left.
     """

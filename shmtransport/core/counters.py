@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import operator
 
-SHORTEST_S = 1e-6
-RANGES_PER_OCTAVE = 8
-LATENCY_RANGES = 32 * RANGES_PER_OCTAVE  # octaves: 1 µs to more than an hour
+from ..statistics import LATENCY_RANGES, RANGES_PER_OCTAVE, SHORTEST_S
+
 _UNSORTED_LIMIT = 4096
 
 

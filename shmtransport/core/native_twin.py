@@ -13,8 +13,12 @@ from typing import Any
 from ._native import FORMAT_VERSION as COMPILED_FORMAT_VERSION
 from ._native import (
     Block,
+    CallState,
     Counters,
+    DirectAnswers,
+    DirectCalls,
     NextFitAllocator,
+    answer_in_turn,
     decode_call,
     decode_values,
     encode_reply,
@@ -32,10 +36,14 @@ from .tensors import Tensors, address_of_memory
 __all__ = [
     "Block",
     "Borrows",
+    "CallState",
     "Counters",
+    "DirectAnswers",
+    "DirectCalls",
     "Loans",
     "MessageRing",
     "NextFitAllocator",
+    "answer_in_turn",
     "decode_call",
     "decode_values",
     "encode_reply",

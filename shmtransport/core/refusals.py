@@ -103,6 +103,11 @@ def invalid_values() -> PeerProtocolError:
     return PeerProtocolError("the peer sent values that are invalid")
 
 
+def cut_short() -> PeerProtocolError:
+    """Zeros were read in place of what the peer has cut off its segment."""
+    return PeerProtocolError("the peer has cut its segment short")
+
+
 def subinterpreter() -> ImportError:
     """The compiled core was imported where it can't work."""
     return ImportError("the compiled core works in the main interpreter only, not in a subinterpreter")

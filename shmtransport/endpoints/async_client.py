@@ -17,11 +17,11 @@ from typing import Any
 
 from ..channels.backlog import QUEUE_LIMIT
 from ..channels.base import deadline_in
+from ..core import Counters
 from ..errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtocolError, TransportError
 from ..protocol.in_flight import CallInFlight, OneWayCall
 from ..protocol.messages import DEFAULT_MAX_MESSAGE_BYTES, Cancel, ChannelKind, encode
 from ..protocol.uncompiled import uncompiled
-from ..statistics import Counters
 from .async_reply_stream import AsyncReplyStream
 from .awaited import AwaitedCall, AwaitedStream
 from .built_in import ECHO, HEALTH, METHODS

@@ -40,7 +40,7 @@ logger = logging.getLogger("shmtransport")
 _LONGEST_SATURATED_PAUSE_S = 0.05  # hundreds of streams may look
 
 
-class AsyncServer(ServerBase):
+class AsyncServer(ServerBase[LoopDoorbells]):
     """Answers calls at ``address`` from an event loop.
 
     Handlers may be coroutine functions and asynchronous generators, which run in the loop, or plain functions and

@@ -7,11 +7,11 @@ import time
 from types import TracebackType
 from typing import Any
 
+from ..core import Counters
 from ..errors import Closed, ConnectRefused, PeerDied
 from ..protocol.in_flight import CallInFlight, StreamInFlight
 from ..protocol.messages import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
 from ..protocol.uncompiled import uncompiled
-from ..statistics import Counters
 from .built_in import ECHO, HEALTH, METHODS
 from .client_base import ClientBase
 from .client_connection import ClientConnection, Connecting

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..channels import address as addresses
-from ..core import CORE
+from ..core import CORE, Counters
 from ..errors import CallTimeout, Closed, PeerProtocolError, TransportError
 from ..memory.dtypes import AnyDType
 from ..memory.forks import BoundToProcess, forked
@@ -16,7 +16,7 @@ from ..memory.ownership import registry
 from ..protocol.in_flight import CallInFlight
 from ..protocol.messages import ChannelKind
 from ..protocol.uncompiled import uncompiled
-from ..statistics import Counters, Statistics
+from ..statistics import Statistics
 from .client_connection import ClientConnection
 from .options import ClientOptions
 
@@ -138,7 +138,7 @@ class ClientBase(BoundToProcess, Generic[ConnectionT]):
 
     def statistics(self) -> Statistics:
         """Return totals since this client was made."""
-        return self._counters.snapshot()
+        return Statistics.of(self._counters)
 
     def abandon(self) -> None:
         """In a forked child: end without touching what is the parent's."""

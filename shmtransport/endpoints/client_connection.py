@@ -13,10 +13,10 @@ from ..channels import open_files, zmq_context
 from ..channels.base import Channel, deadline_in
 from ..channels.doorbell import DoorbellChannel
 from ..channels.zmq import ZmqChannel
+from ..core import Counters
 from ..errors import Closed, ConnectTimeout, PeerDied, PeerProtocolError, TransportError
 from ..protocol.calls import ClientProtocol
 from ..protocol.messages import Goodbye, encode
-from ..statistics import Counters
 from ..units import size_text
 from .connection_memory import ConnectionMemory, warn_of_drop
 from .handshake import ServerReplaced, client_handshake

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from ..core import MessageRing
+from ..core import Counters, MessageRing
 from ..core.layout import PAGE_BYTES, Layout, round_up
 from ..core.message_ring import message_ring_bytes
 from ..errors import Closed, PeerDied, PeerProtocolError
@@ -14,7 +14,6 @@ from ..memory.receive_arena import ReceiveArena, release_cells
 from ..memory.segment import Segment
 from ..memory.send_arena import SendArena
 from ..protocol.values import Codec
-from ..statistics import Counters
 
 ASK_INTERVAL_S = 0.5
 """How often to check a peer whose process the kernel does not show to this one, for example in another container."""

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core import Counters
 from ..errors import ArenaFull
 from ..memory.send_arena import FIRST_PAUSE_S, LONGEST_PAUSE_S
-from ..statistics import Counters
 from .server_connection import ServerConnection
 
 

@@ -15,14 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..channels.backlog import QUEUE_LIMIT
+from ..core import Counters
 from ..errors import CallTimeout, Closed, OutOfResources, PeerDied, PeerProtocolError, TransportError
 from ..protocol.in_flight import CallInFlight, OneWayCall, StreamInFlight
 from ..protocol.messages import Cancel, encode
 from ..protocol.uncompiled import uncompiled
-from ..statistics import Counters
 from ..text import traceback_text
 from .client_base import ConnectionState, full_error, timeout_error
 from .client_connection import ClientConnection, Connecting
+from .direct import direct_calls
 from .options import seconds_or_no_limit
 from .turns import Turns
 
@@ -53,6 +54,8 @@ class Exchange(ConnectionState[ClientConnection]):
         """How many connections there have been."""
         self._closed = False
         """Whether its user has closed it since then."""
+        self._direct: Any = None
+        """What calls directly over the live connection, if it can be done."""
         self._reset_threads()
 
     def _reset_threads(self) -> None:
@@ -75,6 +78,7 @@ class Exchange(ConnectionState[ClientConnection]):
             TransportError: as ``Client``.
         """
         self.connection = ClientConnection(self._connecting())
+        self._direct = direct_calls(self.connection, self.turns, self._counters)
         self.ended = None
         self._closed = False
         self._untold.clear()
@@ -116,6 +120,7 @@ class Exchange(ConnectionState[ClientConnection]):
 
     def abandon(self) -> None:
         self._closed = True
+        self._stop_direct()
         self._reset_threads()  # the lock may have been held by a thread that this process doesn't have
         super().abandon()
 
@@ -153,6 +158,9 @@ class Exchange(ConnectionState[ClientConnection]):
             TransportError: nothing was sent, and nothing is held for it.
         """
         call.generation = self._generation
+        direct = self._direct
+        if direct is not None and type(call) is CallInFlight and direct.begin(call, arguments, keywords):
+            return call
         connection = self.live()
         try:
             if timeout_s == self._timeout_s:
@@ -283,25 +291,46 @@ class Exchange(ConnectionState[ClientConnection]):
     def _wait(self, call: CallInFlight, left_s: float, timeout_s: float) -> None:
         """Wait until this call is ready or the server is dead, for ``left_s`` of the ``timeout_s`` that it has."""
         deadline = time.monotonic() + left_s
-        with self.lock:
-            try:
-                while not call.ready:
-                    connection = self.live()
-                    if self._untold:
-                        self._tell_all(connection)
-                    if left_s > 0:
-                        self._step(connection, call, left_s)
-                        left_s = deadline - time.monotonic()
-                        continue
-                    self._receive_all(connection)
-                    if not call.ready and self.ended is None:
-                        raise timeout_error(call, connection, timeout_s)
-            finally:
-                self.turns.hand_over()
+        while not self._wait_directly(call, left_s):
+            with self.lock:
+                try:
+                    self._wait_in_turn(call, left_s, timeout_s)
+                finally:
+                    self.turns.hand_over()
+            left_s = deadline - time.monotonic()
         if self._to_call_back:
             self._run_callbacks()
 
+    def _wait_directly(self, call: CallInFlight, left_s: float) -> bool:
+        """Look for replies without a turn, for as long as the channel spins; whether the call is ready."""
+        direct = self._direct
+        if not (call.ready if direct is None else direct.wait(call, left_s)):
+            return False
+        if isinstance(call.error, PeerProtocolError):
+            with self.lock:
+                if self.connection is not None:
+                    self.connection.say_goodbye("protocol error")
+                    self._end(self.connection, call.error)
+        return True
+
+    def _stop_direct(self) -> None:
+        direct, self._direct = self._direct, None
+        if direct is not None:
+            direct.close()
+
     # From here on, all with the lock held.
+
+    def _wait_in_turn(self, call: CallInFlight, left_s: float, timeout_s: float) -> None:
+        """Receive for all, or wait while another thread does, once."""
+        connection = self.live()
+        if self._untold:
+            self._tell_all(connection)
+        if left_s > 0:
+            self._step(connection, call, left_s)
+            return
+        self._receive_all(connection)
+        if not call.ready and self.ended is None:
+            raise timeout_error(call, connection, timeout_s)
 
     def _renew(self) -> None:
         """Connect once no other thread uses the ended connection, unless another one has connected by then."""
@@ -417,6 +446,7 @@ class Exchange(ConnectionState[ClientConnection]):
         if self.ended is not None or self.connection is not connection:
             return
         self.ended = error
+        self._stop_direct()
         self._to_call_back.extend(call for call in connection.protocol.fail_all(error) if call.callbacks)
         self.turns.call_all()
         if self.turns.received_for:

@@ -14,7 +14,7 @@ class Handlers:
     """Maps the names of methods to handlers; the built-in methods belong to every server."""
 
     def __init__(self) -> None:
-        self._by_name: dict[str, Callable[..., Any]] = {}
+        self.by_name: dict[str, Callable[..., Any]] = {}
 
     def add(self, name: str, handler: Callable[..., Any]) -> None:
         """Add a handler.
@@ -26,13 +26,13 @@ class Handlers:
             raise LocalProtocolError("register takes the name of a method, a str, and a function")
         if name.startswith("__"):
             raise LocalProtocolError(f"{name!r} can't be registered: names that start with '__' are the server's own")
-        if name in self._by_name:
+        if name in self.by_name:
             raise LocalProtocolError(f"a handler for {name!r} is already registered")
-        self._by_name[name] = handler
+        self.by_name[name] = handler
 
     def names(self) -> list[str]:
         """Return the names of all handlers, sorted."""
-        return sorted(self._by_name)
+        return sorted(self.by_name)
 
     def find(self, name: str, server: BuiltIn) -> Callable[..., Any]:
         """Return the handler of this name.
@@ -40,7 +40,7 @@ class Handlers:
         Raises:
             LocalProtocolError: There is none; the error lists those that there are.
         """
-        handler = self._by_name.get(name) or built_in(name, server)
+        handler = self.by_name.get(name) or built_in(name, server)
         if handler is None:
             known = ", ".join(self.names()) or "none"
             raise LocalProtocolError(f"there is no method '{printable(name)}'; there are: {known}")

@@ -24,6 +24,7 @@ from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
 from ..channels import open_files
+from ..core import Counters
 from ..core.layout import Layout
 from ..errors import ConnectRefused, OutOfResources, PeerProtocolError, SegmentError
 from ..memory.bell import BELLS, Bell, Bells
@@ -43,7 +44,6 @@ from ..protocol.messages import (
     encode,
     shorten,
 )
-from ..statistics import Counters
 from ..text import printable
 from ..units import size_text
 from .connection_memory import ConnectionMemory, segment_layout

@@ -12,12 +12,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..channels.doorbell_server import ThreadDoorbells
-from ..errors import Closed, LocalProtocolError
+from ..errors import Closed, LocalProtocolError, PeerProtocolError
 from ..memory.send_arena import FIRST_PAUSE_S, LONGEST_PAUSE_S
 from ..protocol.calls import Call
 from ..protocol.messages import CHANNEL_KINDS, DEFAULT_MAX_MESSAGE_BYTES, MAX_WINDOW, ChannelKind, More
 from .connection_memory import ASK_INTERVAL_S
 from .deferred import Deferred, DeferredReplies, encoded
+from .direct import DirectServing
 from .executors import Executor, InlineExecutor, Job, Outcome, PoolExecutor
 from .options import DEFAULT_MAX_ARENA_BYTES, ServerOptions
 from .server_base import ServerBase
@@ -29,7 +30,7 @@ _STREAMS_END_S = 1.0  # how long generators may take, when the server is closed,
 _CLOSE_GRACE_S = 5.0  # for the call that another thread is handling, on top of the time to drain
 
 
-class Server(ServerBase):
+class Server(ServerBase[ThreadDoorbells]):
     """Answers calls at ``address`` with registered handlers.
 
     A handler that is a generator answers ``Client.stream``: it runs up to the next ``yield`` as the client takes what
@@ -92,6 +93,7 @@ class Server(ServerBase):
             debug=debug,
         )
         super().__init__(address, options, ThreadDoorbells)
+        self._direct = DirectServing(self._doorbells, self._handlers.by_name, self._counters, self._current)
         self._serving_thread: int | None = None
         self._served = threading.Event()
         self._close_when_served = False
@@ -145,6 +147,7 @@ class Server(ServerBase):
             self._served.wait(self._options.drain_timeout_s + _CLOSE_GRACE_S)
 
     def abandon(self) -> None:
+        self._direct.abandon()
         super().abandon()
         self._serving_thread = None
         self._close_when_served = False
@@ -164,7 +167,8 @@ class Server(ServerBase):
         looked = time.monotonic()
         while not self._stopping.is_set():
             if not self._serve_one():
-                self._idle()
+                if not self._stopping.is_set():  # a handler may have stopped it, or be in a forked child
+                    self._idle()
             elif time.monotonic() - looked > _LOOK_INTERVAL_S:  # without a pause in the work: has a client ended?
                 looked = time.monotonic()
                 self._drop_ended(self._channel.wait(0))
@@ -184,12 +188,63 @@ class Server(ServerBase):
 
     def _serve_one(self) -> bool:
         """Take one message and answer it if it is a call, go on with other work; return whether there was any."""
+        answered = self._answer_directly()
+        if answered and self._stopping.is_set():
+            return True  # requests that have arrived are answered for a limited time: it is looked at between them
         received = self._receive()
         if isinstance(received, IncomingCall):
             self._begin(received)
             received = True
-        worked = self._executor.step() or received
+        worked = self._executor.step() or received or answered
         return self._deferred.retry() or worked
+
+    def _answer_directly(self) -> bool:
+        """Answer plain calls of doorbell clients while nothing else is to be done; return whether there were any."""
+        if self._executor.busy or self._deferred:
+            return False
+        answered = self._direct.answer()
+        if isinstance(answered, bool):
+            return answered
+        connection, rest = answered
+        if isinstance(rest, tuple):
+            self._finish_call(connection, *rest)
+        elif isinstance(rest, PeerProtocolError):
+            self._refuse(connection, rest)
+        elif isinstance(rest, BaseException):
+            raise rest
+        else:
+            self._reply(connection, rest)
+        return True
+
+    def _finish_call(
+        self,
+        connection: ServerConnection,
+        call_id: int,
+        method: str,
+        result: Any,
+        error: BaseException | None,
+        started: float,
+    ) -> None:
+        """Answer a call whose handler has returned or raised."""
+        outcome: Outcome
+        try:
+            if error is not None:
+                outcome = self._outcome_of(error, connection, call_id, method)
+            else:
+                outcome = encoded(connection, call_id, result)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as unsendable:  # noqa: BLE001 - a result may fail at anything; its caller learns of it
+            outcome = self._failure(connection, call_id, method, unsendable)
+        finally:
+            self._counters.count_call(time.perf_counter() - started)
+            del result
+        self._finish(IncomingCall(connection, call_id, True, 0, []), outcome)
+
+    def _outcome_of(self, error: BaseException, connection: ServerConnection, call_id: int, method: str) -> Outcome:
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            return error
+        return self._failure(connection, call_id, method, error)
 
     def _begin(self, incoming: IncomingCall) -> None:
         try:
@@ -310,7 +365,12 @@ class Server(ServerBase):
         if stream is not None:
             self._give_up(stream)
 
+    def _heard(self, connection: ServerConnection) -> None:
+        if self._options.threads == 1:
+            self._direct.add(connection)
+
     def _end_streams(self, connection: ServerConnection) -> None:
+        self._direct.remove(connection)
         self._executor.forget(connection)
         self._deferred.drop(connection)
         for stream in list(connection.streams.values()):

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 
@@ -20,7 +20,7 @@ from ..channels import address as addresses
 from ..channels.base import BrokenPeer, ServerChannel
 from ..channels.doorbell_server import DoorbellServerChannel
 from ..channels.zmq import ZmqServerChannel
-from ..core import CORE
+from ..core import CORE, Counters
 from ..errors import ArenaFull, Closed, LocalProtocolError, OutOfResources, PeerProtocolError, TransportError
 from ..memory import leftovers
 from ..memory.dtypes import AnyDType
@@ -31,7 +31,7 @@ from ..memory.plain import row_of, sizes_of
 from ..protocol.calls import Call
 from ..protocol.messages import Cancel, Goodbye, Message, More, Refused, encode, shorten
 from ..protocol.uncompiled import uncompiled
-from ..statistics import Counters, Statistics
+from ..statistics import Statistics
 from ..text import forget_frames, printable, traceback_text
 from ..units import size_text
 from ..version import VERSION
@@ -46,13 +46,14 @@ _MOST_TO_REFUSE = 64
 _LOOK_INTERVAL_S = 1.0
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+DoorbellsT = TypeVar("DoorbellsT", bound=DoorbellServerChannel)
 
 
 @uncompiled
-class ServerBase(BoundToProcess):
+class ServerBase(BoundToProcess, Generic[DoorbellsT]):
     """Base of both servers, which bring their classes of doorbell channel; see ``Server``."""
 
-    def __init__(self, address: str, options: ServerOptions, doorbells: type[DoorbellServerChannel]) -> None:
+    def __init__(self, address: str, options: ServerOptions, doorbells: type[DoorbellsT]) -> None:
         self.address = address
         self.scheme = addresses.scheme_of(address)
         self._options = options
@@ -159,7 +160,7 @@ class ServerBase(BoundToProcess):
 
     def statistics(self) -> Statistics:
         """Return totals over all clients since this server was made."""
-        return replace(self._counters.snapshot(), waits=self._zmq.waits + self._doorbells.waits)
+        return replace(Statistics.of(self._counters), waits=self._zmq.waits + self._doorbells.waits)
 
     def methods(self) -> list[str]:
         """Return the names of the methods that clients may call, sorted; for a client, ``Client.methods``."""
@@ -245,6 +246,7 @@ class ServerBase(BoundToProcess):
         if not connection.heard:  # the client has mapped this side's segment
             connection.heard = True
             connection.memory.unlink_own()
+            self._heard(connection)
         try:
             call = connection.protocol.take_request(data)
         except PeerProtocolError as error:
@@ -259,6 +261,9 @@ class ServerBase(BoundToProcess):
         else:
             self._drop(connection, "it said goodbye")
         return True
+
+    def _heard(self, connection: ServerConnection) -> None:
+        """A client's first message has come."""
 
     @abstractmethod
     def _grant(self, connection: ServerConnection, more: More) -> None:

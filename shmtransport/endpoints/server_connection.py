@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 
 from ..channels.base import BrokenPeer, ServerChannel
+from ..core import Counters
 from ..errors import Closed
 from ..protocol.calls import Call, ServerProtocol
 from ..protocol.messages import Goodbye, encode
-from ..statistics import Counters
 from .connection_memory import warn_of_drop
 from .handshake import Admitted
 

@@ -47,7 +47,8 @@ class Turns:
         self._receiving_thread = 0
         self._receiver_left = threading.Condition(self.lock)
         self._waiting_for_receiver = 0
-        self._followers: dict[object, _Turn] = {}
+        self.followers: dict[object, _Turn] = {}
+        """The turns of those that wait while another thread receives, by their keys."""
         # As in threading.Condition: they release and restore the lock however often its thread has acquired it.
         self._release: Callable[[], Any] = self.lock._release_save  # type: ignore[attr-defined]  # noqa: SLF001
         self._restore: Callable[[Any], None] = self.lock._acquire_restore  # type: ignore[attr-defined]  # noqa: SLF001
@@ -77,33 +78,33 @@ class Turns:
 
     def follow(self, key: object, timeout_s: float) -> None:
         """Wait for a turn, without the lock, for up to ``timeout_s`` seconds."""
-        turn = self._followers.setdefault(key, _Turn())
+        turn = self.followers.setdefault(key, _Turn())
         depth = self._release()
         try:
             turn.wait(timeout_s)
         finally:
             self._restore(depth)
-            if self._followers.get(key) is turn:
-                del self._followers[key]
+            if self.followers.get(key) is turn:
+                del self.followers[key]
                 turn.call()  # another thread may wait for the same turn
 
     def hand_over(self) -> None:
         """Let the thread that has followed longest receive from now on, in its innermost call."""
-        if self._followers and not self.received_for:
-            turns = list(self._followers.values())
+        if self.followers and not self.received_for:
+            turns = list(self.followers.values())
             for innermost in [turn for turn in turns if turn.thread == turns[0].thread][-1:]:
                 innermost.call()
 
     def call(self, key: object) -> bool:
         """Call the turn of ``key``; return whether it is the receiver's, to be woken by its channel."""
-        turn = self._followers.get(key)
+        turn = self.followers.get(key)
         if turn is not None:
             turn.call()
         return key in self.received_for
 
     def call_all(self) -> None:
         """Call the turns of all followers."""
-        for turn in list(self._followers.values()):
+        for turn in list(self.followers.values()):
             turn.call()
 
     def wait_for_receiver(self) -> None:

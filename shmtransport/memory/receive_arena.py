@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..core.refusals import cut_short
 from ..errors import PeerProtocolError
 from .descriptor import TensorDescriptor
 from .segment import Segment
@@ -42,7 +43,7 @@ class ReceiveArena:
             PeerProtocolError: the peer has cut its segment short, and zeros were read in place of what it cut off.
         """
         if self._segment.was_cut:
-            raise PeerProtocolError("the peer has cut its segment short")
+            raise cut_short()
 
     def borrow(self, descriptor: TensorDescriptor) -> torch.Tensor:
         """Make a view of the described tensor; it is released when the last tensor over its storage has died.

@@ -30,7 +30,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 50e-6, 5e-3  # between two looks for room: a re
 _BEYOND = 2**70  # bytes: beyond any arena, and beyond any number that an error can show
 
 if TYPE_CHECKING:
-    from ..statistics import Counters
+    from ..core import Counters
 
 
 class SendArena:

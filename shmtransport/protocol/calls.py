@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ..core import decode_call
+from ..core import Counters, decode_call
 from ..core.codec import REPLY_TAG, REQUEST_TAG
 from ..errors import (
     ArenaFull,
@@ -28,7 +28,6 @@ from ..errors import (
     TransportError,
 )
 from ..memory.descriptor import TensorDescriptor
-from ..statistics import Counters
 from ..text import printable
 from .in_flight import CallInFlight, StreamInFlight
 from .messages import (
@@ -60,12 +59,14 @@ class ClientProtocol:
     def __init__(self, codec: Codec, counters: Counters) -> None:
         self._codec = codec
         self._counters = counters
-        self._pending: dict[int, CallInFlight] = {}
-        self._ids = itertools.count()
+        self.pending: dict[int, CallInFlight] = {}
+        """The calls in flight, by their ids."""
+        self.ids = itertools.count()
+        """The ids of the calls to come."""
 
     def __len__(self) -> int:
         """Return how many calls are in flight."""
-        return len(self._pending)
+        return len(self.pending)
 
     def begin_call(self, call: CallInFlight, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bytes:
         """Return the bytes that start a call. The only thread-safe method of this class.
@@ -85,7 +86,7 @@ class ClientProtocol:
             raise LocalProtocolError(
                 f"a method's name has {len(method)} characters; the limit is {MAX_NAME_CHARACTERS}"
             )
-        call.call_id = call_id = next(self._ids)
+        call.call_id = call_id = next(self.ids)
         data, call.tensors = self._codec.encode_request(
             call_id, method, arguments, keywords, call.submitted, call.request()
         )
@@ -93,12 +94,12 @@ class ClientProtocol:
 
     def expect_reply(self, call: CallInFlight) -> None:
         """Expect the reply to a request whose bytes are about to be sent."""
-        self._pending[call.call_id] = call
-        self._counters.count_in_flight(len(self._pending))
+        self.pending[call.call_id] = call
+        self._counters.count_in_flight(len(self.pending))
 
     def take_back(self, call: CallInFlight) -> None:
         """Undo a request whose bytes could not be sent."""
-        self._pending.pop(call.call_id, None)
+        self.pending.pop(call.call_id, None)
         self._codec.withdraw(call.tensors)
 
     def take_reply(self, data: bytes) -> CallInFlight | None:
@@ -117,7 +118,7 @@ class ClientProtocol:
             return self._take_result(*taken, control_bytes=len(data), started=started)
         message = decode_unread(data)
         if isinstance(message, (Reply, Failure)):
-            call = self._pending.pop(message.call_id, None)
+            call = self.pending.pop(message.call_id, None)
             if call is not None:
                 self._complete(call, message, len(data), started)
             else:
@@ -134,7 +135,7 @@ class ClientProtocol:
     def _fail_unread(self, data: bytes, error: MemoryError) -> CallInFlight | None:
         """End the call whose reply there was no memory to read; the others go on."""
         found = decode_call(data, TensorDescriptor)
-        call = self._pending.pop(found[0], None) if found is not None else None
+        call = self.pending.pop(found[0], None) if found is not None else None
         if call is not None:
             call.fail(error)
             self._counters.count_call(perf_counter() - call.submitted, True)
@@ -144,7 +145,7 @@ class ClientProtocol:
         self, call_id: int, result: Any, tensors: int, tensor_bytes: int, *, control_bytes: int, started: float
     ) -> CallInFlight | None:
         """End a call with the result that the core has read; of one that was given up, the tensors are released."""
-        call = self._pending.pop(call_id, None)
+        call = self.pending.pop(call_id, None)
         try:
             self._counters.count_received(control_bytes, tensor_bytes, perf_counter() - started)
             if call is not None:
@@ -158,13 +159,13 @@ class ClientProtocol:
 
     def give_up(self, call: CallInFlight, error: TransportError) -> None:
         """End a call with an error; the tensors of a late reply are released when it comes."""
-        self._pending.pop(call.call_id, None)
+        self.pending.pop(call.call_id, None)
         call.fail(error)
 
     def fail_all(self, error: TransportError) -> list[CallInFlight]:
         """End every call in flight with the same error, and return these calls."""
-        calls = list(self._pending.values())
-        self._pending.clear()
+        calls = list(self.pending.values())
+        self.pending.clear()
         if calls:
             error = type(error)(*error.args)
             error.sent = True
@@ -174,7 +175,7 @@ class ClientProtocol:
 
     def _take_part(self, message: Part, control_bytes: int, started: float) -> CallInFlight | None:
         """Add a part to its stream; one that came after the stream was given up is released."""
-        call = self._pending.get(message.call_id)
+        call = self.pending.get(message.call_id)
         if call is None:
             self._codec.discard(message.tensors)
             self._counters.count_received(control_bytes, 0, perf_counter() - started)
@@ -221,7 +222,7 @@ class Call(msgspec.Struct):
 
     call_id: int
     method: str
-    arguments: list[Any]
+    arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     is_answered: bool = True
     window: int = 0

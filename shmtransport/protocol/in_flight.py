@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
-from time import perf_counter
+from collections.abc import Callable
 from typing import Any
 
+from ..core import CallState
 from ..errors import LocalProtocolError, PeerProtocolError
-from ..memory.descriptor import TensorDescriptor
 from .messages import AnyRequest, More, OneWayRequest, Request, StreamRequest, encode
 
 
-class CallInFlight:
-    """One call of a client, from its request to its result or error.
+class CallInFlight(CallState):
+    """One call of a client, from its request to its result or error."""
 
-    ``ready`` is True once there is something to take.
-    """
-
-    __slots__ = (
-        "_handed_out",
-        "_has_tensors",
-        "_result",
-        "call_id",
-        "callbacks",
-        "ended",
-        "error",
-        "generation",
-        "method",
-        "ready",
-        "submitted",
-        "tensors",
-    )
-
-    def __init__(self, method: str) -> None:
-        self.method = method
-        self.submitted = perf_counter()
-        self.call_id = -1
-        self.generation = 0
-        """The number of the client's connection that the call was sent over."""
-        self.tensors: Sequence[TensorDescriptor] = ()
-        self.ready = False
-        self.ended = False
-        self.error: BaseException | None = None
-        self.callbacks: list[Callable[[], object]] | None = None
-        """What to call when the call ends; None if nothing."""
-        self._result: Any = None
-        self._has_tensors = False
-        self._handed_out = False
+    __slots__ = ()
 
     def succeed(self, result: Any, *, has_tensors: bool) -> None:
         """End the call with a result."""
-        self._result = result
-        self._has_tensors = has_tensors
+        self.result = result
+        self.has_tensors = has_tensors
         self.ended = self.ready = True
 
     def fail(self, error: BaseException) -> None:
@@ -77,11 +44,11 @@ class CallInFlight:
                 raise self.error.with_traceback(None)  # it may have been raised before, by other calls too
             finally:
                 del self  # breaks a cycle: the error's traceback holds this frame and the caller's arguments
-        if self._handed_out:
+        if self.handed_out:
             raise LocalProtocolError("a result with tensors is handed out once: keep what result() returned")
-        result = self._result
-        if self._has_tensors:
-            self._result, self._handed_out = None, True
+        result = self.result
+        if self.has_tensors:
+            self.result, self.handed_out = None, True
         return result
 
 

@@ -16,13 +16,12 @@ import torch
 import torch.utils.dlpack
 from msgspec.msgpack import Ext
 
-from ..core import decode_call, decode_values, encode_reply, encode_request, take_call
+from ..core import Counters, decode_call, decode_values, encode_reply, encode_request, take_call
 from ..core.codec import ARGUMENT_DEPTH, EXT_ARRAY, EXT_TENSOR, EXT_TUPLE, MAX_DEPTH, REPLY_TAG, REQUEST_TAG
 from ..core.refusals import bad_key, changed_size, nested_too_deep
 from ..errors import LocalProtocolError, PeerProtocolError
 from ..memory.descriptor import TensorDescriptor
 from ..memory.plain import of_a_library
-from ..statistics import Counters
 from .messages import (
     MAX_TENSORS,
     UNSENDABLE,
@@ -146,13 +145,13 @@ class Codec:
         snapshot: bool = False,
     ) -> None:
         self._exporter = exporter
-        self._loans = exporter.loans
-        self._borrows = importer.borrows
+        self.loans = exporter.loans
+        self.borrows = importer.borrows
         self._borrow = importer.borrow
         self._check_whole = importer.check_whole
         self._counters = counters
-        self._max_message_bytes = max_message_bytes
-        self._snapshot = snapshot
+        self.max_message_bytes = max_message_bytes
+        self.snapshot = snapshot
         self._to_array = own_array if snapshot else read_only_array
 
     def encode_request(
@@ -183,15 +182,15 @@ class Codec:
         try:
             if kind is Request:
                 data, nbytes, copies, copied_bytes = encode_request(
-                    call_id, method, tuple(arguments), dict(keywords), outbox.pack, outbox, self._loans
+                    call_id, method, tuple(arguments), dict(keywords), outbox.pack, outbox, self.loans
                 )
                 if nbytes:
                     outbox.add_exported(nbytes, copies, copied_bytes)
-                check_size(data, self._max_message_bytes)
+                check_size(data, self.max_message_bytes)
             else:
                 packed = [outbox.pack(argument, ARGUMENT_DEPTH) for argument in arguments]
                 named = {name: outbox.pack(argument, ARGUMENT_DEPTH) for name, argument in keywords.items()}
-                data = encode(kind(call_id, method, packed, named, tuple(outbox)), self._max_message_bytes)
+                data = encode(kind(call_id, method, packed, named, tuple(outbox)), self.max_message_bytes)
             self._count_sent(data, outbox, started)
         except BaseException as error:
             self._exporter.withdraw(outbox)
@@ -206,12 +205,12 @@ class Codec:
         outbox = _Outbox(self._exporter)
         try:
             if kind is Reply:
-                data, nbytes, copies, copied_bytes = encode_reply(call_id, result, outbox.pack, outbox, self._loans)
+                data, nbytes, copies, copied_bytes = encode_reply(call_id, result, outbox.pack, outbox, self.loans)
                 if nbytes:
                     outbox.add_exported(nbytes, copies, copied_bytes)
-                check_size(data, self._max_message_bytes)
+                check_size(data, self.max_message_bytes)
             else:
-                data = encode(kind(call_id, outbox.pack(result, 0), tuple(outbox)), self._max_message_bytes)
+                data = encode(kind(call_id, outbox.pack(result, 0), tuple(outbox)), self.max_message_bytes)
             self._count_sent(data, outbox, started)
         except BaseException as error:
             self._exporter.withdraw(outbox)
@@ -222,7 +221,7 @@ class Codec:
 
     def encode_failure(self, failure: Failure) -> bytes:
         """Return the bytes of a failure."""
-        data = encode(failure, self._max_message_bytes)
+        data = encode(failure, self.max_message_bytes)
         self._counters.count_sent(len(data))
         return data
 
@@ -232,7 +231,7 @@ class Codec:
         Raises:
             PeerProtocolError: the peer has cut its segment short.
         """
-        taken = None if self._snapshot else take_call(data, tag, self._borrows)
+        taken = None if self.snapshot else take_call(data, tag, self.borrows)
         if taken is not None and taken[-1]:
             self._check_whole()
         return taken
@@ -257,7 +256,9 @@ class Codec:
         self._counters.count_received(control_bytes, tensor_bytes, perf_counter() - started)
         return result
 
-    def arguments_of(self, request: AnyRequest, control_bytes: int, started: float) -> tuple[list[Any], dict[str, Any]]:
+    def arguments_of(
+        self, request: AnyRequest, control_bytes: int, started: float
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return a received request's arguments and keyword arguments with their tensors.
 
         Args:
@@ -273,7 +274,7 @@ class Codec:
         if type(unread) is _Unread:
             arguments, keywords = decode_values(REQUEST_TAG, *unread, tensors, self._to_array)
         else:
-            arguments = [unpack(argument, tensors, ARGUMENT_DEPTH, self._to_array) for argument in request.arguments]
+            arguments = tuple([unpack(one, tensors, ARGUMENT_DEPTH, self._to_array) for one in request.arguments])
             keywords = {
                 name: unpack(one, tensors, ARGUMENT_DEPTH, self._to_array) for name, one in request.keywords.items()
             }
@@ -286,7 +287,7 @@ class Codec:
             return (), 0
         tensors = tuple([self._borrow(descriptor) for descriptor in descriptors])
         nbytes = sum([tensor.nbytes for tensor in tensors])
-        if self._snapshot:
+        if self.snapshot:
             tensors = tuple([tensor.clone() for tensor in tensors])
         self._check_whole()
         return tensors, nbytes

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from shmtransport import Client, Closed, ConnectTimeout, PeerDied
+from shmtransport.core import Counters
 from shmtransport.endpoints.client_connection import Connecting
 from shmtransport.protocol.messages import ChannelKind
-from shmtransport.statistics import Counters
 from tests.support.helpers import (
     KIB,
     MIB,

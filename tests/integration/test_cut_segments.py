@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from shmtransport import Client, PeerDied, PeerProtocolError
+from shmtransport.core import Counters
 from shmtransport.endpoints.connection_memory import ConnectionMemory, segment_layout
 from shmtransport.memory.mapped_file import guards_are_on
 from shmtransport.memory.segment import Segment
 from shmtransport.protocol.messages import ChannelKind, Reply
 from shmtransport.protocol.values import decode_unread
-from shmtransport.statistics import Counters
 from shmtransport.units import KIB
 from tests.support.helpers import Spawn, start_server
 

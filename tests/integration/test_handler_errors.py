@@ -131,7 +131,7 @@ def test_closing_in_a_handler_ends_serving_in_order(start: Start, address: str, 
 
     closing.append(server.close if isinstance(server, Server) else awaited)
     if isinstance(server, AsyncServer):
-        server._handlers._by_name["close"] = awaited
+        server._handlers.by_name["close"] = awaited
     with Client(address, channel=channel, timeout_s=10.0) as client:
         pending = [client.submit("echo", 1), client.submit("close"), client.submit("echo", 2)]
         assert [one.result() for one in pending] == [1, "closed", 2]

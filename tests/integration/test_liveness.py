@@ -14,11 +14,11 @@ import torch
 
 import shmtransport.endpoints.client_connection
 from shmtransport import ArenaFull, CallTimeout, Client, ConnectTimeout, PeerDied, TransportError
+from shmtransport.core import Counters
 from shmtransport.endpoints.connection_memory import ConnectionMemory
 from shmtransport.endpoints.handshake import client_handshake
 from shmtransport.endpoints.options import ClientOptions
 from shmtransport.protocol.messages import ChannelKind
-from shmtransport.statistics import Counters
 from tests.support.helpers import (
     KIB,
     MIB,

@@ -13,11 +13,11 @@ import pytest
 
 import shmtransport.endpoints.client_connection
 from shmtransport import AsyncClient, Client, PeerDied
+from shmtransport.core import Counters
 from shmtransport.endpoints.connection_memory import ConnectionMemory
 from shmtransport.endpoints.handshake import client_handshake
 from shmtransport.endpoints.options import ClientOptions
 from shmtransport.protocol.messages import ChannelKind
-from shmtransport.statistics import Counters
 from tests.support.helpers import Spawn, eventually, in_thread, start_server
 from tests.support.process import ROOT, Process
 

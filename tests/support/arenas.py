@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from shmtransport.core import Counters
 from shmtransport.core.layout import Layout
 from shmtransport.errors import ArenaFull
 from shmtransport.memory import receive_arena, send_arena, views
@@ -18,7 +19,6 @@ from shmtransport.memory.dtypes import DType
 from shmtransport.memory.receive_arena import ReceiveArena, release_cells
 from shmtransport.memory.segment import Segment
 from shmtransport.memory.send_arena import SendArena
-from shmtransport.statistics import Counters
 
 
 class Pair:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from shmtransport.core import Counters
 from shmtransport.errors import ArenaFull, PeerProtocolError, TransportError
 from shmtransport.memory.descriptor import TensorDescriptor
 from shmtransport.memory.dtypes import BY_NAME, BY_TORCH
 from shmtransport.protocol.calls import Call, ClientProtocol, ServerProtocol
 from shmtransport.protocol.in_flight import CallInFlight
 from shmtransport.protocol.values import Codec
-from shmtransport.statistics import Counters
 
 
 class Direction:

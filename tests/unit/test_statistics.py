@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from shmtransport.statistics import Counters, Statistics
+from shmtransport.core import Counters
+from shmtransport.statistics import Statistics
 
 
 def test_a_snapshot_has_every_counter() -> None:
@@ -16,21 +17,21 @@ def test_a_snapshot_has_every_counter() -> None:
     names.remove("latency_histogram")
     for number, name in enumerate(names, start=1):
         setattr(counters, name, number)
-    assert dataclasses.astuple(counters.snapshot()) == (*range(1, len(names) + 1), ())
+    assert dataclasses.astuple(Statistics.of(counters)) == (*range(1, len(names) + 1), ())
 
 
 def test_new_counters_are_zero() -> None:
     """Nothing has happened yet."""
-    assert Counters().snapshot() == Statistics()
+    assert Statistics.of(Counters()) == Statistics()
     assert not any(dataclasses.astuple(Statistics()))
 
 
 def test_a_snapshot_does_not_change() -> None:
     """A snapshot is frozen: neither later calls nor its reader change it."""
     counters = Counters()
-    before = counters.snapshot()
+    before = Statistics.of(counters)
     counters.count_call(0.5)
-    assert (before.calls, counters.snapshot().calls) == (0, 1)
+    assert (before.calls, Statistics.of(counters).calls) == (0, 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         before.calls = 5  # type: ignore[misc]
 

@@ -111,6 +111,11 @@ bool is_borrows(PyObject *object)
     return PyObject_TypeCheck(object, borrows_type);
 }
 
+bool borrows_were_cut(PyObject *object)
+{
+    return mapping_was_cut(((Borrows *)object)->borrows->data_mapping);
+}
+
 static bool extent_of(const struct descriptor *descriptor, int64_t itemsize, struct extent *extent)
 {
     extent->dimensions = (int)descriptor->dimensions;

@@ -16,4 +16,7 @@ bool can_be_borrowed(PyObject *borrows, const struct descriptor *descriptor);
 /* A tensor, whose size is added to *nbytes; None for what can't be borrowed; NULL with an error set. */
 PyObject *borrow_described(PyObject *borrows, const struct descriptor *descriptor, uint64_t *nbytes);
 
+/* Whether the segment that it borrows from has been cut short. */
+bool borrows_were_cut(PyObject *borrows);
+
 #endif

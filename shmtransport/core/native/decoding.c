@@ -5,11 +5,10 @@
  *
  * What is refused is None here: protocol/messages.py, the specification, then says in words what is wrong with it.
  */
-#include "module.h"
+#include "decoding.h"
 
 #include "borrows_type.h"
 #include "descriptor.h"
-#include "inspection.h"
 #include "layout.h"
 #include "unpacker.h"
 
@@ -184,21 +183,19 @@ static PyObject *make_value(struct decoder *decoder, int depth)
     return make_list(decoder, token.count, depth + 1);
 }
 
-static PyObject *make_arguments(struct decoder *decoder)
+/* A request's arguments, a tuple, and its keyword arguments. */
+static bool make_arguments(struct decoder *decoder, PyObject **arguments, PyObject **keywords)
 {
     struct token token;
-    if (!unpack_kind(&decoder->unpacker, &token, TOKEN_ARRAY))
-        return invalid();
-    PyObject *arguments = make_list(decoder, token.count, ARGUMENT_DEPTH);
-    if (arguments == NULL)
-        return NULL;
-    bool is_map = unpack_kind(&decoder->unpacker, &token, TOKEN_MAP);
-    PyObject *keywords = is_map ? make_dict(decoder, token.count, ARGUMENT_DEPTH) : invalid();
-    if (keywords == NULL) {
-        Py_DECREF(arguments);
-        return NULL;
-    }
-    return Py_BuildValue("NN", arguments, keywords);
+    *arguments = unpack_kind(&decoder->unpacker, &token, TOKEN_ARRAY) ? make_tuple(decoder, token.count, ARGUMENT_DEPTH)
+                                                                      : invalid();
+    if (*arguments == NULL)
+        return false;
+    *keywords = unpack_kind(&decoder->unpacker, &token, TOKEN_MAP) ? make_dict(decoder, token.count, ARGUMENT_DEPTH)
+                                                                   : invalid();
+    if (*keywords == NULL)
+        Py_CLEAR(*arguments);
+    return *keywords != NULL;
 }
 
 PyObject *decode_values(PyObject *Py_UNUSED(module), PyObject *parameters)
@@ -214,7 +211,10 @@ PyObject *decode_values(PyObject *Py_UNUSED(module), PyObject *parameters)
     if (start < 0 || start > nbytes)
         return invalid();
     decoder.unpacker = (struct unpacker){(unsigned char *)bytes + start, (unsigned char *)bytes + nbytes};
-    return tag == TAG_REQUEST ? make_arguments(&decoder) : make_value(&decoder, 0);
+    PyObject *arguments, *keywords;
+    if (tag != TAG_REQUEST)
+        return make_value(&decoder, 0);
+    return make_arguments(&decoder, &arguments, &keywords) ? Py_BuildValue("NN", arguments, keywords) : NULL;
 }
 
 /* Whether every tensor can be borrowed, as far as this can be known before any is. */
@@ -247,21 +247,27 @@ static PyObject *borrow_all(const struct call *call, PyObject *borrows, uint64_t
     return tensors;
 }
 
-/* The rest of what take_call returns: a request's method, arguments and keyword arguments, or a reply's result. */
-static PyObject *make_taken(const struct call *call, struct decoder *decoder, uint64_t nbytes)
+bool can_be_taken(const struct call *call, PyObject *borrows)
 {
-    unsigned long long call_id = call->call_id, tensor_bytes = nbytes;
-    if (call->tag == TAG_REPLY) {
-        PyObject *result = make_value(decoder, 0);
-        return result == NULL ? NULL : Py_BuildValue("KNIK", call_id, result, call->tensor_count, tensor_bytes);
+    return !call->has_arrays && all_can_be_borrowed(call, borrows);
+}
+
+int take_values(const struct call *call, PyObject *borrows, struct values *values)
+{
+    *values = (struct values){0};
+    PyObject *tensors = borrow_all(call, borrows, &values->tensor_bytes);
+    if (tensors == NULL || tensors == Py_None) {
+        Py_XDECREF(tensors);
+        return tensors == NULL ? -1 : 0;
     }
-    PyObject *method = make_text(&call->method);
-    PyObject *arguments = method == NULL ? NULL : make_arguments(decoder);
-    if (arguments == NULL) {
-        Py_XDECREF(method);
-        return NULL;
-    }
-    return Py_BuildValue("KNNIK", call_id, method, arguments, call->tensor_count, tensor_bytes);
+    struct decoder decoder = {.unpacker = call->values, .tensors = tensors};
+    bool is_made;
+    if (call->tag == TAG_REQUEST)
+        is_made = make_arguments(&decoder, &values->arguments, &values->keywords);
+    else
+        is_made = (values->result = make_value(&decoder, 0)) != NULL;
+    Py_DECREF(tensors);
+    return is_made ? 1 : -1; /* in the latter case the tensors are released: they must not be looked at again */
 }
 
 /* take_call(data, tag, borrows): see core/codec.py. */
@@ -270,25 +276,27 @@ PyObject *take_call(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_
     char *bytes;
     Py_ssize_t nbytes;
     struct call call;
-    uint64_t tensor_bytes = 0;
+    struct values values;
     if (count != 3)
         return PyErr_Format(PyExc_TypeError, "%zd", count);
     unsigned long long tag = PyLong_AsUnsignedLongLong(arguments[1]);
     if (PyErr_Occurred() || PyBytes_AsStringAndSize(arguments[0], &bytes, &nbytes) < 0)
         return NULL;
     PyObject *borrows = arguments[2];
-    if (!is_borrows(borrows) || !inspect_call(bytes, (size_t)nbytes, &call) || call.tag != tag || call.has_arrays
-        || !all_can_be_borrowed(&call, borrows))
+    if (!is_borrows(borrows) || !inspect_call(bytes, (size_t)nbytes, &call) || call.tag != tag
+        || !can_be_taken(&call, borrows))
         Py_RETURN_NONE;
-    PyObject *tensors = borrow_all(&call, borrows, &tensor_bytes);
-    if (tensors == NULL || tensors == Py_None)
-        return tensors;
-    struct decoder decoder = {.unpacker = call.values, .tensors = tensors};
-    PyObject *taken = make_taken(&call, &decoder, tensor_bytes);
-    Py_DECREF(tensors);
-    if (taken == NULL && call.tensor_count == 0) { /* the caller's own decoder meets it again, and says what it is */
+    int taken = take_values(&call, borrows, &values);
+    if (taken < 0 && call.tensor_count == 0) { /* the caller's own decoder meets it again, and says what it is */
         PyErr_Clear();
-        Py_RETURN_NONE;
+        taken = 0;
     }
-    return taken; /* the tensors are released by now: the caller must not look at them again */
+    if (taken <= 0)
+        return taken < 0 ? NULL : Py_NewRef(Py_None);
+    unsigned long long call_id = call.call_id, tensor_bytes = values.tensor_bytes;
+    if (call.tag == TAG_REPLY)
+        return Py_BuildValue("KNIK", call_id, values.result, call.tensor_count, tensor_bytes);
+    PyObject *method = make_text(&call.method);
+    return Py_BuildValue("KN(NN)IK", call_id, method, values.arguments, values.keywords, call.tensor_count,
+                         tensor_bytes);
 }

@@ -5,25 +5,15 @@
  * refusal of what can't be sent. That is Python code: what is walked through here is held meanwhile, and looked at again
  * after it, as Python's own iteration does.
  */
-#include "module.h"
+#include "encoding.h"
 
 #include "layout.h"
-#include "loans_type.h"
-#include "packer.h"
 
 #define DEEPEST 100 /* of what pack returns; it keeps to MAX_DEPTH itself */
 
 static PyObject *ext_type;                                              /* msgspec.msgpack.Ext */
 static PyObject *name_code, *name_data;                                 /* its attributes */
 static PyObject *descriptor_names[5]; /* a descriptor's, in the order of the message */
-
-struct encoder {
-    struct packer packer;
-    PyObject *pack;
-    PyObject *descriptors; /* a list */
-    PyObject *loans;       /* NULL where pack exports all tensors */
-    uint64_t tensor_bytes, copies, copied_bytes; /* of those that were exported here */
-};
 
 static bool put_value(struct encoder *encoder, PyObject *value, int depth);
 static bool put_packed(struct encoder *encoder, PyObject *value, int depth);
@@ -200,22 +190,50 @@ static bool put_dict(struct encoder *encoder, PyObject *dict, int depth)
     return put_it;
 }
 
+static void put_held(struct packer *packer, const struct held *held)
+{
+    pack_array(packer, sizeof descriptor_names / sizeof *descriptor_names);
+    pack_unsigned(packer, (uint64_t)held->offset);
+    pack_array(packer, (size_t)held->dimensions);
+    for (int index = 0; index < held->dimensions; index++)
+        pack_unsigned(packer, (uint64_t)held->sizes[index]);
+    pack_text(packer, held->row->text, held->row->length);
+    pack_unsigned(packer, (uint64_t)held->slot);
+    pack_unsigned(packer, held->sequence);
+}
+
+/* Hold a plain tensor for a message that no Python code helps to make; as hold_tensor. */
+static int hold_here(struct encoder *encoder, PyObject *value, struct held *held)
+{
+    uint32_t index = encoder->held_count;
+    int is_held = index == MOST_HELD ? 0 : hold_tensor(encoder->loans, value, held);
+    if (is_held <= 0)
+        return is_held;
+    put_held(&encoder->described, held);
+    encoder->held[index].slot = (uint64_t)held->slot;
+    encoder->held[index].sequence = held->sequence;
+    encoder->held_count++;
+    return 1;
+}
+
 /* A plain tensor is exported here; *done tells whether it was one. */
 static bool put_tensor(struct encoder *encoder, PyObject *value, bool *done)
 {
-    Py_ssize_t index = PyList_Size(encoder->descriptors);
-    struct exported result;
+    Py_ssize_t index = encoder->descriptors == NULL ? encoder->held_count : PyList_Size(encoder->descriptors);
+    struct held held;
     *done = false;
     if (encoder->loans == NULL || index >= MAX_TENSORS)
         return true;
-    int exported = export_tensor(encoder->loans, value, encoder->descriptors, &result);
+    int exported = encoder->descriptors == NULL ? hold_here(encoder, value, &held)
+                                                : export_tensor(encoder->loans, value, encoder->descriptors, &held);
     if (exported <= 0)
         return exported == 0;
     const char bytes[2] = {(char)(index & 0xff), (char)(index >> 8)};
     pack_extension(&encoder->packer, EXTENSION_TENSOR, bytes, sizeof bytes);
-    encoder->tensor_bytes += (uint64_t)result.nbytes;
-    encoder->copies += result.is_copy;
-    encoder->copied_bytes += result.is_copy ? (uint64_t)result.nbytes : 0;
+    encoder->sent.count++;
+    encoder->sent.nbytes += (uint64_t)held.nbytes;
+    encoder->sent.copies += held.is_copy;
+    encoder->sent.copied_bytes += held.is_copy ? (uint64_t)held.nbytes : 0;
     *done = true;
     return true;
 }
@@ -226,6 +244,8 @@ static bool put_other(struct encoder *encoder, PyObject *value, int depth)
     bool is_put;
     if (!put_tensor(encoder, value, &is_put) || is_put)
         return is_put;
+    if (encoder->pack == NULL)
+        return false;
     PyObject *number = PyLong_FromLong(depth);
     PyObject *packed = number == NULL ? NULL : PyObject_CallFunctionObjArgs(encoder->pack, value, number, NULL);
     Py_XDECREF(number);
@@ -340,28 +360,11 @@ static bool put_descriptors(struct encoder *encoder, PyObject *descriptors)
 static void begin_message(struct encoder *encoder, size_t fields, uint64_t tag)
 {
     packer_begin(&encoder->packer);
-    if (!is_loans(encoder->loans))
-        encoder->loans = NULL;
-    encoder->tensor_bytes = encoder->copies = encoder->copied_bytes = 0;
+    encoder->sent = (struct sent_tensors){0};
     pack_byte(&encoder->packer, MAGIC_BYTE);
     pack_byte(&encoder->packer, FORMAT_VERSION);
     pack_array(&encoder->packer, 1 + fields);
     pack_unsigned(&encoder->packer, tag);
-}
-
-/* The message and the size of the tensors that were exported here, unless something went wrong. */
-static PyObject *end_message(struct encoder *encoder, bool is_whole)
-{
-    struct packer *packer = &encoder->packer;
-    PyObject *result = NULL;
-    if (packer->out_of_memory && is_whole)
-        PyErr_NoMemory();
-    else if (is_whole)
-        result = Py_BuildValue("y#KKK", (const char *)packer->bytes, (Py_ssize_t)packer->length,
-                               (unsigned long long)encoder->tensor_bytes, (unsigned long long)encoder->copies,
-                               (unsigned long long)encoder->copied_bytes);
-    packer_end(packer);
-    return result;
 }
 
 static bool put_arguments(struct encoder *encoder, PyObject *arguments)
@@ -376,6 +379,28 @@ static bool put_arguments(struct encoder *encoder, PyObject *arguments)
     return true;
 }
 
+static bool put_keywords(struct encoder *encoder, PyObject *keywords)
+{
+    return put_entries(encoder, keywords, ARGUMENT_DEPTH - 1, put_name, put_value, NULL);
+}
+
+/* --- with Python's help: encode_request and encode_reply --- */
+
+/* The message and the size of the tensors that were exported here, unless something went wrong. */
+static PyObject *end_message(struct encoder *encoder, bool is_whole)
+{
+    struct packer *packer = &encoder->packer;
+    PyObject *result = NULL;
+    if (packer->out_of_memory && is_whole)
+        PyErr_NoMemory();
+    else if (is_whole)
+        result = Py_BuildValue("y#KKK", (const char *)packer->bytes, (Py_ssize_t)packer->length,
+                               (unsigned long long)encoder->sent.nbytes, (unsigned long long)encoder->sent.copies,
+                               (unsigned long long)encoder->sent.copied_bytes);
+    packer_end(packer);
+    return result;
+}
+
 PyObject *encode_request(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
     PyObject *call_id, *method, *arguments, *keywords;
@@ -383,10 +408,11 @@ PyObject *encode_request(PyObject *Py_UNUSED(module), PyObject *parameters)
     if (!PyArg_ParseTuple(parameters, "O!UO!O!OO!O", &PyLong_Type, &call_id, &method, &PyTuple_Type, &arguments,
                           &PyDict_Type, &keywords, &encoder.pack, &PyList_Type, &encoder.descriptors, &encoder.loans))
         return NULL;
+    if (!is_loans(encoder.loans))
+        encoder.loans = NULL;
     begin_message(&encoder, 5, TAG_REQUEST);
     return end_message(&encoder, put_int(&encoder, call_id) && put_text(&encoder, method)
-                                     && put_arguments(&encoder, arguments)
-                                     && put_entries(&encoder, keywords, ARGUMENT_DEPTH - 1, put_name, put_value, NULL)
+                                     && put_arguments(&encoder, arguments) && put_keywords(&encoder, keywords)
                                      && put_descriptors(&encoder, encoder.descriptors));
 }
 
@@ -397,9 +423,71 @@ PyObject *encode_reply(PyObject *Py_UNUSED(module), PyObject *parameters)
     if (!PyArg_ParseTuple(parameters, "O!OOO!O", &PyLong_Type, &call_id, &result, &encoder.pack, &PyList_Type,
                           &encoder.descriptors, &encoder.loans))
         return NULL;
+    if (!is_loans(encoder.loans))
+        encoder.loans = NULL;
     begin_message(&encoder, 3, TAG_REPLY);
     return end_message(&encoder, put_int(&encoder, call_id) && put_value(&encoder, result, 0)
                                      && put_descriptors(&encoder, encoder.descriptors));
+}
+
+/* --- without --- */
+
+static void begin_alone(struct encoder *encoder, PyObject *loans, size_t fields, uint64_t tag)
+{
+    encoder->pack = encoder->descriptors = NULL;
+    encoder->loans = loans;
+    encoder->held_count = 0;
+    packer_begin(&encoder->described);
+    begin_message(encoder, fields, tag);
+}
+
+void encoder_end(struct encoder *encoder)
+{
+    packer_end(&encoder->packer);
+    packer_end(&encoder->described);
+}
+
+void encoder_undo(struct encoder *encoder)
+{
+    for (uint32_t index = 0; index < encoder->held_count; index++)
+        end_held(encoder->loans, encoder->held[index].slot, encoder->held[index].sequence);
+    encoder_end(encoder);
+}
+
+/* Append the descriptors. What is refused is refused again where Python makes the message, and put into words there. */
+static int end_alone(struct encoder *encoder, bool is_put)
+{
+    pack_array(&encoder->packer, encoder->held_count);
+    pack_raw(&encoder->packer, encoder->described.bytes, encoder->described.length);
+    if (is_put && !encoder->packer.out_of_memory && !encoder->described.out_of_memory)
+        return 1;
+    encoder_undo(encoder);
+    if (!PyErr_Occurred())
+        return 0;
+    if (!PyErr_ExceptionMatches(PyExc_Exception))
+        return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+int encode_request_alone(struct encoder *encoder, PyObject *loans, uint64_t call_id, PyObject *method,
+                         PyObject *arguments, PyObject *keywords)
+{
+    begin_alone(encoder, loans, 5, TAG_REQUEST);
+    pack_unsigned(&encoder->packer, call_id);
+    bool is_put = put_text(encoder, method) && put_arguments(encoder, arguments);
+    if (is_put && keywords != NULL)
+        is_put = put_keywords(encoder, keywords);
+    else
+        pack_map(&encoder->packer, 0);
+    return end_alone(encoder, is_put);
+}
+
+int encode_reply_alone(struct encoder *encoder, PyObject *loans, uint64_t call_id, PyObject *result)
+{
+    begin_alone(encoder, loans, 3, TAG_REPLY);
+    pack_unsigned(&encoder->packer, call_id);
+    return end_alone(encoder, put_value(encoder, result, 0));
 }
 
 int prepare_encoding(void)

@@ -143,56 +143,87 @@ static int is_in_storage(Loans *self, PyObject *tensor, int64_t itemsize, int64_
     return offset >= 0 && size >= nbytes && offset <= (size - nbytes) / itemsize;
 }
 
-/* Copy a tensor in and hold the copy: as export_tensor. Nothing between the description and the copy runs Python code. */
-static int export_copy(PyObject *self, const struct dl_tensor *tensor, const struct dtype_row *row, int64_t nbytes,
-                       PyObject *out)
-{
-    Claim *claim = claim_copy(self, nbytes);
-    if (claim == NULL || claim->loan == NULL) {
-        Py_XDECREF(claim);
-        return claim == NULL ? -1 : 0;
-    }
-    memcpy(((Loans *)self)->loans->data + claim->offset, tensor->data, (size_t)nbytes);
-    PyObject *held = hold_by_descriptor((Loans *)self, claim->loan, NULL, claim->offset,
-                                        shape_of(tensor->dimensions, tensor->shape), row->name, out);
-    if (held == Py_True)
-        claim->loan = NULL;
-    Py_XDECREF(held);
-    Py_DECREF(claim);
-    return held == NULL ? -1 : held == Py_True;
-}
-
-int export_tensor(PyObject *object, PyObject *exported, PyObject *out, struct exported *result)
-{
-    Loans *self = (Loans *)object;
+/* A tensor that is being looked at, and what is known of it. */
+struct found {
     struct dl_tensor tensor;
     const struct dtype_row *row;
-    if (!describe(self, exported, &tensor, &row, &result->nbytes))
+    int64_t nbytes;
+};
+
+/* Find a plain tensor that can be sent as it is: 1; 0 for any other; -1 with an error set. What was found is true until
+ * the next piece of Python code. */
+static int find_plain(Loans *self, PyObject *object, struct found *found)
+{
+    if (!describe(self, object, &found->tensor, &found->row, &found->nbytes))
         return 0;
-    int is_sent = is_plain(self, exported, row);
-    if (is_sent == 1 && loans_find(self->loans, tensor.data) == NULL)
-        is_sent = is_in_storage(self, exported, row->itemsize, result->nbytes);
+    int is_sent = is_plain(self, object, found->row);
+    if (is_sent == 1 && loans_find(self->loans, found->tensor.data) == NULL)
+        is_sent = is_in_storage(self, object, found->row->itemsize, found->nbytes);
     if (is_sent <= 0)
         return is_sent;
-    int64_t looked_at = result->nbytes, sizes[MAX_DIMENSIONS];
-    if (!describe(self, exported, &tensor, &row, &result->nbytes) /* again: a mode of torch may run Python code */
-        || result->nbytes != looked_at)
+    int64_t looked_at = found->nbytes;
+    return describe(self, object, &found->tensor, &found->row, &found->nbytes) /* again: a mode of torch may run Python */
+        && found->nbytes == looked_at;
+}
+
+/* The loan to hold: that of the tensor, or of a copy of it that is made here; NULL where there is none. */
+static struct loan *loan_to_hold(struct loans *loans, const struct found *found)
+{
+    const void *data = found->tensor.data;
+    struct loan *loan = loans_find(loans, data);
+    if (loan != NULL)
+        return found->nbytes > loan->block->nbytes ? NULL : loan;
+    if (found->nbytes >= LONG_COPY || loans_contain(loans, data)) /* the latter: it does not begin where its loan does */
+        return NULL;
+    loan = loans_claim(loans, found->nbytes, true);
+    if (loan != NULL)
+        memcpy(loans->data + loan->block->offset, data, (size_t)found->nbytes);
+    return loan;
+}
+
+int hold_tensor(PyObject *object, PyObject *exported, struct held *held)
+{
+    Loans *self = (Loans *)object;
+    struct loans *loans = self->loans;
+    struct found found;
+    int is_plain = find_plain(self, exported, &found);
+    if (is_plain <= 0)
+        return is_plain;
+    if (loans_next_slot(loans) == NO_SLOT) /* first: that look may free a loan */
         return 0;
-    /* The tensor's own sizes may change with the next piece of Python code. */
-    memcpy(sizes, tensor.shape, (size_t)tensor.dimensions * sizeof *sizes);
-    tensor.shape = sizes;
-    struct loan *loan = loans_find(self->loans, tensor.data);
-    result->is_copy = loan == NULL;
-    if (loan == NULL && loans_contain(self->loans, tensor.data)) /* a part of a loan that does not begin where it does */
-        return 0;
-    if (loan == NULL && result->nbytes >= LONG_COPY)
-        return 0;
+    struct loan *loan = loan_to_hold(loans, &found);
     if (loan == NULL)
-        return export_copy(object, &tensor, row, result->nbytes, out);
-    if (result->nbytes > loan->block->nbytes)
         return 0;
-    PyObject *held = hold_by_descriptor(self, loan, tensor.data, loan->block->offset, shape_of(tensor.dimensions, tensor.shape),
-                          row->name, out);
-    Py_XDECREF(held);
-    return held == NULL ? -1 : held == Py_True;
+    int32_t slot = loans->free_slots[loans->free_count - 1]; /* a claim may have freed others */
+    loans_hold(loans, loan, slot);
+    held->offset = loan->block->offset;
+    held->nbytes = found.nbytes;
+    held->row = found.row;
+    held->dimensions = found.tensor.dimensions;
+    memcpy(held->sizes, found.tensor.shape, (size_t)held->dimensions * sizeof *held->sizes);
+    held->slot = slot;
+    held->sequence = loans->sequence;
+    held->is_copy = loan->is_copy;
+    return 1;
+}
+
+void end_held(PyObject *loans, uint64_t slot, uint64_t sequence)
+{
+    loans_end_hold(((Loans *)loans)->loans, slot, sequence);
+}
+
+int export_tensor(PyObject *object, PyObject *exported, PyObject *out, struct held *held)
+{
+    int is_held = hold_tensor(object, exported, held);
+    if (is_held <= 0)
+        return is_held;
+    PyObject *shape = shape_of(held->dimensions, held->sizes), *descriptor = NULL;
+    if (shape != NULL)
+        descriptor = PyObject_CallFunction(((Loans *)object)->describe, "LNOiK", (long long)held->offset, shape,
+                                           held->row->name, (int)held->slot, (unsigned long long)held->sequence);
+    int failed = descriptor == NULL || PyList_Append(out, descriptor) < 0;
+    Py_XDECREF(descriptor);
+    if (failed)
+        end_held(object, (uint64_t)held->slot, held->sequence);
+    return failed ? -1 : 1;
 }

@@ -3,7 +3,6 @@
 #include "descriptor.h"
 #include "layout.h"
 
-#define MAX_NAME_CHARACTERS 256
 #define REQUEST_FIELDS 6 /* tag, call_id, method, arguments, keywords, tensors */
 #define REPLY_FIELDS 4   /* tag, call_id, result, tensors */
 

@@ -23,6 +23,7 @@ enum extension { EXTENSION_TENSOR = 1, EXTENSION_ARRAY = 2, EXTENSION_TUPLE = 3 
 #define MAX_DEPTH 32     /* of values */
 #define ARGUMENT_DEPTH 2 /* at which an argument stands */
 #define MAX_TENSORS 1024
+#define MAX_NAME_CHARACTERS 256 /* of a method */
 #define MAX_DIMENSIONS 16 /* of a tensor */
 
 #endif

@@ -135,11 +135,16 @@ bool is_loans(PyObject *object)
     return PyObject_TypeCheck(object, loans_type);
 }
 
+bool loans_were_cut(PyObject *object)
+{
+    return mapping_was_cut(loans_in(object)->data_mapping);
+}
+
 /* export(tensor, out): append a tensor's descriptor to out, and hold it. How many bytes were copied in: 0 for a loan's.
  * None, with nothing done, without room, and for what memory/send_arena.py is to look at. */
 static PyObject *loans_export(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    struct exported result;
+    struct held result;
     if (count != 2 || !PyList_Check(arguments[1]))
         return PyErr_Format(PyExc_TypeError, "%zd", count);
     int done = export_tensor(self, arguments[0], arguments[1], &result);

@@ -34,13 +34,28 @@ PyObject *hold_by_descriptor(Loans *self, struct loan *loan, const void *start, 
 
 bool is_loans(PyObject *object);
 
-struct exported {
-    int64_t nbytes;
+/* A tensor of a message, held by its descriptor. */
+struct held {
+    int64_t offset, nbytes;
+    const struct dtype_row *row;
+    int dimensions;
+    int64_t sizes[MAX_DIMENSIONS];
+    int32_t slot;
+    uint64_t sequence;
     bool is_copy; /* it was copied in */
 };
 
-/* Append a tensor's descriptor to a list, hold it, and tell what was done: 1. Without room, and for what only Python
- * knows how to send, 0 with nothing done; -1 with an error set. The first argument must be one that is_loans is true of. */
-int export_tensor(PyObject *loans, PyObject *tensor, PyObject *out, struct exported *result);
+/* Hold a tensor for a message: 1. Without room, and for what only Python knows how to send, 0 with nothing done; -1 with
+ * an error set. The first argument must be one that is_loans is true of. */
+int hold_tensor(PyObject *loans, PyObject *tensor, struct held *held);
+
+/* Take back what was held for a message that is not sent. */
+void end_held(PyObject *loans, uint64_t slot, uint64_t sequence);
+
+/* As hold_tensor, and append the descriptor to a list. */
+int export_tensor(PyObject *loans, PyObject *tensor, PyObject *out, struct held *held);
+
+/* Whether the segment that it lends from has been cut short. */
+bool loans_were_cut(PyObject *loans);
 
 #endif

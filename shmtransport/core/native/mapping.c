@@ -50,3 +50,8 @@ bool mapping_has(const struct mapping *mapping, ptrdiff_t offset, ptrdiff_t coun
     return offset >= 0 && count >= 0 && (size_t)offset <= mapping->nbytes && (size_t)offset % nbytes == 0
         && (size_t)count <= (mapping->nbytes - (size_t)offset) / nbytes;
 }
+
+bool mapping_was_cut(const struct mapping *mapping)
+{
+    return mapping->guard >= 0 && range_was_cut(mapping->guard);
+}

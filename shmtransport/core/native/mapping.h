@@ -24,6 +24,9 @@ struct mapping *mapping_hold(struct mapping *mapping);
 /* Give one reference back; the last one ends the mapping. */
 void mapping_drop(struct mapping *mapping);
 
+/* Whether the file was cut short, and this process has read or written beyond its new end. */
+bool mapping_was_cut(const struct mapping *mapping);
+
 /* Whether count items of nbytes bytes lie in it, from an offset on, aligned to their size. */
 bool mapping_has(const struct mapping *mapping, ptrdiff_t offset, ptrdiff_t count, size_t nbytes);
 

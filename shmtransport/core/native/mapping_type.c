@@ -58,10 +58,9 @@ static PyObject *mapping_address(PyObject *self, void *Py_UNUSED(closure))
     return PyLong_FromVoidPtr(((Mapping *)self)->mapping->start);
 }
 
-static PyObject *mapping_was_cut(PyObject *self, void *Py_UNUSED(closure))
+static PyObject *mapping_cut(PyObject *self, void *Py_UNUSED(closure))
 {
-    int guard = ((Mapping *)self)->mapping->guard;
-    return PyBool_FromLong(guard >= 0 && range_was_cut(guard));
+    return PyBool_FromLong(mapping_was_cut(((Mapping *)self)->mapping));
 }
 
 /* As mmap.mmap's. */
@@ -83,7 +82,7 @@ static PyObject *mapping_madvise(PyObject *self, PyObject *parameters)
 
 static PyGetSetDef mapping_attributes[] = {
     {"address", mapping_address, NULL, NULL, NULL},
-    {"was_cut", mapping_was_cut, NULL, NULL, NULL},
+    {"was_cut", mapping_cut, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -1,7 +1,6 @@
 /* The message ring as Python sees it: the base of native_twin.MessageRing, which finds out the addresses. */
-#include "module.h"
+#include "message_ring_type.h"
 
-#include "message_ring.h"
 #include "waiting.h"
 
 #define SLICE_SECONDS 0.01 /* how long Python's signal handlers wait for a long look at most */
@@ -15,9 +14,19 @@ typedef struct {
     bool owes_look;  /* whether the peer may wait for the room of what was taken */
 } MessageRing;
 
+static PyTypeObject *ring_type; /* for as long as the process lives */
+
 static struct message_ring *ring_of(PyObject *self)
 {
     return &((MessageRing *)self)->ring;
+}
+
+struct message_ring *ring_in(PyObject *object)
+{
+    if (PyObject_TypeCheck(object, ring_type))
+        return ring_of(object);
+    PyErr_SetObject(PyExc_TypeError, object);
+    return NULL;
 }
 
 static PyObject *ring_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
@@ -169,6 +178,34 @@ static bool is_readable(PyObject *self)
     return ((MessageRing *)self)->taken != NULL || message_ring_readable(ring_of(self));
 }
 
+bool ring_is_readable(PyObject *self)
+{
+    return is_readable(self);
+}
+
+PyObject *ring_next(PyObject *object)
+{
+    MessageRing *self = (MessageRing *)object;
+    if (self->taken == NULL && !take(self)) {
+        PyErr_Clear(); /* read meets it again */
+        return NULL;
+    }
+    if (self->taken == NULL)
+        return NULL;
+    if (self->owes_look && message_ring_awaits_room(&self->ring))
+        return NULL;
+    self->owes_look = false;
+    return self->taken;
+}
+
+PyObject *ring_take_next(PyObject *object)
+{
+    MessageRing *self = (MessageRing *)object;
+    PyObject *data = self->taken;
+    self->taken = NULL;
+    return data;
+}
+
 static PyObject *ring_readable(PyObject *self, PyObject *Py_UNUSED(nothing))
 {
     return PyBool_FromLong(is_readable(self));
@@ -273,10 +310,6 @@ static PyType_Spec ring_spec = {
 
 int add_message_ring_type(PyObject *module)
 {
-    PyObject *type = PyType_FromSpec(&ring_spec);
-    if (type == NULL)
-        return -1;
-    int added = PyModule_AddObjectRef(module, "MessageRing", type);
-    Py_DECREF(type);
-    return added;
+    return make_type_once(&ring_type, &ring_spec) ? PyModule_AddObjectRef(module, "MessageRing", (PyObject *)ring_type)
+                                                  : -1;
 }

@@ -40,6 +40,8 @@ static int fill_module(PyObject *module)
         return -1;
     if (add_counters_type(module) < 0)
         return -1;
+    if (add_call_state_type(module) < 0 || add_direct_calls_type(module) < 0 || add_direct_answers_type(module) < 0)
+        return -1;
     if (add_borrows_type(module) < 0 || add_loans_types(module) < 0)
         return -1;
     return prepare_encoding();
@@ -51,6 +53,7 @@ static PyMethodDef functions[] = {
     {"decode_call", decode_call, METH_VARARGS, NULL},
     {"decode_values", decode_values, METH_VARARGS, NULL},
     {"take_call", (PyCFunction)(void (*)(void))take_call, METH_FASTCALL, NULL},
+    {"answer_in_turn", answer_in_turn, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

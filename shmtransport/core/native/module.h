@@ -32,6 +32,9 @@ void free_object(PyObject *self);
 int add_allocator_types(PyObject *module);
 int add_message_ring_type(PyObject *module);
 int add_mapping_type(PyObject *module);
+int add_call_state_type(PyObject *module);
+int add_direct_calls_type(PyObject *module);
+int add_direct_answers_type(PyObject *module);
 int add_counters_type(PyObject *module);
 int add_tensors_type(PyObject *module);
 int add_borrows_type(PyObject *module);
@@ -44,5 +47,7 @@ PyObject *encode_reply(PyObject *module, PyObject *parameters);
 PyObject *decode_call(PyObject *module, PyObject *parameters);
 PyObject *decode_values(PyObject *module, PyObject *parameters);
 PyObject *take_call(PyObject *module, PyObject *const *arguments, Py_ssize_t count);
+
+PyObject *answer_in_turn(PyObject *module, PyObject *parameters);
 
 #endif

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shmtransport.core import counters as python_counters
-from shmtransport.core.counters import LATENCY_RANGES, RANGES_PER_OCTAVE, SHORTEST_S, range_of
+from shmtransport.core.counters import range_of
+from shmtransport.statistics import LATENCY_RANGES, RANGES_PER_OCTAVE, SHORTEST_S
 from tests.support.cores import native_twin, needs_native, python_twin
 from tests.support.interruptions import interruptions
 

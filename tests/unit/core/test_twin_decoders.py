@@ -53,7 +53,7 @@ def _specified(data: bytes) -> Any:
         message = decode(data)
         if type(message) is Request:
             tensors = _TENSORS[: len(message.tensors)]
-            arguments = [unpack(one, tensors, ARGUMENT_DEPTH) for one in message.arguments]
+            arguments = tuple(unpack(one, tensors, ARGUMENT_DEPTH) for one in message.arguments)
             keywords = {name: unpack(one, tensors, ARGUMENT_DEPTH) for name, one in message.keywords.items()}
             return message.call_id, message.method, message.tensors, _plain((arguments, keywords))
         if type(message) is Reply:

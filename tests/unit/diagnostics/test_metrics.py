@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shmtransport import AsyncClient, Client, Server, Statistics
+from shmtransport.core import Counters
 from shmtransport.diagnostics.metrics import StatisticsCollector
-from shmtransport.statistics import Counters
 from tests.support.process import ROOT
 
 Labels = tuple[str, str]
@@ -30,7 +30,7 @@ class Source:
         self._fixed = statistics
 
     def statistics(self) -> Statistics:
-        return self._fixed or self.counters.snapshot()
+        return self._fixed or Statistics.of(self.counters)
 
 
 class Scraped:

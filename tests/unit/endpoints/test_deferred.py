@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from shmtransport.core import Counters
 from shmtransport.endpoints.connection_memory import ConnectionMemory, segment_layout
 from shmtransport.endpoints.deferred import Deferred, encoded
 from shmtransport.endpoints.handshake import Admitted, Sizes
@@ -16,7 +17,6 @@ from shmtransport.memory import send_arena
 from shmtransport.memory.segment import Segment
 from shmtransport.protocol.messages import Reply
 from shmtransport.protocol.values import decode_unread
-from shmtransport.statistics import Counters
 from shmtransport.units import KIB
 from tests.support.interruptions import interruptions
 

@@ -12,10 +12,10 @@ def test_a_turn_that_was_called_before_it_is_waited_for_has_come() -> None:
     """An inner call may come between: what it calls is not lost."""
     turns = Turns()
     with turns.lock:
-        turns._followers["mine"] = _Turn()
+        turns.followers["mine"] = _Turn()
         assert not turns.call("mine")
         turns.follow("mine", 10.0)
-    assert not turns._followers
+    assert not turns.followers
 
 
 def test_an_inner_call_receives_in_the_place_of_its_outer_one() -> None:
@@ -55,9 +55,9 @@ def test_who_has_followed_longest_takes_over_by_its_innermost_call() -> None:
 
     def outer() -> None:
         with turns.lock:
-            turns._followers["outer"] = _Turn()
+            turns.followers["outer"] = _Turn()
             inner()
-            del turns._followers["outer"]
+            del turns.followers["outer"]
 
     first = in_thread(outer)
     assert inner_waits.wait(10.0)

@@ -10,6 +10,7 @@ import torch
 
 from shmtransport.core import NextFitAllocator
 from shmtransport.errors import ArenaFull, PeerDied, TensorTooLarge
+from shmtransport.statistics import Statistics
 from shmtransport.units import MIB
 from tests.support.arenas import Pair
 
@@ -112,7 +113,7 @@ def test_a_claim_waits_until_the_peer_has_released_something(what: str) -> None:
         assert bool((borrows[-1] == number).all())
     assert len(looks) == 3 * 10, "the first two had room"
     assert all(looks)
-    snapshot = pair.counters.snapshot()
+    snapshot = Statistics.of(pair.counters)
     assert snapshot.stalls == 10
     assert snapshot.stall_seconds > 0
     borrows.clear()
@@ -141,7 +142,7 @@ def test_a_claim_gives_up_when_its_time_is_up() -> None:
     with pytest.raises(ArenaFull, match=r"1 borrows by the peer, oldest for \d+\.\d s"):
         pair.send.lend((64,), torch.uint8)
     assert looks
-    assert pair.counters.snapshot().stalls == 1
+    assert Statistics.of(pair.counters).stalls == 1
     del borrow
     assert pair.is_free()
     pair.close()

@@ -9,6 +9,7 @@ import torch
 from shmtransport import errors
 from shmtransport.errors import CallTimeout, LocalProtocolError, PeerDied, RemoteError, TransportError
 from shmtransport.protocol.in_flight import CallInFlight
+from shmtransport.statistics import Statistics
 from tests.support.protocols import ProtocolPair
 
 # --- calls and replies ------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def test_both_sides_count_the_same_bytes() -> None:
     pending, call = pair.submit(torch.ones(100), np.ones(10))
     pair.client.take_reply(pair.server.encode_reply(call.call_id, torch.ones(7)))
     pending.take_result()
-    client, server = pair.client_counters.snapshot(), pair.server_counters.snapshot()
+    client, server = Statistics.of(pair.client_counters), Statistics.of(pair.server_counters)
     assert client.tensor_bytes_sent == server.tensor_bytes_received == 480
     assert server.tensor_bytes_sent == client.tensor_bytes_received == 28
     assert client.control_bytes_sent == server.control_bytes_received > 0
@@ -166,7 +167,7 @@ def test_failures_are_counted() -> None:
     """A failed call is a call and a failure."""
     pair = ProtocolPair()
     pair.fail(ValueError("no"))
-    snapshot = pair.client_counters.snapshot()
+    snapshot = Statistics.of(pair.client_counters)
     assert (snapshot.calls, snapshot.failures) == (1, 1)
 
 

@@ -171,7 +171,7 @@ def test_a_streams_request_tells_its_window() -> None:
     """And a call's that there is one reply; a one-way call's that there is none."""
     pair = Pair()
     _, call = pair.open_stream(1, window=17)
-    assert (call.method, call.arguments, call.window, call.is_answered) == ("method", [1], 17, True)
+    assert (call.method, call.arguments, call.window, call.is_answered) == ("method", (1,), 17, True)
     _, call = pair.submit(2)
     assert (call.window, call.is_answered) == (0, True)
     one_way = OneWayCall("method")

@@ -12,6 +12,7 @@ from typing import ClassVar
 import msgspec
 import torch
 
+from shmtransport.core import Counters
 from shmtransport.core.layout import HEADER, PAGE_BYTES
 from shmtransport.endpoints.connection_memory import ConnectionMemory, segment_layout
 from shmtransport.endpoints.handshake import (
@@ -42,7 +43,6 @@ from shmtransport.protocol.messages import (
     decode,
     encode,
 )
-from shmtransport.statistics import Counters
 
 from .. import mutations
 from ..rule import Target

@@ -166,7 +166,7 @@ class ServerReceiving(_Protocol):
         assert call.is_answered or not call.window
         assert 0 <= call.window <= MAX_WINDOW
         check_text(MAX_NAME_CHARACTERS, call.method)
-        assert (type(call.arguments), type(call.keywords)) == (list, dict)
+        assert (type(call.arguments), type(call.keywords)) == (tuple, dict)
         check_text(MOST_MESSAGE_BYTES, *call.keywords)
         for value in (*call.arguments, *call.keywords.values()):
             check_value(value, 2, snapshot=False)

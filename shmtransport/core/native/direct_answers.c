@@ -1,0 +1,387 @@
+/* The answers of a server that need nothing but this core: DirectAnswers, one for each client by doorbell, and
+ * answer_in_turn.
+ *
+ * A request is taken, its handler called, and its result sent, as endpoints/server.py does, whose rules these are. What
+ * needs more is left: a message stays with its ring, and what a handler has returned or raised goes to the caller.
+ *
+ * A handler is Python code, and so is what a garbage collection may run: what was looked at before is looked at again
+ * after that.
+ */
+#include "module.h"
+
+#include "borrows_type.h"
+#include "counters_type.h"
+#include "decoding.h"
+#include "encoding.h"
+#include "layout.h"
+#include "message_ring_type.h"
+#include "waiting.h"
+
+#define MOST_IN_TURN 128
+#define LONGEST_LOOK 0.01 /* seconds: Python's signal handlers wait for as long */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *ring, *handlers, *loans, *borrows, *counters;
+    PyObject *wake_peer;  /* called without arguments */
+    PyObject *set, *reset; /* of the context variable that tells a handler whom it serves */
+    PyObject *caller;      /* what that is set to */
+    unsigned long long largest_message;
+    bool closed; /* the client has gone, or this is a forked child */
+} DirectAnswers;
+
+static PyTypeObject *direct_type; /* for as long as the process lives */
+
+static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"ring",  "handlers", "loans",  "borrows",         "counters", "wake_peer",
+                            "set_caller", "reset_caller", "caller", "largest_message", NULL};
+    DirectAnswers *self = (DirectAnswers *)object;
+    PyObject *ring, *handlers, *loans, *borrows, *counters, *wake_peer, *set, *reset, *caller;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOK", names, &ring, &PyDict_Type, &handlers, &loans,
+                                     &borrows, &counters, &wake_peer, &set, &reset, &caller, &self->largest_message))
+        return -1;
+    if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL || !is_loans(loans)
+        || !is_borrows(borrows)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "DirectAnswers");
+        return -1;
+    }
+    self->ring = Py_NewRef(ring);
+    self->handlers = Py_NewRef(handlers);
+    self->loans = Py_NewRef(loans);
+    self->borrows = Py_NewRef(borrows);
+    self->counters = Py_NewRef(counters);
+    self->wake_peer = Py_NewRef(wake_peer);
+    self->set = Py_NewRef(set);
+    self->reset = Py_NewRef(reset);
+    self->caller = Py_NewRef(caller);
+    if (self->largest_message > ring_in(ring)->largest_message)
+        self->largest_message = ring_in(ring)->largest_message;
+    return 0;
+}
+
+static int direct_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    DirectAnswers *self = (DirectAnswers *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->ring);
+    Py_VISIT(self->handlers);
+    Py_VISIT(self->wake_peer);
+    Py_VISIT(self->set);
+    Py_VISIT(self->reset);
+    Py_VISIT(self->caller);
+    return 0;
+}
+
+static int direct_clear(PyObject *object)
+{
+    DirectAnswers *self = (DirectAnswers *)object;
+    Py_CLEAR(self->ring);
+    Py_CLEAR(self->handlers);
+    Py_CLEAR(self->loans);
+    Py_CLEAR(self->borrows);
+    Py_CLEAR(self->counters);
+    Py_CLEAR(self->wake_peer);
+    Py_CLEAR(self->set);
+    Py_CLEAR(self->reset);
+    Py_CLEAR(self->caller);
+    return 0;
+}
+
+static void direct_dealloc(PyObject *self)
+{
+    PyObject_GC_UnTrack(self);
+    direct_clear(self);
+    free_object(self);
+}
+
+/* A request that is being answered. */
+struct answering {
+    struct call request;
+    PyObject *method, *handler;
+    struct values values;
+    double started;
+};
+
+static void end_answering(struct answering *answering)
+{
+    Py_CLEAR(answering->method);
+    Py_CLEAR(answering->handler);
+    Py_CLEAR(answering->values.arguments);
+    Py_CLEAR(answering->values.keywords);
+}
+
+static PyObject *fetch_error(void)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    if (error != NULL && traceback != NULL)
+        PyException_SetTraceback(error, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return error;
+}
+
+/* Take the next message, if it is a plain request for a handler that there is: 1; 0 with nothing done; -1 with an error
+ * set. */
+static int take_request(DirectAnswers *self, struct answering *answering)
+{
+    PyObject *data = ring_next(self->ring);
+    char *bytes;
+    Py_ssize_t nbytes;
+    double started = clock_seconds();
+    struct call *request = &answering->request;
+    if (data == NULL || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0 || !inspect_call(bytes, (size_t)nbytes, request)
+        || request->tag != TAG_REQUEST || !can_be_taken(request, self->borrows))
+        return 0;
+    answering->method = PyUnicode_DecodeUTF8((const char *)request->method.bytes, (Py_ssize_t)request->method.count, NULL);
+    answering->handler = answering->method == NULL ? NULL : PyDict_GetItemWithError(self->handlers, answering->method);
+    Py_XINCREF(answering->handler);
+    if (answering->handler == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    data = ring_take_next(self->ring);
+    int taken = take_values(request, self->borrows, &answering->values);
+    Py_DECREF(data);
+    if (taken == 0)
+        refuse("invalid_values", "()");
+    if (taken > 0 && request->tensor_count > 0 && borrows_were_cut(self->borrows)) {
+        refuse("cut_short", "()");
+        taken = 0;
+    }
+    if (taken <= 0)
+        return -1;
+    answering->started = clock_seconds();
+    count_received(counters_of(self->counters), (uint64_t)nbytes, answering->values.tensor_bytes,
+                   answering->started - started);
+    return 1;
+}
+
+/* Call the handler in the context of its caller; neither it nor its arguments are held after that. */
+static PyObject *call_handler(DirectAnswers *self, struct answering *answering)
+{
+    PyObject *token = PyObject_CallFunctionObjArgs(self->set, self->caller, NULL);
+    if (token == NULL)
+        return NULL;
+    count_in_flight(counters_of(self->counters), 1);
+    PyObject *keywords = PyDict_Size(answering->values.keywords) > 0 ? answering->values.keywords : NULL;
+    PyObject *result = PyObject_Call(answering->handler, answering->values.arguments, keywords);
+    PyObject *error = result == NULL ? fetch_error() : NULL;
+    Py_CLEAR(answering->values.arguments);
+    Py_CLEAR(answering->values.keywords);
+    Py_CLEAR(answering->handler);
+    PyObject *reset = PyObject_CallFunctionObjArgs(self->reset, token, NULL);
+    Py_DECREF(token);
+    Py_XDECREF(reset);
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    } else if (reset == NULL)
+        Py_CLEAR(result);
+    return result;
+}
+
+/* What the caller is to do the rest of: (call_id, method, result, error, started). Takes result and error over. */
+static PyObject *rest_of(const struct answering *answering, PyObject *result, PyObject *error)
+{
+    return Py_BuildValue("KONNd", (unsigned long long)answering->request.call_id, answering->method,
+                         result == NULL ? Py_NewRef(Py_None) : result, error == NULL ? Py_NewRef(Py_None) : error,
+                         answering->started);
+}
+
+/* Send a reply: True, or its bytes where the ring has no room for them. */
+static PyObject *send(DirectAnswers *self, const struct packer *packer)
+{
+    struct ring_finding finding;
+    struct message_ring *ring = ring_in(self->ring);
+    if (message_ring_write(ring, packer->bytes, (uint32_t)packer->length, &finding) != RING_DONE)
+        return PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
+    if (!message_ring_peer_sleeps(ring))
+        Py_RETURN_TRUE;
+    PyObject *told = PyObject_CallObject(self->wake_peer, NULL);
+    Py_XDECREF(told);
+    return told == NULL ? NULL : Py_NewRef(Py_True);
+}
+
+/* Send a result, which it takes over: when the reply is there, this process no longer holds it. */
+static PyObject *send_result(DirectAnswers *self, const struct answering *answering, PyObject *result)
+{
+    struct encoder encoder;
+    struct counters *counters = counters_of(self->counters);
+    double before = clock_seconds();
+    int made = encode_reply_alone(&encoder, self->loans, answering->request.call_id, result);
+    if (made > 0 && encoder.packer.length > self->largest_message) {
+        encoder_undo(&encoder);
+        made = 0;
+    }
+    if (made == 0)
+        return rest_of(answering, result, NULL);
+    Py_DECREF(result);
+    if (made < 0)
+        return NULL;
+    if (loans_were_cut(self->loans) || borrows_were_cut(self->borrows)) { /* it may have been made of zeros */
+        encoder_undo(&encoder);
+        refuse("cut_short", "()");
+        return fetch_error();
+    }
+    double now = clock_seconds();
+    count_sent(counters, encoder.packer.length, now - before, encoder.sent);
+    count_call(counters, now - answering->started, false);
+    PyObject *sent = send(self, &encoder.packer);
+    encoder_end(&encoder);
+    return sent;
+}
+
+/* Answer the next message: True; None where there is none, or it is left with the ring; what the caller is to do the rest
+ * of; an error that the client, or else this process, is to blame for; NULL with an error of a callback. */
+static PyObject *answer(DirectAnswers *self)
+{
+    struct answering answering = {.method = NULL};
+    PyObject *answered;
+    int taken = !self->closed && ring_is_readable(self->ring) ? take_request(self, &answering) : 0;
+    if (taken <= 0)
+        answered = taken == 0 ? Py_NewRef(Py_None) : fetch_error();
+    else {
+        PyObject *result = call_handler(self, &answering);
+        if (result == NULL)
+            answered = rest_of(&answering, NULL, fetch_error());
+        else if (!self->closed)
+            answered = send_result(self, &answering, result);
+        else {
+            Py_DECREF(result);
+            answered = Py_NewRef(Py_True);
+        }
+    }
+    end_answering(&answering);
+    return answered;
+}
+
+/* --- answer_in_turn --- */
+
+/* Look at all rings until one has a message or attention is wanted, for a slice of time; whether one of both is so. */
+static bool look_at_all(DirectAnswers *const *in_turn, Py_ssize_t count, const atomic_uchar *attention, double deadline)
+{
+    const cell_value *published[MOST_IN_TURN];
+    uint64_t consumed[MOST_IN_TURN];
+    bool found;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        const struct message_ring *ring = ring_in(in_turn[index]->ring);
+        published[index] = message_ring_peer_published(ring);
+        consumed[index] = ring->consumed;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    found = look_until_any_changed(published, consumed, (size_t)count, attention, deadline);
+    Py_END_ALLOW_THREADS
+    return found;
+}
+
+static bool is_left(const DirectAnswers *self, PyObject *answered)
+{
+    return answered == Py_None && ring_is_readable(self->ring);
+}
+
+/* Answer each one's next message. *answered is whether there were any, unless this returns something: what answer has,
+ * other than True and None, with its place; or True for a message that is left. */
+static PyObject *answer_round(DirectAnswers *const *in_turn, Py_ssize_t count, bool *answered)
+{
+    *answered = false;
+    for (Py_ssize_t index = 0; index < count; index++) {
+        PyObject *one = answer(in_turn[index]);
+        if (one == NULL)
+            return NULL;
+        if (one != Py_True && one != Py_None)
+            return Py_BuildValue("nN", index, one);
+        *answered = *answered || one == Py_True;
+        bool left = is_left(in_turn[index], one);
+        Py_DECREF(one);
+        if (left)
+            Py_RETURN_TRUE;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, const atomic_uchar *attention,
+                            double spin_seconds, double limit_seconds)
+{
+    double now = clock_seconds(), limit = now + limit_seconds, deadline = now + spin_seconds;
+    for (;;) {
+        bool answered;
+        PyObject *round = answer_round(in_turn, count, &answered);
+        if (round != Py_None)
+            return round;
+        Py_DECREF(round);
+        now = clock_seconds();
+        if (atomic_load_explicit(attention, memory_order_acquire) != 0 || now >= limit)
+            return PyBool_FromLong(answered);
+        if (answered) {
+            deadline = now + spin_seconds;
+            continue;
+        }
+        if (now >= deadline)
+            Py_RETURN_FALSE;
+        double slice_end = deadline > now + LONGEST_LOOK ? now + LONGEST_LOOK : deadline;
+        if (!look_at_all(in_turn, count, attention, slice_end) && PyErr_CheckSignals() < 0)
+            return NULL;
+    }
+}
+
+/* answer_in_turn(answers, attention, spin_seconds, limit_seconds): answer what comes from several clients. False if
+ * nothing came for spin_seconds; True if the caller is to look at something, or time is up; (index, rest) for what the
+ * caller is to do the rest of. attention is a bytearray whose first byte is set by others. */
+PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
+{
+    PyObject *answers, *attention;
+    double spin_seconds, limit_seconds;
+    DirectAnswers *in_turn[MOST_IN_TURN];
+    if (!PyArg_ParseTuple(parameters, "O!O!dd", &PyTuple_Type, &answers, &PyByteArray_Type, &attention, &spin_seconds,
+                          &limit_seconds))
+        return NULL;
+    Py_ssize_t count = PyTuple_Size(answers);
+    if (count > MOST_IN_TURN || PyByteArray_Size(attention) < 1)
+        return PyErr_Format(PyExc_ValueError, "%zd", count);
+    for (Py_ssize_t index = 0; index < count; index++) {
+        PyObject *one = PyTuple_GetItem(answers, index);
+        if (!Py_IS_TYPE(one, direct_type) || ((DirectAnswers *)one)->ring == NULL)
+            return PyErr_Format(PyExc_TypeError, "%R", one);
+        in_turn[index] = (DirectAnswers *)one;
+    }
+    const atomic_uchar *flag = (const atomic_uchar *)PyByteArray_AsString(attention);
+    return answer_all(in_turn, count, flag, spin_seconds, limit_seconds);
+}
+
+static PyObject *direct_close(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    ((DirectAnswers *)self)->closed = true;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef direct_methods[] = {
+    {"close", direct_close, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot direct_slots[] = {
+    {Py_tp_init, direct_init},
+    {Py_tp_methods, direct_methods},
+    {Py_tp_dealloc, direct_dealloc},
+    {Py_tp_traverse, direct_traverse},
+    {Py_tp_clear, direct_clear},
+    {0, NULL},
+};
+
+static PyType_Spec direct_spec = {
+    .name = "shmtransport.core._native.DirectAnswers",
+    .basicsize = sizeof(DirectAnswers),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = direct_slots,
+};
+
+int add_direct_answers_type(PyObject *module)
+{
+    return make_type_once(&direct_type, &direct_spec)
+        ? PyModule_AddObjectRef(module, "DirectAnswers", (PyObject *)direct_type)
+        : -1;
+}

@@ -1,0 +1,377 @@
+/* The calls of a client that need nothing but this core: DirectCalls.
+ *
+ * begin makes a request, publishes it and expects its reply; wait looks for replies and ends the calls that they belong
+ * to. Each does so only where nothing stands in the way: no other thread receives, the message ring has room, all values
+ * are plain. Otherwise it has done nothing, or has left the message with the ring, and protocol/calls.py and
+ * endpoints/exchange.py, whose rules these are, do the whole of it.
+ *
+ * Making values may run Python code in a garbage collection, which may use the same client. So a message is taken out of
+ * the ring before its values are made, and what was looked at before is looked at again after that.
+ */
+#include "module.h"
+
+#include "borrows_type.h"
+#include "call_state.h"
+#include "counters_type.h"
+#include "decoding.h"
+#include "encoding.h"
+#include "layout.h"
+#include "message_ring_type.h"
+#include "waiting.h"
+
+#define LONGEST_LOOK 0.01 /* seconds: Python's signal handlers wait for as long */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *ring, *pending, *ids, *loans, *borrows, *counters;
+    PyObject *wake_peer;                /* called without arguments */
+    PyObject *acquire, *release;        /* of the lock that a thread holds while it receives */
+    PyObject *followers, *received_for; /* those that wait for their replies: empty if no other thread does */
+    unsigned long long largest_message;
+    double spin_seconds;
+    bool closed;
+} DirectCalls;
+
+static PyTypeObject *direct_type; /* for as long as the process lives */
+
+static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"ring",    "pending",   "ids",          "loans",           "borrows", "counters", "wake_peer",
+                            "acquire", "release",   "followers",    "received_for",    "largest_message", "spin_seconds", NULL};
+    DirectCalls *self = (DirectCalls *)object;
+    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *acquire, *release, *followers, *received_for;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOO!O!Kd", names, &ring, &PyDict_Type, &pending, &ids,
+                                     &loans, &borrows, &counters, &wake_peer, &acquire, &release, &PyDict_Type,
+                                     &followers, &PyList_Type, &received_for, &self->largest_message,
+                                     &self->spin_seconds))
+        return -1;
+    if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL || !PyIter_Check(ids)
+        || !is_loans(loans) || !is_borrows(borrows)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "DirectCalls");
+        return -1;
+    }
+    self->ring = Py_NewRef(ring);
+    self->pending = Py_NewRef(pending);
+    self->ids = Py_NewRef(ids);
+    self->loans = Py_NewRef(loans);
+    self->borrows = Py_NewRef(borrows);
+    self->counters = Py_NewRef(counters);
+    self->wake_peer = Py_NewRef(wake_peer);
+    self->acquire = Py_NewRef(acquire);
+    self->release = Py_NewRef(release);
+    self->followers = Py_NewRef(followers);
+    self->received_for = Py_NewRef(received_for);
+    if (self->largest_message > ring_in(ring)->largest_message)
+        self->largest_message = ring_in(ring)->largest_message;
+    return 0;
+}
+
+static int direct_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    DirectCalls *self = (DirectCalls *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->ring);
+    Py_VISIT(self->pending);
+    Py_VISIT(self->wake_peer);
+    Py_VISIT(self->acquire);
+    Py_VISIT(self->release);
+    Py_VISIT(self->followers);
+    Py_VISIT(self->received_for);
+    return 0;
+}
+
+/* All may be cleared by a garbage collection while no method runs; methods look at closed first. */
+static int direct_clear(PyObject *object)
+{
+    DirectCalls *self = (DirectCalls *)object;
+    self->closed = true;
+    Py_CLEAR(self->ring);
+    Py_CLEAR(self->pending);
+    Py_CLEAR(self->ids);
+    Py_CLEAR(self->loans);
+    Py_CLEAR(self->borrows);
+    Py_CLEAR(self->counters);
+    Py_CLEAR(self->wake_peer);
+    Py_CLEAR(self->acquire);
+    Py_CLEAR(self->release);
+    Py_CLEAR(self->followers);
+    Py_CLEAR(self->received_for);
+    return 0;
+}
+
+static void direct_dealloc(PyObject *self)
+{
+    PyObject_GC_UnTrack(self);
+    direct_clear(self);
+    free_object(self);
+}
+
+static bool is_usable(const DirectCalls *self)
+{
+    return !self->closed && self->ring != NULL;
+}
+
+/* --- begin --- */
+
+static bool is_name(PyObject *method)
+{
+    return PyUnicode_CheckExact(method) && PyUnicode_GetLength(method) <= MAX_NAME_CHARACTERS;
+}
+
+/* Publish a request and expect its reply: nothing here runs Python code. 1, 0 with nothing done, -1 with an error set. */
+static int publish(DirectCalls *self, CallState *call, PyObject *number, const struct packer *packer)
+{
+    struct ring_finding finding;
+    if (self->closed || packer->length > self->largest_message)
+        return 0;
+    if (PyDict_SetItem(self->pending, number, (PyObject *)call) < 0)
+        return -1;
+    if (message_ring_write(ring_in(self->ring), packer->bytes, (uint32_t)packer->length, &finding) == RING_DONE)
+        return 1;
+    return PyDict_DelItem(self->pending, number); /* which it has: never an error */
+}
+
+static int begin(DirectCalls *self, CallState *call, PyObject *number, PyObject *arguments, PyObject *keywords)
+{
+    struct encoder encoder;
+    long long call_id = PyLong_AsLongLong(number);
+    if (call_id < 0)
+        return PyErr_Occurred() ? -1 : 0;
+    int made = encode_request_alone(&encoder, self->loans, (uint64_t)call_id, call->method, arguments, keywords);
+    if (made <= 0)
+        return made;
+    int published = publish(self, call, number, &encoder.packer);
+    if (published <= 0) {
+        encoder_undo(&encoder);
+        return published;
+    }
+    struct counters *counters = counters_of(self->counters);
+    call->call_id = call_id;
+    count_in_flight(counters, (uint64_t)PyDict_Size(self->pending));
+    count_sent(counters, encoder.packer.length, clock_seconds() - call->submitted, encoder.sent);
+    encoder_end(&encoder);
+    return 1;
+}
+
+static bool tell_peer(DirectCalls *self)
+{
+    if (!message_ring_peer_sleeps(ring_in(self->ring)))
+        return true;
+    PyObject *told = PyObject_CallObject(self->wake_peer, NULL);
+    Py_XDECREF(told);
+    return told != NULL;
+}
+
+/* begin(call, arguments, keywords): whether the request was sent. */
+static PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
+{
+    DirectCalls *self = (DirectCalls *)object;
+    if (count != 3 || !is_call_state(arguments[0]) || !PyTuple_Check(arguments[1]) || !PyDict_Check(arguments[2]))
+        return PyErr_Format(PyExc_TypeError, "%zd", count);
+    CallState *call = (CallState *)arguments[0];
+    if (!is_usable(self) || call->method == NULL || !is_name(call->method))
+        Py_RETURN_FALSE;
+    PyObject *number = PyIter_Next(self->ids);
+    if (number == NULL)
+        return NULL;
+    int begun = begin(self, call, number, arguments[1], arguments[2]);
+    Py_DECREF(number);
+    if (begun <= 0)
+        return begun < 0 ? NULL : Py_NewRef(Py_False);
+    return tell_peer(self) ? Py_NewRef(Py_True) : NULL;
+}
+
+/* --- wait --- */
+
+/* The call that a reply belongs to, if it is in flight: borrowed. */
+static CallState *call_of(DirectCalls *self, uint64_t call_id)
+{
+    PyObject *number = PyLong_FromUnsignedLongLong(call_id);
+    PyObject *call = number == NULL ? NULL : PyDict_GetItemWithError(self->pending, number);
+    Py_XDECREF(number);
+    PyErr_Clear(); /* without memory the reply is as one that nothing waits for */
+    return call != NULL && is_call_state(call) ? (CallState *)call : NULL;
+}
+
+static bool has_callbacks(const CallState *call)
+{
+    return call->callbacks != NULL && call->callbacks != Py_None;
+}
+
+/* Forget that a call is in flight, and return a reference to it; NULL if another has. */
+static CallState *end_flight(DirectCalls *self, uint64_t call_id)
+{
+    CallState *call = call_of(self, call_id);
+    PyObject *number = call == NULL ? NULL : PyLong_FromUnsignedLongLong(call_id);
+    if (number == NULL)
+        return NULL;
+    Py_INCREF(call);
+    PyDict_DelItem(self->pending, number);
+    Py_DECREF(number);
+    return call;
+}
+
+static PyObject *fetch_error(void)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return error;
+}
+
+/* End a call whose reply could not be read, with what is raised. */
+static void fail_unread(DirectCalls *self, uint64_t call_id)
+{
+    PyObject *error = fetch_error();
+    CallState *call = end_flight(self, call_id);
+    if (call == NULL || error == NULL) {
+        Py_XDECREF(error);
+        Py_XDECREF(call);
+        return;
+    }
+    call_fail(call, error);
+    count_call(counters_of(self->counters), clock_seconds() - call->submitted, true);
+    Py_DECREF(call);
+}
+
+static void end_call(DirectCalls *self, const struct call *reply, struct values *values, size_t nbytes, double started)
+{
+    struct counters *counters = counters_of(self->counters);
+    double now = clock_seconds();
+    count_received(counters, nbytes, values->tensor_bytes, now - started);
+    CallState *call = end_flight(self, reply->call_id);
+    if (call == NULL) { /* given up: its tensors are released */
+        Py_DECREF(values->result);
+        return;
+    }
+    count_call(counters, now - call->submitted, false);
+    call_succeed(call, values->result, reply->tensor_count > 0);
+    Py_DECREF(call);
+}
+
+/* Take the next message, if it is a plain reply to a call that nothing else waits for; whether it was. */
+static bool receive(DirectCalls *self)
+{
+    PyObject *data = ring_next(self->ring);
+    char *bytes;
+    Py_ssize_t nbytes;
+    struct call reply;
+    struct values values;
+    double started = clock_seconds();
+    if (data == NULL || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0 || !inspect_call(bytes, (size_t)nbytes, &reply)
+        || reply.tag != TAG_REPLY || !can_be_taken(&reply, self->borrows))
+        return false;
+    CallState *call = call_of(self, reply.call_id);
+    if (call == NULL || has_callbacks(call))
+        return false;
+    data = ring_take_next(self->ring);
+    int taken = take_values(&reply, self->borrows, &values);
+    if (taken == 0)
+        refuse("invalid_values", "()");
+    if (taken > 0 && (borrows_were_cut(self->borrows) || loans_were_cut(self->loans))) {
+        Py_DECREF(values.result);
+        refuse("cut_short", "()");
+        taken = 0;
+    }
+    if (taken > 0)
+        end_call(self, &reply, &values, (size_t)nbytes, started);
+    else
+        fail_unread(self, reply.call_id);
+    Py_DECREF(data);
+    return true;
+}
+
+/* As receive, in this thread's turn: 1, 0, or -1 with an error set. */
+static int receive_in_turn(DirectCalls *self)
+{
+    PyObject *acquired = PyObject_CallFunctionObjArgs(self->acquire, Py_False, NULL);
+    if (acquired != Py_True) {
+        Py_XDECREF(acquired);
+        return acquired == NULL ? -1 : 0;
+    }
+    Py_DECREF(acquired);
+    int received = is_usable(self) && PyDict_Size(self->followers) == 0 && PyList_Size(self->received_for) == 0
+        && receive(self);
+    PyObject *released = PyObject_CallObject(self->release, NULL);
+    Py_XDECREF(released);
+    return released == NULL ? -1 : received;
+}
+
+/* Look until there is a message or the call is ready, for a while; whether one of both is so. */
+static bool look(DirectCalls *self, CallState *call, double deadline)
+{
+    double now = clock_seconds();
+    if (now >= deadline)
+        return false;
+    if (deadline > now + LONGEST_LOOK)
+        deadline = now + LONGEST_LOOK;
+    const struct message_ring *ring = ring_in(self->ring);
+    const cell_value *published = message_ring_peer_published(ring);
+    PyObject *kept = Py_NewRef(self->ring); /* the cell lives as long */
+    uint64_t consumed = ring->consumed;
+    bool found;
+    Py_BEGIN_ALLOW_THREADS
+    found = look_until_changed_or(published, consumed, &call->ready, deadline);
+    Py_END_ALLOW_THREADS
+    Py_DECREF(kept);
+    return found;
+}
+
+/* wait(call, seconds): look for as long as the channel spins, or this if it is shorter; whether the call is ready. */
+static PyObject *direct_wait(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
+{
+    DirectCalls *self = (DirectCalls *)object;
+    if (count != 2 || !is_call_state(arguments[0]))
+        return PyErr_Format(PyExc_TypeError, "%zd", count);
+    CallState *call = (CallState *)arguments[0];
+    double seconds = PyFloat_AsDouble(arguments[1]);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return NULL;
+    if (seconds > self->spin_seconds)
+        seconds = self->spin_seconds;
+    double deadline = seconds > 0 ? clock_seconds() + seconds : 0;
+    while (!call->ready && is_usable(self)) {
+        int received = ring_is_readable(self->ring) ? receive_in_turn(self) : look(self, call, deadline);
+        if (received <= 0)
+            return received < 0 ? NULL : PyBool_FromLong(call->ready);
+    }
+    return PyBool_FromLong(call->ready);
+}
+
+static PyObject *direct_close(PyObject *self, PyObject *Py_UNUSED(nothing))
+{
+    ((DirectCalls *)self)->closed = true;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef direct_methods[] = {
+    {"begin", (PyCFunction)(void (*)(void))direct_begin, METH_FASTCALL, NULL},
+    {"wait", (PyCFunction)(void (*)(void))direct_wait, METH_FASTCALL, NULL},
+    {"close", direct_close, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot direct_slots[] = {
+    {Py_tp_init, direct_init},
+    {Py_tp_dealloc, direct_dealloc},
+    {Py_tp_traverse, direct_traverse},
+    {Py_tp_clear, direct_clear},
+    {Py_tp_methods, direct_methods},
+    {0, NULL},
+};
+
+static PyType_Spec direct_spec = {
+    .name = "shmtransport.core._native.DirectCalls",
+    .basicsize = sizeof(DirectCalls),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = direct_slots,
+};
+
+int add_direct_calls_type(PyObject *module)
+{
+    return make_type_once(&direct_type, &direct_spec) ? PyModule_AddObjectRef(module, "DirectCalls", (PyObject *)direct_type)
+                                                      : -1;
+}

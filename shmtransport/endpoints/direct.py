@@ -1,0 +1,127 @@
+"""Direct calls and answers: those that the compiled core handles in one step, from the call to the ring and back.
+
+They are for the doorbell channel of a blocking ``Client`` and of a ``Server`` that runs its handlers itself. What they
+find in their way, they leave to ``exchange`` and ``server``, which do the whole of it and are the specification.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from ..channels.doorbell import DoorbellChannel
+from ..channels.doorbell_server import ThreadDoorbells
+from ..core import Counters, DirectAnswers, DirectCalls, answer_in_turn
+from ..protocol.values import Codec
+from .client_connection import ClientConnection
+from .server_connection import ServerConnection
+from .turns import Turns
+
+_MOST_IN_TURN = 128
+_LONGEST_TURN_S = 0.05
+
+
+def direct_calls(connection: ClientConnection, turns: Turns, counters: Counters) -> Any:
+    """What makes direct calls over a connection, and spins in its channel's place; None if there can be none."""
+    ring, bells, codec = connection.memory.ring, connection.memory.bells, connection.memory.codec
+    if ring is None or bells is None or not _is_plain(codec) or not isinstance(connection.channel, DoorbellChannel):
+        return None
+    return DirectCalls(
+        ring,
+        connection.protocol.pending,
+        connection.protocol.ids,
+        codec.loans,
+        codec.borrows,
+        counters,
+        bells.peer.post,
+        turns.lock.acquire,
+        turns.lock.release,
+        turns.followers,
+        turns.received_for,
+        codec.max_message_bytes,
+        connection.channel.give_up_spinning(),
+    )
+
+
+class DirectServing:
+    """Answers the doorbell clients of one server directly.
+
+    Args:
+        doorbells: The server's channel.
+        handlers: By name.
+        counters: Where calls are counted.
+        current: Tells a handler which client it serves.
+    """
+
+    def __init__(
+        self,
+        doorbells: ThreadDoorbells,
+        handlers: dict[str, Callable[..., Any]],
+        counters: Counters,
+        current: ContextVar[weakref.ref[ServerConnection]],
+    ) -> None:
+        self._doorbells = doorbells
+        self._handlers = handlers
+        self._counters = counters
+        self._current = current
+        self._answers: dict[ServerConnection, Any] = {}
+        self._in_turn: tuple[Any, ...] = ()
+
+    def add(self, connection: ServerConnection) -> None:
+        """Answer a client directly from now on, if that can be done."""
+        ring, bells, codec = connection.memory.ring, connection.memory.bells, connection.memory.codec
+        if ring is None or bells is None or not _is_plain(codec) or len(self._answers) == _MOST_IN_TURN:
+            return
+        self._answers[connection] = DirectAnswers(
+            ring,
+            self._handlers,
+            codec.loans,
+            codec.borrows,
+            self._counters,
+            bells.peer.post,
+            self._current.set,
+            self._current.reset,
+            connection.reference,
+            codec.max_message_bytes,
+        )
+        self._in_turn = tuple(self._answers.values())
+
+    def remove(self, connection: ServerConnection) -> None:
+        """Forget a client that has gone."""
+        answers = self._answers.pop(connection, None)
+        if answers is not None:
+            answers.close()
+            self._in_turn = tuple(self._answers.values())
+
+    def abandon(self) -> None:
+        """In a forked child: answer nothing any longer, not even what is being handled."""
+        for connection in list(self._answers):
+            self.remove(connection)
+
+    def answer(self) -> bool | tuple[ServerConnection, Any]:
+        """Answer what comes, until there is something else to do.
+
+        Returns:
+            Whether there was any; or a client and what is left to do of its call: its reply's bytes where its ring has
+            no room, an error that ends its connection, or ``(call_id, method, result, error, started)`` of a handler
+            that has returned what only Python can send, or has raised.
+        """
+        doorbells = self._doorbells
+        doorbells.spins = not self._in_turn
+        if not self._in_turn or not doorbells.is_queue_empty:
+            return False
+        connections = list(self._answers)  # before: a handler may fork, and its child forgets them
+        answered: bool | tuple[int, Any] = answer_in_turn(
+            self._in_turn, doorbells.attention, doorbells.spin_s, _LONGEST_TURN_S
+        )
+        if isinstance(answered, bool):
+            return answered
+        index, rest = answered
+        return connections[index], rest
+
+
+def _is_plain(codec: Codec) -> bool:
+    """Whether the core may read and make messages by itself."""
+    return DirectCalls is not None and codec.loans is not None and codec.loans.knows_tensors and not codec.snapshot
