@@ -196,6 +196,9 @@ class Exchange(ConnectionState[ClientConnection]):
         Raises:
             CallTimeout: it is not; it stays in flight.
         """
+        direct = self._direct
+        if direct is not None and timeout_s is None and direct.wait(call, self._timeout_s) and call.error is None:
+            return
         timeout_s = self._timeout_s if timeout_s is None else seconds_or_no_limit("timeout_s", timeout_s)
         self._wait(call, timeout_s, timeout_s)
         self._notice_loss(call)

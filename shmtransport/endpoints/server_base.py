@@ -145,10 +145,13 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             LocalProtocolError: called outside a handler, or such a tensor can't be sent.
             Closed: the server was closed, or this is a forked child.
         """
-        connection = self._caller()
+        reference = self._current.get(None)
+        connection = None if reference is None or self._ended is not None else reference()
+        if connection is None:
+            connection = self._caller()  # which says what is wrong
         try:
             if not connection.deferred:  # otherwise the room is for those that wait
-                return connection.memory.send_arena.lend(shape, dtype)
+                return connection.lend(shape, dtype)
         except ArenaFull:
             if not connection.may_have_room:
                 raise

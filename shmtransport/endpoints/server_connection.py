@@ -35,6 +35,7 @@ class ServerConnection:
         self.client_key = client_key
         self.connection_id = connection_id
         self.sizes, self.memory = admitted
+        self.lend = self.memory.send_arena.lend
         self.protocol = ServerProtocol(self.memory.codec, counters)
         self.reference = weakref.ref(self)
         self.gone = False
