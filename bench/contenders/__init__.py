@@ -11,7 +11,7 @@ from .iceoryx import IceoryxEventCopyIn, IceoryxEventInPlace, IceoryxPollingCopy
 from .kick import KickPollingCopyIn, KickPollingInPlace, KickWaitingCopyIn, KickWaitingInPlace
 from .multipart import Multipart
 from .original import Original
-from .ours import DoorbellCopyIn, DoorbellInPlace, SpinCopyIn, SpinInPlace, ZmqCopyIn, ZmqInPlace
+from .ours import DefaultInPlace, DoorbellCopyIn, DoorbellInPlace, SpinCopyIn, SpinInPlace, ZmqCopyIn, ZmqInPlace
 from .pipe import Pipe
 from .ray_calls import RayActor, RayGraph
 from .shared_memory import SharedMemoryPipe
@@ -22,6 +22,7 @@ CONTENDERS: dict[str, type[Contender]] = {
     contender.name: contender
     for contender in (
         SpinInPlace,
+        DefaultInPlace,
         DoorbellInPlace,
         ZmqInPlace,
         SpinCopyIn,

@@ -33,7 +33,7 @@ class Ours(Contender):
     group = "ours"
     in_flight = _LARGEST_TENSORS - 1
     channel: ClassVar[ChannelKind] = "zmq"
-    spin_us: ClassVar[float] = 0.0
+    spin_us: ClassVar[float | None] = 0.0
     reply = "view, valid while it is held"
 
     def make_endpoint(self) -> str:
@@ -135,7 +135,7 @@ class DoorbellInPlace(InPlace):
     """The doorbell, which blocks at once; in place."""
 
     name = "doorbell, in place"
-    how = 'as "zmq, in place", channel="doorbell"'
+    how = 'as "zmq, in place", channel="doorbell", spin_us=0 on both sides'
     channel = "doorbell"
 
 
@@ -143,8 +143,16 @@ class DoorbellCopyIn(CopyIn):
     """The doorbell, which blocks at once; copying in."""
 
     name = "doorbell, copy in"
-    how = 'as "zmq, copy in", channel="doorbell"'
+    how = 'as "zmq, copy in", channel="doorbell", spin_us=0 on both sides'
     channel = "doorbell"
+
+
+class DefaultInPlace(DoorbellInPlace):
+    """The doorbell with default settings, which spins while that pays; in place."""
+
+    name = "doorbell, default, in place"
+    how = 'as "doorbell, in place", without spin_us'
+    spin_us = None
 
 
 class SpinInPlace(DoorbellInPlace):

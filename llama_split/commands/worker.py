@@ -71,13 +71,13 @@ class WorkerOptions:
         ),
     ] = "zmq,doorbell"
     spin_us: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0.0,
             help="Microseconds to look for a doorbell client's next call before blocking: saves a wake-up where a core "
-            "is free, and costs time where none is.",
+            "is free, and costs time where none is. Default: up to 50, while that pays.",
         ),
-    ] = 0.0
+    ] = None
     threads: Annotated[
         int | None,
         typer.Option(

@@ -98,7 +98,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         snapshot: bool = False,
         pipeline: int = 1,
         channel: ChannelKind = "zmq",
-        spin_us: float = 0.0,
+        spin_us: float | None = None,
         progress: Progress | None = None,
     ) -> SplitLlamaForCausalLM:
         """Load this side's weights and connect to the worker, which must serve the same model.

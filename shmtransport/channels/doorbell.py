@@ -4,8 +4,8 @@ Rules that both ends keep (the server's is in ``doorbell_server``):
 
 * A side that is about to block says so in its ring, and then looks for a message once more. A side that has written a
   message posts the peer's bell if the peer sleeps. A post may be left over: the next wait takes it and returns early.
-* A wait first polls for ``spin_us`` microseconds, then blocks in the kernel. It blocks in slices, so a hostile peer
-  that takes a post away, or never posts, delays it by one slice.
+* A wait first polls, for as long as that pays or ``spin_us`` says, then blocks in the kernel. It blocks in slices, so
+  that a hostile peer that takes a post away, or never posts, delays it by one slice.
 * A writer never blocks. When the ring is full, the client's ``send`` returns False; the server queues the message.
 * The handshake, and so every new client, comes by ZeroMQ.
 """
@@ -16,7 +16,7 @@ import contextlib
 import os
 import time
 
-from ..core import MessageRing
+from ..core import MessageRing, Patience
 from ..errors import PeerProtocolError
 from ..memory.bell import Bells
 from . import relay
@@ -31,17 +31,17 @@ class DoorbellChannel(Channel):
             the goodbye if the ring is full.
         ring: the message rings of both segments.
         bells: this side's bell and the peer's.
-        spin_us: how long a wait polls before it blocks, in microseconds.
+        patience: how long a wait polls before it blocks.
     """
 
     name = "doorbell"
     looks_first = True
 
-    def __init__(self, handshake_channel: Channel, ring: MessageRing, bells: Bells, spin_us: float) -> None:
+    def __init__(self, handshake_channel: Channel, ring: MessageRing, bells: Bells, patience: Patience) -> None:
         self._handshake_channel = handshake_channel
         self._ring = ring
         self._own_bell, self._peer_bell = bells
-        self._spin_s = spin_us * 1e-6
+        self._patience = patience
         self._wants_room = False
         self._relay: relay.Relay | None = None
         self._event_fd = -1
@@ -72,7 +72,11 @@ class DoorbellChannel(Channel):
 
     def wait(self, timeout_s: float) -> bool:
         ring = self._ring
-        if ring.wait_readable(time.perf_counter() + self._spin_s if self._spin_s else 0.0):
+        spin_s = self._patience.seconds()
+        found = ring.wait_readable(time.perf_counter() + spin_s if spin_s else 0.0)
+        if spin_s:
+            self._patience.learn(found)
+        if found:
             return False
         ring.sleep(True)
         try:
@@ -83,10 +87,10 @@ class DoorbellChannel(Channel):
             ring.sleep(self._relay is not None)
         return True
 
-    def give_up_spinning(self) -> float:
-        """Leave it to the caller to poll before each wait; return for how long, in seconds."""
-        spin_s, self._spin_s = self._spin_s, 0.0
-        return spin_s
+    def give_up_spinning(self) -> Patience:
+        """Leave it to the caller to poll before each wait; return what says for how long."""
+        patience, self._patience = self._patience, Patience(0.0)
+        return patience
 
     def wake(self) -> None:
         if not self._closed:

@@ -16,7 +16,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 
-from ..core import MessageRing
+from ..core import MessageRing, Patience
 from ..errors import MessageTooLarge, OutOfResources, PeerProtocolError
 from ..memory.bell import Bell
 from . import relay
@@ -69,12 +69,12 @@ class DoorbellServerChannel(ServerChannel):
 
     Args:
         base: the ZeroMQ channel.
-        spin_us: how long a wait polls before it blocks, in microseconds.
+        patience: how long a wait polls before it blocks.
     """
 
-    def __init__(self, base: ZmqServerChannel, spin_us: float) -> None:
+    def __init__(self, base: ZmqServerChannel, patience: Patience) -> None:
         self._base = base
-        self._spin_s = spin_us * 1e-6
+        self.patience = patience
         self._bell: Bell | None = None
         self._relay: relay.Relay | None = None
         self._peers: dict[bytes, _DoorbellPeer] = {}
@@ -240,19 +240,14 @@ class DoorbellServerChannel(ServerChannel):
 class ThreadDoorbells(DoorbellServerChannel):
     """For a server with its own thread, which waits for the bell; the relay waits for ZeroMQ."""
 
-    def __init__(self, base: ZmqServerChannel, spin_us: float) -> None:
-        super().__init__(base, spin_us)
+    def __init__(self, base: ZmqServerChannel, patience: Patience) -> None:
+        super().__init__(base, patience)
         self.spins = True
         """Whether a wait polls first; not if the server does that itself."""
         # Written by the relay, read here:
         self.attention = bytearray(b"\1")
         """1 while there may be something else than messages of doorbell clients; 0 otherwise."""
         self._readable: deque[int] = deque()
-
-    @property
-    def spin_s(self) -> float:
-        """How long a wait polls, in seconds."""
-        return self._spin_s
 
     @property
     def is_queue_empty(self) -> bool:
@@ -285,12 +280,20 @@ class ThreadDoorbells(DoorbellServerChannel):
             readable = self.take_readable()
             return [*readable, *self._base.wait(0 if readable else timeout_s)]  # seen by the relay before it ended
         bell = self.bell()
-        deadline = time.perf_counter() + self._spin_s if self._spin_s and self.spins else 0.0
-        while not self._has_work():
-            if time.perf_counter() >= deadline:
-                self._sleep(bell, relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
-                break
+        if not self._has_work() and not (self.spins and self._polled()):
+            self._sleep(bell, relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
         return self.take_readable()
+
+    def _polled(self) -> bool:
+        """Poll for as long as it pays; whether there is something to do."""
+        spin_s = self.patience.seconds()
+        if not spin_s:
+            return False
+        deadline = time.perf_counter() + spin_s
+        while not (found := self._has_work()) and time.perf_counter() < deadline:
+            pass
+        self.patience.learn(found)
+        return found
 
     def _has_work(self) -> bool:
         return self._peers_readable() or self._base_readable or bool(self._readable)

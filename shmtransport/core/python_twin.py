@@ -9,6 +9,7 @@ from .codec import decode_call, decode_values, encode_reply, encode_request, tak
 from .counters import Counters
 from .loans import Loans
 from .message_ring import MessageRing
+from .patience import Patience
 
 __all__ = [
     "Block",
@@ -20,6 +21,7 @@ __all__ = [
     "Loans",
     "MessageRing",
     "NextFitAllocator",
+    "Patience",
     "answer_in_turn",
     "decode_call",
     "decode_values",

@@ -61,7 +61,7 @@ class AsyncClient(ClientBase[LoopConnection]):
         address: str,
         *,
         channel: ChannelKind = "zmq",
-        spin_us: float = 0.0,
+        spin_us: float | None = None,
         arena_bytes: int = DEFAULT_ARENA_BYTES,
         reply_arena_bytes: int | None = None,
         timeout_s: float | None = 60.0,

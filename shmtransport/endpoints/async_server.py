@@ -70,7 +70,7 @@ class AsyncServer(ServerBase[LoopDoorbells]):
         max_clients: int = 64,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         channels: Sequence[ChannelKind] = CHANNEL_KINDS,
-        spin_us: float = 0.0,
+        spin_us: float | None = None,
         claim_timeout_s: float = 0.0,
         drain_timeout_s: float | None = 5.0,
         prefault: bool = False,

@@ -20,7 +20,7 @@ from ..protocol.messages import Goodbye, encode
 from ..units import size_text
 from .connection_memory import ConnectionMemory, warn_of_drop
 from .handshake import ServerReplaced, client_handshake
-from .options import ClientOptions
+from .options import ClientOptions, patience_of
 
 logger = logging.getLogger("shmtransport")
 
@@ -91,7 +91,7 @@ class ClientConnection:
         self.channel: Channel = zmq_channel
         ring, bells = self.memory.ring, self.memory.bells
         if ring is not None and bells is not None:
-            self.channel = DoorbellChannel(zmq_channel, ring, bells, options.spin_us)
+            self.channel = DoorbellChannel(zmq_channel, ring, bells, patience_of(options.spin_us))
         self.server_pid = self.memory.watch.pid
         self.server = f"the server at {address} (process {self.server_pid})"
         self.held = _Held(self.channel, self.memory, self.server)

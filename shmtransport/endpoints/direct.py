@@ -114,7 +114,7 @@ class DirectServing:
             return False
         connections = list(self._answers)  # before: a handler may fork, and its child forgets them
         answered: bool | tuple[int, Any] = answer_in_turn(
-            self._in_turn, doorbells.attention, doorbells.spin_s, _LONGEST_TURN_S
+            self._in_turn, doorbells.attention, doorbells.patience, _LONGEST_TURN_S
         )
         if isinstance(answered, bool):
             return answered

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..core import Patience
 from ..errors import LocalProtocolError
 from ..memory.segment import shared_memory_room
 from ..protocol.messages import CHANNEL_KINDS, DEFAULT_MAX_MESSAGE_BYTES, MAX_WINDOW, MIN_MESSAGE_BYTES, ChannelKind
@@ -127,12 +128,22 @@ def channel_names(name: str, value: Any) -> tuple[ChannelKind, ...]:
     return tuple(kind for kind in CHANNEL_KINDS if kind in wanted)
 
 
+def seconds_or_as_it_pays(name: str, value: Any) -> float | None:
+    """Check how long to poll; None for as long as that pays; raises as ``seconds``."""
+    return None if value is None else seconds(name, value)
+
+
+def patience_of(spin_us: float | None) -> Patience:
+    """What decides how long a wait polls, for this option."""
+    return Patience(None if spin_us is None else spin_us * 1e-6)
+
+
 @dataclass(frozen=True)
 class ClientOptions:
     """A client's checked options. Names end in their units; an infinite time means no limit."""
 
     channel: ChannelKind = "zmq"
-    spin_us: float = 0.0
+    spin_us: float | None = None
     arena_bytes: int = DEFAULT_ARENA_BYTES
     reply_arena_bytes: int = DEFAULT_ARENA_BYTES
     timeout_s: float = 60.0
@@ -143,7 +154,7 @@ class ClientOptions:
 
     _CHECKS: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "channel": channel_name,
-        "spin_us": seconds,
+        "spin_us": seconds_or_as_it_pays,
         "arena_bytes": whole,
         "reply_arena_bytes": whole,
         "timeout_s": seconds_or_no_limit,
@@ -166,7 +177,7 @@ class ClientOptions:
         if options.spin_us and options.channel == "zmq":
             raise LocalProtocolError(
                 f"spin_us={options.spin_us:g}: only the doorbell channel can spin before it blocks: "
-                "use channel='doorbell', or leave it at 0"
+                "use channel='doorbell', or leave it out"
             )
         return options
 
@@ -183,7 +194,7 @@ class ServerOptions:
     max_clients: int
     max_message_bytes: int
     channels: tuple[ChannelKind, ...] = CHANNEL_KINDS
-    spin_us: float = 0.0
+    spin_us: float | None = None
     claim_timeout_s: float = 0.0
     drain_timeout_s: float = 5.0
     prefault: bool = False
@@ -198,7 +209,7 @@ class ServerOptions:
         "max_clients": whole,
         "max_message_bytes": message_bytes,
         "channels": channel_names,
-        "spin_us": seconds,
+        "spin_us": seconds_or_as_it_pays,
         "claim_timeout_s": seconds,
         "drain_timeout_s": seconds_or_no_limit,
         "prefault": flag,

@@ -47,7 +47,7 @@ class Server(ServerBase[ThreadDoorbells]):
         channels: The channels that clients may use. A server whose clients don't trust each other offers "zmq"
             alone: see docs/security.md.
         spin_us: How long to poll for messages of doorbell clients before blocking, in microseconds. It keeps a core
-            busy for as long.
+            busy for as long. None: for up to 50 where messages have been coming as fast as that, else not at all.
         claim_timeout_s: How long a handler's ``empty``, or the copying of a result, waits for the caller to release
             something, before ``empty`` takes other memory and a reply is put off. With one thread, no other client
             is served in that time.
@@ -72,7 +72,7 @@ class Server(ServerBase[ThreadDoorbells]):
         max_clients: int = 64,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         channels: Sequence[ChannelKind] = CHANNEL_KINDS,
-        spin_us: float = 0.0,
+        spin_us: float | None = None,
         claim_timeout_s: float = 0.0,
         drain_timeout_s: float | None = 5.0,
         prefault: bool = False,

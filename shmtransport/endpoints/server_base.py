@@ -37,7 +37,7 @@ from ..units import size_text
 from ..version import VERSION
 from .handlers import Handlers
 from .handshake import Admission, Admitted
-from .options import ServerOptions
+from .options import ServerOptions, patience_of
 from .server_connection import IncomingCall, ServerConnection, drop_all, remove_names_at_exit
 
 logger = logging.getLogger("shmtransport")
@@ -74,7 +74,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._made = time.monotonic()
         self._ended: Closed | None = None
         self._zmq = ZmqServerChannel(address, options.max_message_bytes)
-        self._doorbells = doorbells(self._zmq, options.spin_us)
+        self._doorbells = doorbells(self._zmq, patience_of(options.spin_us))
         self._channel: ServerChannel = self._zmq  # the doorbells while a client uses them
         self._admission = Admission(options, self._counters, self._doorbells.bell)
         self._at_drop = weakref.finalize(self, drop_all, self._doorbells, self._connections, address)

@@ -8,7 +8,7 @@ import threading
 from shmtransport.channels.doorbell import DoorbellChannel
 from shmtransport.channels.doorbell_server import DoorbellServerChannel, ThreadDoorbells
 from shmtransport.channels.zmq import ZmqChannel, ZmqServerChannel
-from shmtransport.core import MessageRing
+from shmtransport.core import MessageRing, Patience
 from shmtransport.endpoints.connection_memory import segment_layout
 from shmtransport.memory.bell import Bell, Bells
 from shmtransport.memory.segment import Segment
@@ -39,7 +39,10 @@ class Caller:
         ring_bytes = 2 * record_bytes(party.max_message_bytes)
         self.forger, self.server_forger = Forger(of_client, ring_bytes), Forger(of_server, ring_bytes)
         self.channel = DoorbellChannel(
-            ZmqChannel(party.address, party.max_message_bytes), self.ring, Bells(self.bell, self._bells[1]), spin_us
+            ZmqChannel(party.address, party.max_message_bytes),
+            self.ring,
+            Bells(self.bell, self._bells[1]),
+            Patience(spin_us * 1e-6),
         )
 
     def connect(self, party: Party) -> None:
@@ -66,7 +69,7 @@ class Party:
         self.address = address
         self.max_message_bytes = max_message_bytes
         self.base = ZmqServerChannel(address, max_message_bytes)
-        self.server = doorbells(self.base, spin_us)
+        self.server = doorbells(self.base, Patience(spin_us * 1e-6))
         self._callers: list[Caller] = []
         self._zmq: list[ZmqChannel] = []
 

@@ -15,6 +15,7 @@
 #include "encoding.h"
 #include "layout.h"
 #include "message_ring_type.h"
+#include "patience.h"
 #include "waiting.h"
 
 #define MOST_IN_TURN 128
@@ -304,9 +305,9 @@ static PyObject *answer_round(DirectAnswers *const *in_turn, Py_ssize_t count, b
 }
 
 static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, const atomic_uchar *attention,
-                            double spin_seconds, double limit_seconds)
+                            struct patience *patience, double limit_seconds)
 {
-    double now = clock_seconds(), limit = now + limit_seconds, deadline = now + spin_seconds;
+    double now = clock_seconds(), limit = now + limit_seconds, deadline = -1;
     for (;;) {
         bool answered;
         PyObject *round = answer_round(in_turn, count, &answered);
@@ -314,30 +315,38 @@ static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, con
             return round;
         Py_DECREF(round);
         now = clock_seconds();
-        if (atomic_load_explicit(attention, memory_order_acquire) != 0 || now >= limit)
+        if (answered && deadline > 0)
+            patience_learn(patience, true);
+        if (atomic_load_explicit(attention, memory_order_acquire) != 0 || (answered && now >= limit))
             return PyBool_FromLong(answered);
-        if (answered) {
-            deadline = now + spin_seconds;
-            continue;
+        if (answered || deadline < 0) {
+            double seconds = patience_seconds(patience);
+            deadline = seconds > 0 ? now + seconds : 0;
         }
-        if (now >= deadline)
+        if (now >= deadline) {
+            if (deadline > 0)
+                patience_learn(patience, false);
             Py_RETURN_FALSE;
+        }
         double slice_end = deadline > now + LONGEST_LOOK ? now + LONGEST_LOOK : deadline;
         if (!look_at_all(in_turn, count, attention, slice_end) && PyErr_CheckSignals() < 0)
             return NULL;
     }
 }
 
-/* answer_in_turn(answers, attention, spin_seconds, limit_seconds): answer what comes from several clients. False if
- * nothing came for spin_seconds; True if the caller is to look at something, or time is up; (index, rest) for what the
+/* answer_in_turn(answers, attention, patience, limit_seconds): answer what comes from several clients. False if nothing
+ * came for as long as patience has it; True if the caller is to look at something, or time is up; (index, rest) for what the
  * caller is to do the rest of. attention is a bytearray whose first byte is set by others. */
 PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
-    PyObject *answers, *attention;
-    double spin_seconds, limit_seconds;
+    PyObject *answers, *attention, *how_patient;
+    double limit_seconds;
     DirectAnswers *in_turn[MOST_IN_TURN];
-    if (!PyArg_ParseTuple(parameters, "O!O!dd", &PyTuple_Type, &answers, &PyByteArray_Type, &attention, &spin_seconds,
+    if (!PyArg_ParseTuple(parameters, "O!O!Od", &PyTuple_Type, &answers, &PyByteArray_Type, &attention, &how_patient,
                           &limit_seconds))
+        return NULL;
+    struct patience *patience = patience_of(how_patient);
+    if (patience == NULL)
         return NULL;
     Py_ssize_t count = PyTuple_Size(answers);
     if (count > MOST_IN_TURN || PyByteArray_Size(attention) < 1)
@@ -349,7 +358,7 @@ PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
         in_turn[index] = (DirectAnswers *)one;
     }
     const atomic_uchar *flag = (const atomic_uchar *)PyByteArray_AsString(attention);
-    return answer_all(in_turn, count, flag, spin_seconds, limit_seconds);
+    return answer_all(in_turn, count, flag, patience, limit_seconds);
 }
 
 static PyObject *direct_close(PyObject *self, PyObject *Py_UNUSED(nothing))

@@ -17,6 +17,7 @@
 #include "encoding.h"
 #include "layout.h"
 #include "message_ring_type.h"
+#include "patience.h"
 #include "waiting.h"
 
 #define LONGEST_LOOK 0.01 /* seconds: Python's signal handlers wait for as long */
@@ -24,11 +25,11 @@
 typedef struct {
     PyObject_HEAD
     PyObject *ring, *pending, *ids, *loans, *borrows, *counters;
+    PyObject *patience;
     PyObject *wake_peer;                /* called without arguments */
     PyObject *acquire, *release;        /* of the lock that a thread holds while it receives */
     PyObject *followers, *received_for; /* those that wait for their replies: empty if no other thread does */
     unsigned long long largest_message;
-    double spin_seconds;
     bool closed;
 } DirectCalls;
 
@@ -37,15 +38,17 @@ static PyTypeObject *direct_type; /* for as long as the process lives */
 static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords)
 {
     static char *names[] = {"ring",    "pending",   "ids",          "loans",           "borrows", "counters", "wake_peer",
-                            "acquire", "release",   "followers",    "received_for",    "largest_message", "spin_seconds", NULL};
+                            "acquire", "release",   "followers",    "received_for",    "largest_message", "patience", NULL};
     DirectCalls *self = (DirectCalls *)object;
-    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *acquire, *release, *followers, *received_for;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOO!O!Kd", names, &ring, &PyDict_Type, &pending, &ids,
+    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *acquire, *release, *followers, *received_for,
+        *patience;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOO!O!KO", names, &ring, &PyDict_Type, &pending, &ids,
                                      &loans, &borrows, &counters, &wake_peer, &acquire, &release, &PyDict_Type,
                                      &followers, &PyList_Type, &received_for, &self->largest_message,
-                                     &self->spin_seconds))
+                                     &patience))
         return -1;
-    if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL || !PyIter_Check(ids)
+    if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL
+        || patience_of(patience) == NULL || !PyIter_Check(ids)
         || !is_loans(loans) || !is_borrows(borrows)) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "DirectCalls");
@@ -62,6 +65,7 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     self->release = Py_NewRef(release);
     self->followers = Py_NewRef(followers);
     self->received_for = Py_NewRef(received_for);
+    self->patience = Py_NewRef(patience);
     if (self->largest_message > ring_in(ring)->largest_message)
         self->largest_message = ring_in(ring)->largest_message;
     return 0;
@@ -97,6 +101,7 @@ static int direct_clear(PyObject *object)
     Py_CLEAR(self->release);
     Py_CLEAR(self->followers);
     Py_CLEAR(self->received_for);
+    Py_CLEAR(self->patience);
     return 0;
 }
 
@@ -320,21 +325,29 @@ static bool look(DirectCalls *self, CallState *call, double deadline)
     return found;
 }
 
-/* wait(call, seconds): look for as long as the channel spins, or this if it is shorter; whether the call is ready. */
+/* wait(call, seconds): look for as long as patience has it, or this if it is shorter; whether the call is ready. */
 static PyObject *direct_wait(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
 {
     DirectCalls *self = (DirectCalls *)object;
     if (count != 2 || !is_call_state(arguments[0]))
         return PyErr_Format(PyExc_TypeError, "%zd", count);
     CallState *call = (CallState *)arguments[0];
-    double seconds = PyFloat_AsDouble(arguments[1]);
+    double seconds = PyFloat_AsDouble(arguments[1]), deadline = -1;
     if (seconds == -1.0 && PyErr_Occurred())
         return NULL;
-    if (seconds > self->spin_seconds)
-        seconds = self->spin_seconds;
-    double deadline = seconds > 0 ? clock_seconds() + seconds : 0;
     while (!call->ready && is_usable(self)) {
-        int received = ring_is_readable(self->ring) ? receive_in_turn(self) : look(self, call, deadline);
+        int received;
+        if (ring_is_readable(self->ring))
+            received = receive_in_turn(self);
+        else {
+            if (deadline < 0) {
+                double patience = patience_seconds(patience_of(self->patience));
+                deadline = patience > 0 ? clock_seconds() + (patience < seconds ? patience : seconds) : 0;
+            }
+            received = look(self, call, deadline);
+            if (deadline > 0 && is_usable(self) && (received || clock_seconds() >= deadline))
+                patience_learn(patience_of(self->patience), received);
+        }
         if (received <= 0)
             return received < 0 ? NULL : PyBool_FromLong(call->ready);
     }
