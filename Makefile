@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 DEMO_MODEL_STAMP := $(VENV)/.demo-model
 PEERS_STAMP := $(VENV)/.bench-peers
 DOCS_STAMP := $(VENV)/.docs
+WHEEL_STAMP := $(VENV)/.wheel
+WHEEL_CHECK := build/wheel-check
 NATIVE := $(wildcard shmtransport/core/native/*.[ch])
 SANITIZED := build/sanitized
 
@@ -22,7 +24,7 @@ SANITIZER_RUN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-fi
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs clean
+.PHONY: help install demo test test-unit fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -99,6 +101,20 @@ $(DOCS_STAMP): $(STAMP)
 
 docs: install $(DOCS_STAMP) ## build the documentation into site/; a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(WHEEL_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir build abi3audit auditwheel
+	@touch $@
+
+# One wheel for every Python from 3.10 on: audited, then used outside of the tree, in an environment of its own.
+wheel: install $(WHEEL_STAMP) ## build the abi3 wheel into dist/, audit it, and make a call from it in a clean environment
+	rm -rf dist $(WHEEL_CHECK)
+	SHMTRANSPORT_REQUIRE_CORE=1 $(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m abi3audit --strict --verbose dist/*.whl
+	$(BIN)/python -m auditwheel show dist/*.whl
+	$(PYTHON) -m venv $(WHEEL_CHECK)
+	$(WHEEL_CHECK)/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt dist/*.whl
+	cd $(WHEEL_CHECK) && bin/python -I $(CURDIR)/tests/support/wheel_call.py $(CURDIR)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*

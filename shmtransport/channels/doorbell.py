@@ -41,7 +41,7 @@ class DoorbellChannel(Channel):
         self._handshake_channel = handshake_channel
         self._ring = ring
         self._own_bell, self._peer_bell = bells
-        self._patience = patience
+        self.patience = patience
         self._wants_room = False
         self._relay: relay.Relay | None = None
         self._event_fd = -1
@@ -72,10 +72,10 @@ class DoorbellChannel(Channel):
 
     def wait(self, timeout_s: float) -> bool:
         ring = self._ring
-        spin_s = self._patience.seconds()
+        spin_s = self.patience.seconds()
         found = ring.wait_readable(time.perf_counter() + spin_s if spin_s else 0.0)
         if spin_s:
-            self._patience.learn(found)
+            self.patience.learn(found)
         if found:
             return False
         ring.sleep(True)
@@ -84,13 +84,9 @@ class DoorbellChannel(Channel):
                 return False
             self._own_bell.wait(min(max(timeout_s, 0.0), relay.SLICE_S))
         finally:
-            ring.sleep(self._relay is not None)
+            if not self._closed:  # as in a child that was forked meanwhile
+                ring.sleep(self._relay is not None)
         return True
-
-    def give_up_spinning(self) -> Patience:
-        """Leave it to the caller to poll before each wait; return what says for how long."""
-        patience, self._patience = self._patience, Patience(0.0)
-        return patience
 
     def wake(self) -> None:
         if not self._closed:

@@ -242,12 +242,15 @@ class ThreadDoorbells(DoorbellServerChannel):
 
     def __init__(self, base: ZmqServerChannel, patience: Patience) -> None:
         super().__init__(base, patience)
-        self.spins = True
-        """Whether a wait polls first; not if the server does that itself."""
         # Written by the relay, read here:
         self.attention = bytearray(b"\1")
         """1 while there may be something else than messages of doorbell clients; 0 otherwise."""
         self._readable: deque[int] = deque()
+
+    @property
+    def clients(self) -> int:
+        """How many doorbell clients are connected."""
+        return len(self._in_turn)
 
     @property
     def is_queue_empty(self) -> bool:
@@ -280,7 +283,7 @@ class ThreadDoorbells(DoorbellServerChannel):
             readable = self.take_readable()
             return [*readable, *self._base.wait(0 if readable else timeout_s)]  # seen by the relay before it ended
         bell = self.bell()
-        if not self._has_work() and not (self.spins and self._polled()):
+        if not self._has_work() and not self._polled():
             self._sleep(bell, relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
         return self.take_readable()
 

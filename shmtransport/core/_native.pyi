@@ -102,6 +102,7 @@ class Patience:
     def __new__(cls, spin_s: float | None) -> Self: ...
     def seconds(self) -> float: ...
     def learn(self, found: bool) -> None: ...
+    def pass_next(self) -> None: ...
 
 class CallState:
     method: str
@@ -128,6 +129,7 @@ class DirectCalls:
         borrows: Any,
         counters: Counters,
         wake_peer: Callable[[], None],
+        call_back: Callable[[Any], None],
         acquire: Callable[..., bool],
         release: Callable[[], None],
         followers: dict[object, Any],
@@ -153,6 +155,7 @@ class DirectAnswers:
         caller: Any,
         largest_message: int,
     ) -> None: ...
+    heard: bool
     def close(self) -> None: ...
 
 def answer_in_turn(

@@ -23,8 +23,17 @@ _MOST_IN_TURN = 128
 _LONGEST_TURN_S = 0.05
 
 
-def direct_calls(connection: ClientConnection, turns: Turns, counters: Counters) -> Any:
-    """What makes direct calls over a connection, and spins in its channel's place; None if there can be none."""
+def direct_calls(
+    connection: ClientConnection, turns: Turns, counters: Counters, call_back: Callable[[Any], None]
+) -> Any:
+    """What makes direct calls over a connection; None if there can be none.
+
+    Args:
+        connection: The client's.
+        turns: Those who wait for replies.
+        counters: Where calls are counted.
+        call_back: Takes a call that has ended and has callbacks.
+    """
     ring, bells, codec = connection.memory.ring, connection.memory.bells, connection.memory.codec
     if ring is None or bells is None or not _is_plain(codec) or not isinstance(connection.channel, DoorbellChannel):
         return None
@@ -36,12 +45,13 @@ def direct_calls(connection: ClientConnection, turns: Turns, counters: Counters)
         codec.borrows,
         counters,
         bells.peer.post,
+        call_back,
         turns.lock.acquire,
         turns.lock.release,
         turns.followers,
         turns.received_for,
         codec.max_message_bytes,
-        connection.channel.give_up_spinning(),
+        connection.channel.patience,
     )
 
 
@@ -67,12 +77,12 @@ class DirectServing:
         self._counters = counters
         self._current = current
         self._answers: dict[ServerConnection, Any] = {}
-        self._in_turn: tuple[Any, ...] = ()
+        """Of each client, those first that are next in turn."""
 
     def add(self, connection: ServerConnection) -> None:
-        """Answer a client directly from now on, if that can be done."""
+        """Answer a client directly from its second message on, if that can be done."""
         ring, bells, codec = connection.memory.ring, connection.memory.bells, connection.memory.codec
-        if ring is None or bells is None or not _is_plain(codec) or len(self._answers) == _MOST_IN_TURN:
+        if ring is None or bells is None or not _is_plain(codec):
             return
         self._answers[connection] = DirectAnswers(
             ring,
@@ -86,14 +96,18 @@ class DirectServing:
             connection.reference,
             codec.max_message_bytes,
         )
-        self._in_turn = tuple(self._answers.values())
+
+    def hear(self, connection: ServerConnection) -> None:
+        """A client's first message was received."""
+        answers = self._answers.get(connection)
+        if answers is not None:
+            answers.heard = True
 
     def remove(self, connection: ServerConnection) -> None:
         """Forget a client that has gone."""
         answers = self._answers.pop(connection, None)
         if answers is not None:
             answers.close()
-            self._in_turn = tuple(self._answers.values())
 
     def abandon(self) -> None:
         """In a forked child: answer nothing any longer, not even what is being handled."""
@@ -104,18 +118,19 @@ class DirectServing:
         """Answer what comes, until there is something else to do.
 
         Returns:
-            Whether there was any; or a client and what is left to do of its call: its reply's bytes where its ring has
+            True after an answer, False if a message is left or none comes; or a client and what is left to do of its call: its reply's bytes where its ring has
             no room, an error that ends its connection, or ``(call_id, method, result, error, started)`` of a handler
             that has returned what only Python can send, or has raised.
         """
         doorbells = self._doorbells
-        doorbells.spins = not self._in_turn
-        if not self._in_turn or not doorbells.is_queue_empty:
+        if not 0 < len(self._answers) == doorbells.clients <= _MOST_IN_TURN or not doorbells.is_queue_empty:
             return False
         connections = list(self._answers)  # before: a handler may fork, and its child forgets them
         answered: bool | tuple[int, Any] = answer_in_turn(
-            self._in_turn, doorbells.attention, doorbells.patience, _LONGEST_TURN_S
+            tuple(self._answers.values()), doorbells.attention, doorbells.patience, _LONGEST_TURN_S
         )
+        if len(connections) > 1 and (first := connections[0]) in self._answers:
+            self._answers[first] = self._answers.pop(first)
         if isinstance(answered, bool):
             return answered
         index, rest = answered

@@ -78,7 +78,7 @@ class Exchange(ConnectionState[ClientConnection]):
             TransportError: as ``Client``.
         """
         self.connection = ClientConnection(self._connecting())
-        self._direct = direct_calls(self.connection, self.turns, self._counters)
+        self._direct = direct_calls(self.connection, self.turns, self._counters, self._to_call_back.append)
         self.ended = None
         self._closed = False
         self._untold.clear()
@@ -159,7 +159,12 @@ class Exchange(ConnectionState[ClientConnection]):
         """
         call.generation = self._generation
         direct = self._direct
-        if direct is not None and type(call) is CallInFlight and direct.begin(call, arguments, keywords):
+        if (
+            direct is not None
+            and type(call) is CallInFlight
+            and not self._untold
+            and direct.begin(call, arguments, keywords)
+        ):
             return call
         connection = self.live()
         try:
@@ -196,8 +201,8 @@ class Exchange(ConnectionState[ClientConnection]):
         Raises:
             CallTimeout: it is not; it stays in flight.
         """
-        direct = self._direct
-        if direct is not None and timeout_s is None and direct.wait(call, self._timeout_s) and call.error is None:
+        if timeout_s is None and self._wait_directly(call, self._timeout_s) and not self._to_call_back:
+            self._notice_loss(call)
             return
         timeout_s = self._timeout_s if timeout_s is None else seconds_or_no_limit("timeout_s", timeout_s)
         self._wait(call, timeout_s, timeout_s)
@@ -294,27 +299,31 @@ class Exchange(ConnectionState[ClientConnection]):
     def _wait(self, call: CallInFlight, left_s: float, timeout_s: float) -> None:
         """Wait until this call is ready or the server is dead, for ``left_s`` of the ``timeout_s`` that it has."""
         deadline = time.monotonic() + left_s
-        while not self._wait_directly(call, left_s):
+        if not self._wait_directly(call, left_s):
             with self.lock:
                 try:
-                    self._wait_in_turn(call, left_s, timeout_s)
+                    while not call.ready:
+                        self._wait_in_turn(call, left_s, timeout_s)
+                        left_s = deadline - time.monotonic()
                 finally:
                     self.turns.hand_over()
-            left_s = deadline - time.monotonic()
         if self._to_call_back:
             self._run_callbacks()
 
     def _wait_directly(self, call: CallInFlight, left_s: float) -> bool:
         """Look for replies without a turn, for as long as the channel spins; whether the call is ready."""
         direct = self._direct
-        if not (call.ready if direct is None else direct.wait(call, left_s)):
-            return False
-        if isinstance(call.error, PeerProtocolError):
+        if direct is None:
+            return call.ready
+        try:
+            ready: bool = direct.wait(call, left_s)
+        except PeerProtocolError as error:
             with self.lock:
-                if self.connection is not None:
+                if self.connection is not None and direct is self._direct:
                     self.connection.say_goodbye("protocol error")
-                    self._end(self.connection, call.error)
-        return True
+                    self._end(self.connection, error)
+            return call.ready
+        return ready
 
     def _stop_direct(self) -> None:
         direct, self._direct = self._direct, None

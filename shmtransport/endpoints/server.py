@@ -92,8 +92,10 @@ class Server(ServerBase[ThreadDoorbells]):
             threads=threads,
             debug=debug,
         )
+        self._direct: DirectServing | None = None
         super().__init__(address, options, ThreadDoorbells)
-        self._direct = DirectServing(self._doorbells, self._handlers.by_name, self._counters, self._current)
+        if options.threads == 1:
+            self._direct = DirectServing(self._doorbells, self._handlers.by_name, self._counters, self._current)
         self._serving_thread: int | None = None
         self._served = threading.Event()
         self._close_when_served = False
@@ -147,7 +149,8 @@ class Server(ServerBase[ThreadDoorbells]):
             self._served.wait(self._options.drain_timeout_s + _CLOSE_GRACE_S)
 
     def abandon(self) -> None:
-        self._direct.abandon()
+        if self._direct is not None:
+            self._direct.abandon()
         super().abandon()
         self._serving_thread = None
         self._close_when_served = False
@@ -200,14 +203,17 @@ class Server(ServerBase[ThreadDoorbells]):
 
     def _answer_directly(self) -> bool:
         """Answer plain calls of doorbell clients while nothing else is to be done; return whether there were any."""
-        if self._executor.busy or self._deferred:
+        if self._direct is None or self._executor.busy or self._deferred:
             return False
         answered = self._direct.answer()
         if isinstance(answered, bool):
             return answered
         connection, rest = answered
+        del answered
         if isinstance(rest, tuple):
-            self._finish_call(connection, *rest)
+            box = [rest]
+            del rest  # this process holds the result no longer than its reply is made
+            self._finish_call(connection, box)
         elif isinstance(rest, PeerProtocolError):
             self._refuse(connection, rest)
         elif isinstance(rest, BaseException):
@@ -217,16 +223,12 @@ class Server(ServerBase[ThreadDoorbells]):
         return True
 
     def _finish_call(
-        self,
-        connection: ServerConnection,
-        call_id: int,
-        method: str,
-        result: Any,
-        error: BaseException | None,
-        started: float,
+        self, connection: ServerConnection, box: list[tuple[int, str, Any, BaseException | None, float]]
     ) -> None:
-        """Answer a call whose handler has returned or raised."""
+        """Answer a call whose handler has returned or raised: see ``DirectServing.answer``."""
+        call_id, method, result, error, started = box.pop()
         outcome: Outcome
+        token = self._current.set(connection.reference)
         try:
             if error is not None:
                 outcome = self._outcome_of(error, connection, call_id, method)
@@ -237,6 +239,7 @@ class Server(ServerBase[ThreadDoorbells]):
         except BaseException as unsendable:  # noqa: BLE001 - a result may fail at anything; its caller learns of it
             outcome = self._failure(connection, call_id, method, unsendable)
         finally:
+            self._current.reset(token)
             self._counters.count_call(time.perf_counter() - started)
             del result
         self._finish(IncomingCall(connection, call_id, True, 0, []), outcome)
@@ -365,12 +368,18 @@ class Server(ServerBase[ThreadDoorbells]):
         if stream is not None:
             self._give_up(stream)
 
-    def _heard(self, connection: ServerConnection) -> None:
-        if self._options.threads == 1:
+    def _connect(self, connection: ServerConnection) -> None:
+        super()._connect(connection)
+        if self._direct is not None:
             self._direct.add(connection)
 
+    def _heard(self, connection: ServerConnection) -> None:
+        if self._direct is not None:
+            self._direct.hear(connection)
+
     def _end_streams(self, connection: ServerConnection) -> None:
-        self._direct.remove(connection)
+        if self._direct is not None:
+            self._direct.remove(connection)
         self._executor.forget(connection)
         self._deferred.drop(connection)
         for stream in list(connection.streams.values()):

@@ -133,6 +133,6 @@ def test_a_forward_that_ended_half_way_shows_no_other_memory(layer_split: SplitL
 
 def test_the_boundary_names_what_the_worker_is_asked_for(plain_worker: Worker) -> None:
     """The worker registers the boundary's operations and nothing else that computes."""
-    registered = set(plain_worker.server._handlers._by_name)
+    registered = set(plain_worker.server._handlers.by_name)
     assert registered == {operation.name for operation in OPERATIONS} | {"describe", "end_session"}
     assert GATE_UP.name in registered

@@ -28,6 +28,7 @@ typedef struct {
     PyObject *set, *reset; /* of the context variable that tells a handler whom it serves */
     PyObject *caller;      /* what that is set to */
     unsigned long long largest_message;
+    bool heard;  /* its first message was received: until then all are left */
     bool closed; /* the client has gone, or this is a forked child */
 } DirectAnswers;
 
@@ -228,6 +229,10 @@ static PyObject *send_result(DirectAnswers *self, const struct answering *answer
         refuse("cut_short", "()");
         return fetch_error();
     }
+    if (self->closed) { /* by Python code that making the reply has run */
+        encoder_undo(&encoder);
+        Py_RETURN_TRUE;
+    }
     double now = clock_seconds();
     count_sent(counters, encoder.packer.length, now - before, encoder.sent);
     count_call(counters, now - answering->started, false);
@@ -242,7 +247,7 @@ static PyObject *answer(DirectAnswers *self)
 {
     struct answering answering = {.method = NULL};
     PyObject *answered;
-    int taken = !self->closed && ring_is_readable(self->ring) ? take_request(self, &answering) : 0;
+    int taken = !self->closed && self->heard && ring_is_readable(self->ring) ? take_request(self, &answering) : 0;
     if (taken <= 0)
         answered = taken == 0 ? Py_NewRef(Py_None) : fetch_error();
     else {
@@ -284,9 +289,21 @@ static bool is_left(const DirectAnswers *self, PyObject *answered)
     return answered == Py_None && ring_is_readable(self->ring);
 }
 
+static bool is_wanted(const atomic_uchar *attention)
+{
+    return atomic_load_explicit(attention, memory_order_acquire) != 0;
+}
+
+static bool is_time_up(const atomic_uchar *attention, double limit)
+{
+    return is_wanted(attention) || clock_seconds() >= limit;
+}
+
 /* Answer each one's next message. *answered is whether there were any, unless this returns something: what answer has,
- * other than True and None, with its place; or True for a message that is left. */
-static PyObject *answer_round(DirectAnswers *const *in_turn, Py_ssize_t count, bool *answered)
+ * other than True and None, with its place; False where a message is left; True where the caller is to look at something
+ * after an answer. */
+static PyObject *answer_round(DirectAnswers *const *in_turn, Py_ssize_t count, const atomic_uchar *attention,
+                              double limit, bool *answered)
 {
     *answered = false;
     for (Py_ssize_t index = 0; index < count; index++) {
@@ -295,11 +312,11 @@ static PyObject *answer_round(DirectAnswers *const *in_turn, Py_ssize_t count, b
             return NULL;
         if (one != Py_True && one != Py_None)
             return Py_BuildValue("nN", index, one);
+        bool left = is_left(in_turn[index], one), is_over = one == Py_True && is_time_up(attention, limit);
         *answered = *answered || one == Py_True;
-        bool left = is_left(in_turn[index], one);
         Py_DECREF(one);
-        if (left)
-            Py_RETURN_TRUE;
+        if (left || is_over)
+            return PyBool_FromLong(is_over);
     }
     Py_RETURN_NONE;
 }
@@ -310,22 +327,24 @@ static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, con
     double now = clock_seconds(), limit = now + limit_seconds, deadline = -1;
     for (;;) {
         bool answered;
-        PyObject *round = answer_round(in_turn, count, &answered);
+        PyObject *round = answer_round(in_turn, count, attention, limit, &answered);
         if (round != Py_None)
             return round;
         Py_DECREF(round);
         now = clock_seconds();
         if (answered && deadline > 0)
             patience_learn(patience, true);
-        if (atomic_load_explicit(attention, memory_order_acquire) != 0 || (answered && now >= limit))
-            return PyBool_FromLong(answered);
+        if (is_wanted(attention))
+            Py_RETURN_FALSE;
         if (answered || deadline < 0) {
             double seconds = patience_seconds(patience);
             deadline = seconds > 0 ? now + seconds : 0;
         }
         if (now >= deadline) {
-            if (deadline > 0)
+            if (deadline > 0) {
                 patience_learn(patience, false);
+                patience->has_looked = true;
+            }
             Py_RETURN_FALSE;
         }
         double slice_end = deadline > now + LONGEST_LOOK ? now + LONGEST_LOOK : deadline;
@@ -335,7 +354,8 @@ static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, con
 }
 
 /* answer_in_turn(answers, attention, patience, limit_seconds): answer what comes from several clients. False if nothing
- * came for as long as patience has it; True if the caller is to look at something, or time is up; (index, rest) for what the
+ * more comes for as long as patience has it, or a message is left; True after an answer, if the caller is to look at
+ * something or time is up; (index, rest) for what the
  * caller is to do the rest of. attention is a bytearray whose first byte is set by others. */
 PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
@@ -372,8 +392,14 @@ static PyMethodDef direct_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef direct_members[] = {
+    {"heard", T_BOOL, offsetof(DirectAnswers, heard), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot direct_slots[] = {
     {Py_tp_init, direct_init},
+    {Py_tp_members, direct_members},
     {Py_tp_methods, direct_methods},
     {Py_tp_dealloc, direct_dealloc},
     {Py_tp_traverse, direct_traverse},

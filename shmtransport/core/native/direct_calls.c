@@ -27,6 +27,7 @@ typedef struct {
     PyObject *ring, *pending, *ids, *loans, *borrows, *counters;
     PyObject *patience;
     PyObject *wake_peer;                /* called without arguments */
+    PyObject *call_back;                /* called with a call that has ended and has callbacks */
     PyObject *acquire, *release;        /* of the lock that a thread holds while it receives */
     PyObject *followers, *received_for; /* those that wait for their replies: empty if no other thread does */
     unsigned long long largest_message;
@@ -37,13 +38,13 @@ static PyTypeObject *direct_type; /* for as long as the process lives */
 
 static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"ring",    "pending",   "ids",          "loans",           "borrows", "counters", "wake_peer",
+    static char *names[] = {"ring",    "pending",   "ids",          "loans",           "borrows", "counters", "wake_peer", "call_back",
                             "acquire", "release",   "followers",    "received_for",    "largest_message", "patience", NULL};
     DirectCalls *self = (DirectCalls *)object;
-    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *acquire, *release, *followers, *received_for,
+    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *call_back, *acquire, *release, *followers, *received_for,
         *patience;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOO!O!KO", names, &ring, &PyDict_Type, &pending, &ids,
-                                     &loans, &borrows, &counters, &wake_peer, &acquire, &release, &PyDict_Type,
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOOO!O!KO", names, &ring, &PyDict_Type, &pending, &ids,
+                                     &loans, &borrows, &counters, &wake_peer, &call_back, &acquire, &release, &PyDict_Type,
                                      &followers, &PyList_Type, &received_for, &self->largest_message,
                                      &patience))
         return -1;
@@ -61,6 +62,7 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     self->borrows = Py_NewRef(borrows);
     self->counters = Py_NewRef(counters);
     self->wake_peer = Py_NewRef(wake_peer);
+    self->call_back = Py_NewRef(call_back);
     self->acquire = Py_NewRef(acquire);
     self->release = Py_NewRef(release);
     self->followers = Py_NewRef(followers);
@@ -78,6 +80,7 @@ static int direct_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(self->ring);
     Py_VISIT(self->pending);
     Py_VISIT(self->wake_peer);
+    Py_VISIT(self->call_back);
     Py_VISIT(self->acquire);
     Py_VISIT(self->release);
     Py_VISIT(self->followers);
@@ -97,6 +100,7 @@ static int direct_clear(PyObject *object)
     Py_CLEAR(self->borrows);
     Py_CLEAR(self->counters);
     Py_CLEAR(self->wake_peer);
+    Py_CLEAR(self->call_back);
     Py_CLEAR(self->acquire);
     Py_CLEAR(self->release);
     Py_CLEAR(self->followers);
@@ -152,6 +156,7 @@ static int begin(DirectCalls *self, CallState *call, PyObject *number, PyObject 
         return published;
     }
     struct counters *counters = counters_of(self->counters);
+    message_ring_has_room(ring_in(self->ring));
     call->call_id = call_id;
     count_in_flight(counters, (uint64_t)PyDict_Size(self->pending));
     count_sent(counters, encoder.packer.length, clock_seconds() - call->submitted, encoder.sent);
@@ -209,8 +214,10 @@ static CallState *end_flight(DirectCalls *self, uint64_t call_id)
 {
     CallState *call = call_of(self, call_id);
     PyObject *number = call == NULL ? NULL : PyLong_FromUnsignedLongLong(call_id);
-    if (number == NULL)
+    if (number == NULL) {
+        PyErr_Clear(); /* without memory the call waits until its time is up */
         return NULL;
+    }
     Py_INCREF(call);
     PyDict_DelItem(self->pending, number);
     Py_DECREF(number);
@@ -227,22 +234,33 @@ static PyObject *fetch_error(void)
     return error;
 }
 
-/* End a call whose reply could not be read, with what is raised. */
-static void fail_unread(DirectCalls *self, uint64_t call_id)
+/* Have the callbacks called that a call got while its reply was being read; false with an error set. */
+static bool call_back(DirectCalls *self, CallState *call)
+{
+    PyObject *told = has_callbacks(call) ? PyObject_CallFunctionObjArgs(self->call_back, call, NULL) : Py_NewRef(Py_None);
+    Py_XDECREF(told);
+    return told != NULL;
+}
+
+/* End a call whose reply could not be read, with what is raised; false with an error set. */
+static bool fail_unread(DirectCalls *self, uint64_t call_id)
 {
     PyObject *error = fetch_error();
     CallState *call = end_flight(self, call_id);
     if (call == NULL || error == NULL) {
         Py_XDECREF(error);
         Py_XDECREF(call);
-        return;
+        return true;
     }
     call_fail(call, error);
     count_call(counters_of(self->counters), clock_seconds() - call->submitted, true);
+    bool told = call_back(self, call);
     Py_DECREF(call);
+    return told;
 }
 
-static void end_call(DirectCalls *self, const struct call *reply, struct values *values, size_t nbytes, double started)
+/* End a call with the result that was read; false with an error set. */
+static bool end_call(DirectCalls *self, const struct call *reply, struct values *values, size_t nbytes, double started)
 {
     struct counters *counters = counters_of(self->counters);
     double now = clock_seconds();
@@ -250,15 +268,18 @@ static void end_call(DirectCalls *self, const struct call *reply, struct values 
     CallState *call = end_flight(self, reply->call_id);
     if (call == NULL) { /* given up: its tensors are released */
         Py_DECREF(values->result);
-        return;
+        return true;
     }
     count_call(counters, now - call->submitted, false);
     call_succeed(call, values->result, reply->tensor_count > 0);
+    bool told = call_back(self, call);
     Py_DECREF(call);
+    return told;
 }
 
-/* Take the next message, if it is a plain reply to a call that nothing else waits for; whether it was. */
-static bool receive(DirectCalls *self)
+/* Take the next message, if it is a plain reply to a call that nothing else waits for: 1; 0 if it is not; -1 with an error
+ * set, PeerProtocolError if the connection is to end with it. */
+static int receive(DirectCalls *self)
 {
     PyObject *data = ring_next(self->ring);
     char *bytes;
@@ -268,28 +289,28 @@ static bool receive(DirectCalls *self)
     double started = clock_seconds();
     if (data == NULL || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0 || !inspect_call(bytes, (size_t)nbytes, &reply)
         || reply.tag != TAG_REPLY || !can_be_taken(&reply, self->borrows))
-        return false;
+        return 0;
     CallState *call = call_of(self, reply.call_id);
     if (call == NULL || has_callbacks(call))
-        return false;
+        return 0;
     data = ring_take_next(self->ring);
     int taken = take_values(&reply, self->borrows, &values);
-    if (taken == 0)
+    Py_DECREF(data);
+    if (taken < 0)
+        return fail_unread(self, reply.call_id) ? 1 : -1;
+    if (taken == 0) {
         refuse("invalid_values", "()");
-    if (taken > 0 && (borrows_were_cut(self->borrows) || loans_were_cut(self->loans))) {
+        return -1;
+    }
+    if (borrows_were_cut(self->borrows) || loans_were_cut(self->loans)) {
         Py_DECREF(values.result);
         refuse("cut_short", "()");
-        taken = 0;
+        return -1;
     }
-    if (taken > 0)
-        end_call(self, &reply, &values, (size_t)nbytes, started);
-    else
-        fail_unread(self, reply.call_id);
-    Py_DECREF(data);
-    return true;
+    return end_call(self, &reply, &values, (size_t)nbytes, started) ? 1 : -1;
 }
 
-/* As receive, in this thread's turn: 1, 0, or -1 with an error set. */
+/* As receive, in this thread's turn. */
 static int receive_in_turn(DirectCalls *self)
 {
     PyObject *acquired = PyObject_CallFunctionObjArgs(self->acquire, Py_False, NULL);
@@ -298,59 +319,81 @@ static int receive_in_turn(DirectCalls *self)
         return acquired == NULL ? -1 : 0;
     }
     Py_DECREF(acquired);
-    int received = is_usable(self) && PyDict_Size(self->followers) == 0 && PyList_Size(self->received_for) == 0
-        && receive(self);
+    int received = 0;
+    if (is_usable(self) && PyDict_Size(self->followers) == 0 && PyList_Size(self->received_for) == 0)
+        received = receive(self);
+    PyObject *error = received < 0 ? fetch_error() : NULL;
     PyObject *released = PyObject_CallObject(self->release, NULL);
     Py_XDECREF(released);
+    if (error != NULL) {
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_DECREF(error);
+    }
     return released == NULL ? -1 : received;
 }
 
-/* Look until there is a message or the call is ready, for a while; whether one of both is so. */
-static bool look(DirectCalls *self, CallState *call, double deadline)
+/* Look until there is a message or the call is ready, for a slice of time: 1 if one of both is so, -1 with an error set. */
+static int look(DirectCalls *self, CallState *call, double deadline)
 {
-    double now = clock_seconds();
-    if (now >= deadline)
-        return false;
-    if (deadline > now + LONGEST_LOOK)
-        deadline = now + LONGEST_LOOK;
+    double slice_end = clock_seconds() + LONGEST_LOOK;
     const struct message_ring *ring = ring_in(self->ring);
     const cell_value *published = message_ring_peer_published(ring);
     PyObject *kept = Py_NewRef(self->ring); /* the cell lives as long */
     uint64_t consumed = ring->consumed;
     bool found;
     Py_BEGIN_ALLOW_THREADS
-    found = look_until_changed_or(published, consumed, &call->ready, deadline);
+    found = look_until_changed_or(published, consumed, &call->ready, deadline < slice_end ? deadline : slice_end);
     Py_END_ALLOW_THREADS
     Py_DECREF(kept);
-    return found;
+    return found ? 1 : PyErr_CheckSignals();
 }
 
-/* wait(call, seconds): look for as long as patience has it, or this if it is shorter; whether the call is ready. */
+/* Receive and look until the call is ready, something is left, or time is up: 0, or -1 with an error set. */
+static int look_for(DirectCalls *self, CallState *call, double seconds)
+{
+    double deadline = -1, now;
+    bool is_patient = false; /* whether the look ends where patience does */
+    while (!call->ready && is_usable(self)) {
+        if (ring_is_readable(self->ring)) {
+            int received = receive_in_turn(self);
+            if (received <= 0)
+                return received;
+            continue;
+        }
+        struct patience *patience = patience_of(self->patience);
+        now = clock_seconds();
+        if (deadline < 0) {
+            double most = patience_seconds(patience);
+            is_patient = most > 0 && most <= seconds;
+            deadline = now + (most < seconds ? most : seconds);
+        }
+        if (now >= deadline) {
+            if (is_patient) {
+                patience_learn(patience, false);
+                patience->has_looked = true;
+            }
+            return 0;
+        }
+        int found = look(self, call, deadline);
+        if (found < 0)
+            return -1;
+        if (found && is_patient && is_usable(self))
+            patience_learn(patience, true);
+    }
+    return 0;
+}
+
+/* wait(call, seconds): look for as long as patience has it, or this if it is shorter; whether the call is ready.
+ * PeerProtocolError if the connection is to end with it. */
 static PyObject *direct_wait(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
 {
     DirectCalls *self = (DirectCalls *)object;
     if (count != 2 || !is_call_state(arguments[0]))
         return PyErr_Format(PyExc_TypeError, "%zd", count);
     CallState *call = (CallState *)arguments[0];
-    double seconds = PyFloat_AsDouble(arguments[1]), deadline = -1;
-    if (seconds == -1.0 && PyErr_Occurred())
+    double seconds = PyFloat_AsDouble(arguments[1]);
+    if ((seconds == -1.0 && PyErr_Occurred()) || look_for(self, call, seconds) < 0)
         return NULL;
-    while (!call->ready && is_usable(self)) {
-        int received;
-        if (ring_is_readable(self->ring))
-            received = receive_in_turn(self);
-        else {
-            if (deadline < 0) {
-                double patience = patience_seconds(patience_of(self->patience));
-                deadline = patience > 0 ? clock_seconds() + (patience < seconds ? patience : seconds) : 0;
-            }
-            received = look(self, call, deadline);
-            if (deadline > 0 && is_usable(self) && (received || clock_seconds() >= deadline))
-                patience_learn(patience_of(self->patience), received);
-        }
-        if (received <= 0)
-            return received < 0 ? NULL : PyBool_FromLong(call->ready);
-    }
     return PyBool_FromLong(call->ready);
 }
 

@@ -154,6 +154,12 @@ bool message_ring_peer_sleeps(const struct message_ring *ring)
     return atomic_load_explicit(cell_of(&ring->peer, CELL_SLEEPS), memory_order_relaxed) != 0;
 }
 
+void message_ring_has_room(struct message_ring *ring)
+{
+    if (atomic_load_explicit(cell_of(&ring->own, CELL_WANTS_ROOM), memory_order_relaxed) != 0)
+        message_ring_want_room(ring, false);
+}
+
 void message_ring_say_end(struct message_ring *ring)
 {
     atomic_store_explicit(cell_of(&ring->own, CELL_ENDED), 1, memory_order_release);

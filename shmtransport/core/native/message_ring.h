@@ -76,6 +76,9 @@ bool message_ring_awaits_room(const struct message_ring *ring);
 
 void message_ring_want_room(struct message_ring *ring, bool wanted);
 
+/* This side has found room: it wants none, whatever was said before. */
+void message_ring_has_room(struct message_ring *ring);
+
 /* Say whether this side waits to be woken; having said so, look for messages before waiting. */
 void message_ring_sleep(struct message_ring *ring, bool sleeps);
 

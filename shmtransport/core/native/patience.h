@@ -7,6 +7,7 @@
 struct patience {
     double spin_seconds; /* negative: to find out */
     int failures, to_pass;
+    bool has_looked; /* the next wait blocks at once */
 };
 
 /* What an object of this type decides by; NULL with a TypeError for any other object. */

@@ -1,0 +1,228 @@
+"""Direct calls: what the compiled core does in one step is what the whole path does, and it is done where it can be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shmtransport import Client, Server, Statistics
+from shmtransport.endpoints import direct, exchange
+from shmtransport.memory.views import HAS_EXCHANGE
+from tests.support.helpers import KIB, MIB, eventually, in_thread
+
+pytestmark = [
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(not HAS_EXCHANGE, reason="the compiled core does not make the tensors"),
+]
+
+_KEPT = torch.arange(64)
+
+
+class _Odd:
+    """A value that can't be sent."""
+
+
+def _raise(what: str) -> None:
+    raise ValueError(what)
+
+
+def _methods(server: Server) -> dict[str, Callable[..., Any]]:
+    return {
+        "echo": lambda *arguments, **keywords: [list(arguments), keywords],
+        "double": lambda x: torch.mul(x, 2, out=server.empty(x.shape, x.dtype)),
+        "kept": lambda: _KEPT,
+        "raise": _raise,
+        "odd": _Odd,
+        "caller": lambda: server.connection_id,
+        "large": lambda: "x" * (2 * MIB),
+    }
+
+
+@contextmanager
+def _served(address: str, *, directly: bool) -> Iterator[tuple[Server, Client]]:
+    """A server and a client by doorbell, both with direct calls or neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not directly:
+            patch.setattr(direct, "DirectCalls", None)
+        with Server(address) as server:
+            for name, method in _methods(server).items():
+                server.register(name, method)
+            serving = in_thread(server.serve)
+            with Client(address, channel="doorbell", arena_bytes=MIB, timeout_s=20.0) as client:
+                client.call("echo")
+                yield server, client
+            server.stop()
+            serving.result(20.0)
+
+
+_CALLS: dict[str, tuple[str, Callable[[Client], tuple[Any, ...]], dict[str, Any]]] = {
+    "nothing": ("echo", lambda _: (), {}),
+    "plain values": ("echo", lambda _: (1, -1, 2**63, 0.5, "é", b"\0", None, True, [1, (2, {"a": 3, 4: []})]), {}),
+    "keywords": ("echo", lambda _: (), {"self": 1, "method": [2], "timeout_s": (3,)}),
+    "in place": ("double", lambda client: (client.empty((3, 5), torch.float32).fill_(7.0),), {}),
+    "a copy": ("double", lambda _: (torch.arange(9, dtype=torch.bfloat16),), {}),
+    "a strided tensor": ("double", lambda _: (torch.arange(20.0).reshape(4, 5).t(),), {}),
+    "a long copy": ("double", lambda _: (torch.ones(300 * KIB, dtype=torch.uint8),), {}),
+    "no elements": ("echo", lambda _: (torch.empty(0, 3),), {}),
+    "several tensors": ("echo", lambda client: ([client.empty(4, "int64").fill_(1), torch.ones(2)], {"k": _KEPT}), {}),
+    "an array": ("echo", lambda _: (np.arange(6, dtype=np.int16).reshape(2, 3),), {}),
+    "what the server keeps": ("kept", lambda _: (), {}),
+    "an error": ("raise", lambda _: ("deliberate",), {}),
+    "wrong arguments": ("double", lambda _: (), {}),
+    "no such method": ("none", lambda _: (), {}),
+    "a result that can't be sent": ("odd", lambda _: (), {}),
+    "a result that is too large": ("large", lambda _: (), {}),
+    "an argument that can't be sent": ("echo", lambda _: (_Odd(),), {}),
+    "an argument that is too large": ("echo", lambda _: (torch.ones(2 * MIB, dtype=torch.uint8),), {}),
+    "an integer that is too large": ("echo", lambda _: (2**64,), {}),
+    "a dict's key": ("echo", lambda _: ({1.5: 2},), {}),
+    "whom it serves": ("caller", lambda _: (), {}),
+}
+
+
+def _plain(value: Any) -> Any:
+    """A value in terms that can be compared."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.dtype, value.tolist()
+    if isinstance(value, np.ndarray):
+        return "array", value.dtype, value.tolist()
+    if isinstance(value, (list, tuple)):
+        return type(value), [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value
+
+
+def _counted(statistics: Statistics) -> dict[str, int]:
+    """What does not depend on time."""
+    names = ("calls", "failures", "tensors_sent", "tensors_copied", "tensor_bytes_sent", "tensor_bytes_received")
+    names += ("bytes_copied", "control_bytes_sent", "control_bytes_received", "in_flight_peak")
+    counted = {name: getattr(statistics, name) for name in names}
+    return {**counted, "timed": sum(count for _, count in statistics.latency_histogram)}
+
+
+def _outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return _plain(call())
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must be the same
+        return type(error), str(error)
+
+
+def _outcomes(address: str, what: str, *, directly: bool) -> list[Any]:
+    method, make, keywords = _CALLS[what]
+    with _served(address, directly=directly) as (server, client):
+        assert (client._exchange._direct is not None) == directly
+        found = [_outcome(lambda: client.call(method, *make(client), **keywords)) for _ in range(3)]
+        assert eventually(lambda: server.statistics().calls >= client.statistics().calls)
+        connection = client._exchange.connection
+        assert connection is not None
+        found += [_counted(client.statistics()), _counted(server.statistics()), len(connection.protocol)]
+    return found
+
+
+@pytest.mark.parametrize("what", _CALLS)
+def test_a_direct_call_is_what_the_whole_path_makes_of_it(address: str, what: str) -> None:
+    """The same results, errors in the same words, the same totals on both sides; nothing is left in flight."""
+    assert _outcomes(address, what, directly=True) == _outcomes(address, what, directly=False)
+
+
+def test_plain_calls_are_direct(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither side's whole path is taken while calls follow each other, whatever they carry that is plain."""
+    with _served(address, directly=True) as (server, client):
+        client.call("double", torch.ones(3))
+
+        def whole_path(*_: Any) -> None:
+            raise AssertionError("the whole path was taken")
+
+        monkeypatch.setattr(client._exchange, "_start", whole_path)
+        monkeypatch.setattr(server, "_perform", whole_path)
+        for number in range(20):
+            assert client.call("double", torch.full((4,), float(number))).tolist() == [2.0 * number] * 4
+        pending = [client.submit("echo", number) for number in range(64)]
+        assert [one.result() for one in pending] == [[[number], {}] for number in range(64)]
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_result_of_a_direct_call_is_borrowed_unless_it_is_to_be_a_snapshot(address: str, snapshot: bool) -> None:
+    """The peer's block is held for as long as the result lives, and handed out once."""
+    with _served(address, directly=True) as (_, other):
+        other.call("echo")
+        with Client(address, channel="doorbell", arena_bytes=MIB, snapshot=snapshot) as client:
+            client.call("echo")
+            assert (client._exchange._direct is None) == snapshot
+            pending = client.submit("double", torch.ones(3))
+            result = pending.result()
+            connection = client._exchange.connection
+            assert connection is not None
+            assert len(connection.memory.receive_arena) == (not snapshot)
+            del result
+            assert len(connection.memory.receive_arena) == 0
+
+
+def test_threads_and_callbacks_share_a_client_with_direct_calls(address: str) -> None:
+    """Each thread gets its own replies, and each callback is called once."""
+    with _served(address, directly=True) as (_, client):
+        called: list[int] = []
+        wrong: list[Any] = []
+
+        def work(thread: int) -> None:
+            for number in range(100):
+                value = 1000 * thread + number
+                if number % 10 == 9:
+                    client.submit("echo", value).add_done_callback(lambda one: called.append(one.result()[0][0]))
+                elif (found := client.call("echo", value)) != [[value], {}]:
+                    wrong.append((value, found))
+
+        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        expected = sorted(1000 * thread + number for thread in range(4) for number in range(9, 100, 10))
+        assert eventually(lambda: sorted(called) == expected)
+
+
+def test_a_direct_request_that_is_left_holds_nothing(address: str) -> None:
+    """Tensors that were exported before something else was found are taken back; so is the expectation of a reply."""
+    with _served(address, directly=True) as (_, client):
+        connection = client._exchange.connection
+        assert connection is not None
+        calls, arena = client._exchange._direct, connection.memory.send_arena
+        for rest in ((np.ones(2),), (2**64,), (_Odd(),), ("x" * (2 * MIB),)):
+            call = exchange.CallInFlight("echo")
+            assert not calls.begin(call, (torch.ones(3), client.empty(2, "int8"), *rest), {})
+            assert (arena.held_by_peer, len(connection.protocol), call.call_id) == (0, 0, -1)
+        calls.close()
+        assert not calls.begin(exchange.CallInFlight("echo"), (torch.ones(3),), {})
+        assert arena.held_by_peer == 0
+
+
+def test_a_stopping_server_takes_what_is_left_with_its_ring(address: str) -> None:
+    """A goodbye behind the call in progress, which only the whole path reads, is read; ``serve`` ends without a limit."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait() -> bool:
+        begun.set()
+        return go_on.wait(20.0)
+
+    with Server(address, drain_timeout_s=None) as server:
+        server.register("wait", wait)
+        server.register("echo", lambda: None)
+        serving = in_thread(server.serve)
+        client = Client(address, channel="doorbell", arena_bytes=MIB)
+        client.call("echo")
+        client.submit("wait")
+        assert begun.wait(20.0)
+        client.close()
+        server.stop()
+        go_on.set()
+        serving.result(20.0)
+        assert server.health()["clients"] == 0
