@@ -118,9 +118,9 @@ class DirectServing:
         """Answer what comes, until there is something else to do.
 
         Returns:
-            True after an answer, False if a message is left or none comes; or a client and what is left to do of its call: its reply's bytes where its ring has
-            no room, an error that ends its connection, or ``(call_id, method, result, error, started)`` of a handler
-            that has returned what only Python can send, or has raised.
+            True after an answer, False if a message is left or none comes; or a client and what is left to do of its
+            call: its reply's bytes where its ring has no room, an error that ends its connection, or ``(call_id,
+            method, result, error, started)`` of a handler that has returned what only Python can send, or has raised.
         """
         doorbells = self._doorbells
         if not 0 < len(self._answers) == doorbells.clients <= _MOST_IN_TURN or not doorbells.is_queue_empty:

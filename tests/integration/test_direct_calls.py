@@ -206,7 +206,7 @@ def test_a_direct_request_that_is_left_holds_nothing(address: str) -> None:
 
 
 def test_a_stopping_server_takes_what_is_left_with_its_ring(address: str) -> None:
-    """A goodbye behind the call in progress, which only the whole path reads, is read; ``serve`` ends without a limit."""
+    """A goodbye behind the call in progress, which only the whole path reads, is read; ``serve`` ends."""
     begun, go_on = threading.Event(), threading.Event()
 
     def wait() -> bool:
