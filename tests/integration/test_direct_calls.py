@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from shmtransport import Client, Server, Statistics
+from shmtransport import Client, PeerDied, Server, Statistics
 from shmtransport.endpoints import direct, exchange
 from shmtransport.memory.views import HAS_EXCHANGE
+from shmtransport.protocol.messages import ChannelKind
 from tests.support.helpers import KIB, MIB, eventually, in_thread
 
 pytestmark = [
@@ -226,3 +227,41 @@ def test_a_stopping_server_takes_what_is_left_with_its_ring(address: str) -> Non
         go_on.set()
         serving.result(20.0)
         assert server.health()["clients"] == 0
+
+
+def test_a_new_client_is_heard_while_the_server_looks_for_others(address: str) -> None:
+    """Its first message is for the whole path, and comes while the server looks for direct calls for a minute."""
+    with Server(address, spin_us=60e6) as server:
+        server.register("echo", lambda value: value)
+        serving = in_thread(server.serve)
+        with Client(address, channel="doorbell", arena_bytes=MIB, timeout_s=20.0) as first:
+            assert first.call("echo", 1) == 1
+            assert first.call("echo", 2) == 2
+            with Client(address, channel="doorbell", arena_bytes=MIB, timeout_s=20.0) as second:
+                assert second.call("echo", 3) == 3
+                assert second.call("echo", 4) == 4
+            with Client(address, arena_bytes=MIB, timeout_s=20.0) as by_zmq:
+                assert by_zmq.call("echo", 5) == 5
+        server.stop()
+        serving.result(20.0)
+
+
+@pytest.mark.parametrize("channel", ["zmq", "doorbell"])
+def test_a_reply_that_comes_while_its_thread_waits_for_the_lock_is_taken(address: str, channel: ChannelKind) -> None:
+    """By another thread, which then finds the connection ended: the call has its result all the same."""
+    with Server(address) as server:
+        server.register("echo", lambda value: value)
+        serving = in_thread(server.serve)
+        with Client(address, channel=channel, arena_bytes=MIB) as client:
+            state = client._exchange
+            connection = state.connection
+            assert connection is not None
+            with state.lock:
+                pending = client.submit("echo", 1)
+                taking = in_thread(pending.result)
+                assert not eventually(taking.done, 0.2), "it took its reply without the lock"
+                assert eventually(lambda: state._receive(connection) or pending._call.ended)
+                state._end(connection, PeerDied("the server ended the connection"))
+            assert taking.result(20.0) == 1
+        server.stop()
+        serving.result(20.0)
