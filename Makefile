@@ -60,7 +60,7 @@ sanitize: install ## run the core's tests and the fuzz targets on a core built w
 	mkdir -p $(SANITIZED)
 	cp -r setup.py pyproject.toml README.md LICENSE shmtransport llama_split tests $(SANITIZED)
 	cd $(SANITIZED) && SHMTRANSPORT_SANITIZE=1 SHMTRANSPORT_STRICT_BUILD=1 SHMTRANSPORT_REQUIRE_CORE=1 $(SANITIZER_PYTHON) setup.py --quiet build_ext --inplace --force
-	cd $(SANITIZED) && $(SANITIZER_RUN) -m pytest -q tests/unit/core
+	cd $(SANITIZED) && $(SANITIZER_RUN) -m pytest -q tests/unit/core tests/integration/test_direct_calls.py
 	cd $(SANITIZED) && $(SANITIZER_RUN) -m tests.adversarial.fuzz --inputs $(INPUTS)
 
 coverage: install ## lines and branches of shmtransport that tests run; pyproject.toml says how many must be
