@@ -19,7 +19,6 @@ from .client_connection import ClientConnection
 from .server_connection import ServerConnection
 from .turns import Turns
 
-_MOST_IN_TURN = 128
 _LONGEST_TURN_S = 0.05
 
 
@@ -123,7 +122,7 @@ class DirectServing:
             method, result, error, started)`` of a handler that has returned what only Python can send, or has raised.
         """
         doorbells = self._doorbells
-        if not 0 < len(self._answers) == doorbells.clients <= _MOST_IN_TURN or not doorbells.is_queue_empty:
+        if not 0 < len(self._answers) == doorbells.clients or not doorbells.is_queue_empty:
             return False
         connections = list(self._answers)  # before: a handler may fork, and its child forgets them
         answered: bool | tuple[int, Any] = answer_in_turn(

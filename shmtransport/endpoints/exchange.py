@@ -201,9 +201,6 @@ class Exchange(ConnectionState[ClientConnection]):
         Raises:
             CallTimeout: it is not; it stays in flight.
         """
-        if timeout_s is None and self._wait_directly(call, self._timeout_s) and not self._to_call_back:
-            self._notice_loss(call)
-            return
         timeout_s = self._timeout_s if timeout_s is None else seconds_or_no_limit("timeout_s", timeout_s)
         self._wait(call, timeout_s, timeout_s)
         self._notice_loss(call)

@@ -231,23 +231,17 @@ class Server(ServerBase[ThreadDoorbells]):
         token = self._current.set(connection.reference)
         try:
             if error is not None:
-                outcome = self._outcome_of(error, connection, call_id, method)
-            else:
-                outcome = encoded(connection, call_id, result)
+                raise error
+            outcome = encoded(connection, call_id, result)
         except (SystemExit, KeyboardInterrupt):
             raise
-        except BaseException as unsendable:  # noqa: BLE001 - a result may fail at anything; its caller learns of it
-            outcome = self._failure(connection, call_id, method, unsendable)
+        except BaseException as failed:  # noqa: BLE001 - as in ``_answer``
+            outcome = self._failure(connection, call_id, method, failed)
         finally:
             self._current.reset(token)
             self._counters.count_call(time.perf_counter() - started)
-            del result
+            del result, error  # its traceback keeps this frame
         self._finish(IncomingCall(connection, call_id, True, 0, []), outcome)
-
-    def _outcome_of(self, error: BaseException, connection: ServerConnection, call_id: int, method: str) -> Outcome:
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            return error
-        return self._failure(connection, call_id, method, error)
 
     def _begin(self, incoming: IncomingCall) -> None:
         try:

@@ -12,7 +12,7 @@ bool is_call_state(PyObject *object)
 static void end(CallState *call)
 {
     call->ended = true;
-    atomic_store_explicit(&call->ready, true, memory_order_release);
+    atomic_store_explicit(&call->ready, 1, memory_order_release);
 }
 
 void call_succeed(CallState *call, PyObject *result, bool has_tensors)
@@ -81,7 +81,7 @@ static void call_dealloc(PyObject *self)
 
 #define CALL_MEMBER(name, type) {#name, type, offsetof(CallState, name), 0, NULL}
 
-_Static_assert(sizeof(atomic_bool) == 1, "Python writes it as a bool");
+_Static_assert(sizeof(atomic_uchar) == 1, "Python writes it as a bool");
 
 static PyMemberDef call_members[] = {
     CALL_MEMBER(method, T_OBJECT),

@@ -12,7 +12,7 @@ typedef struct {
     long long call_id, generation;
     double submitted;
     bool ended, has_tensors, handed_out;
-    atomic_bool ready; /* a thread that waits looks at it without the GIL */
+    atomic_uchar ready; /* a thread that waits looks at it without the GIL */
 } CallState;
 
 bool is_call_state(PyObject *object);

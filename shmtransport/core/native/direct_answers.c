@@ -19,7 +19,6 @@
 #include "waiting.h"
 
 #define MOST_IN_TURN 128
-#define LONGEST_LOOK 0.01 /* seconds: Python's signal handlers wait for as long */
 
 typedef struct {
     PyObject_HEAD
@@ -114,18 +113,6 @@ static void end_answering(struct answering *answering)
     Py_CLEAR(answering->values.keywords);
 }
 
-static PyObject *fetch_error(void)
-{
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    PyErr_NormalizeException(&type, &error, &traceback);
-    if (error != NULL && traceback != NULL)
-        PyException_SetTraceback(error, traceback);
-    Py_XDECREF(type);
-    Py_XDECREF(traceback);
-    return error;
-}
-
 /* Take the next message, if it is a plain request for a handler that there is: 1; 0 with nothing done; -1 with an error
  * set. */
 static int take_request(DirectAnswers *self, struct answering *answering)
@@ -178,10 +165,9 @@ static PyObject *call_handler(DirectAnswers *self, struct answering *answering)
     PyObject *reset = PyObject_CallFunctionObjArgs(self->reset, token, NULL);
     Py_DECREF(token);
     Py_XDECREF(reset);
-    if (error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    } else if (reset == NULL)
+    if (error != NULL)
+        raise_again(error);
+    else if (reset == NULL)
         Py_CLEAR(result);
     return result;
 }
@@ -201,11 +187,7 @@ static PyObject *send(DirectAnswers *self, const struct packer *packer)
     struct message_ring *ring = ring_in(self->ring);
     if (message_ring_write(ring, packer->bytes, (uint32_t)packer->length, &finding) != RING_DONE)
         return PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
-    if (!message_ring_peer_sleeps(ring))
-        Py_RETURN_TRUE;
-    PyObject *told = PyObject_CallObject(self->wake_peer, NULL);
-    Py_XDECREF(told);
-    return told == NULL ? NULL : Py_NewRef(Py_True);
+    return ring_wake_peer(self->ring, self->wake_peer) ? Py_NewRef(Py_True) : NULL;
 }
 
 /* Send a result, which it takes over: when the reply is there, this process no longer holds it. */
@@ -279,7 +261,7 @@ static bool look_at_all(DirectAnswers *const *in_turn, Py_ssize_t count, const a
         consumed[index] = ring->consumed;
     }
     Py_BEGIN_ALLOW_THREADS
-    found = look_until_any_changed(published, consumed, (size_t)count, attention, deadline);
+    found = look_until_changed(published, consumed, (size_t)count, attention, deadline);
     Py_END_ALLOW_THREADS
     return found;
 }
@@ -341,22 +323,19 @@ static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, con
             deadline = seconds > 0 ? now + seconds : 0;
         }
         if (now >= deadline) {
-            if (deadline > 0) {
-                patience_learn(patience, false);
-                patience->has_looked = true;
-            }
+            if (deadline > 0)
+                patience_look_in_vain(patience);
             Py_RETURN_FALSE;
         }
-        double slice_end = deadline > now + LONGEST_LOOK ? now + LONGEST_LOOK : deadline;
-        if (!look_at_all(in_turn, count, attention, slice_end) && PyErr_CheckSignals() < 0)
+        if (!look_at_all(in_turn, count, attention, look_slice_end(now, deadline)) && PyErr_CheckSignals() < 0)
             return NULL;
     }
 }
 
 /* answer_in_turn(answers, attention, patience, limit_seconds): answer what comes from several clients. False if nothing
- * more comes for as long as patience has it, or a message is left; True after an answer, if the caller is to look at
- * something or time is up; (index, rest) for what the
- * caller is to do the rest of. attention is a bytearray whose first byte is set by others. */
+ * more comes for as long as patience has it, if a message is left, and for more clients than it takes; True after an
+ * answer, if the caller is to look at something or time is up; (index, rest) for what the caller is to do the rest of.
+ * attention is a bytearray whose first byte is set by others. */
 PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
     PyObject *answers, *attention, *how_patient;
@@ -369,7 +348,9 @@ PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
     if (patience == NULL)
         return NULL;
     Py_ssize_t count = PyTuple_Size(answers);
-    if (count > MOST_IN_TURN || PyByteArray_Size(attention) < 1)
+    if (count > MOST_IN_TURN)
+        Py_RETURN_FALSE;
+    if (PyByteArray_Size(attention) < 1)
         return PyErr_Format(PyExc_ValueError, "%zd", count);
     for (Py_ssize_t index = 0; index < count; index++) {
         PyObject *one = PyTuple_GetItem(answers, index);

@@ -20,8 +20,6 @@
 #include "patience.h"
 #include "waiting.h"
 
-#define LONGEST_LOOK 0.01 /* seconds: Python's signal handlers wait for as long */
-
 typedef struct {
     PyObject_HEAD
     PyObject *ring, *pending, *ids, *loans, *borrows, *counters;
@@ -38,14 +36,15 @@ static PyTypeObject *direct_type; /* for as long as the process lives */
 
 static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"ring",    "pending",   "ids",          "loans",           "borrows", "counters", "wake_peer", "call_back",
-                            "acquire", "release",   "followers",    "received_for",    "largest_message", "patience", NULL};
+    static char *names[] = {"ring",      "pending",   "ids",     "loans",   "borrows",   "counters",
+                            "wake_peer", "call_back", "acquire", "release", "followers", "received_for",
+                            "largest_message", "patience", NULL};
     DirectCalls *self = (DirectCalls *)object;
-    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *call_back, *acquire, *release, *followers, *received_for,
-        *patience;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOOO!O!KO", names, &ring, &PyDict_Type, &pending, &ids,
-                                     &loans, &borrows, &counters, &wake_peer, &call_back, &acquire, &release, &PyDict_Type,
-                                     &followers, &PyList_Type, &received_for, &self->largest_message,
+    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *call_back, *acquire, *release, *followers;
+    PyObject *received_for, *patience;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOOO!O!KO", names, &ring, &PyDict_Type, &pending,
+                                     &ids, &loans, &borrows, &counters, &wake_peer, &call_back, &acquire, &release,
+                                     &PyDict_Type, &followers, &PyList_Type, &received_for, &self->largest_message,
                                      &patience))
         return -1;
     if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL
@@ -164,15 +163,6 @@ static int begin(DirectCalls *self, CallState *call, PyObject *number, PyObject 
     return 1;
 }
 
-static bool tell_peer(DirectCalls *self)
-{
-    if (!message_ring_peer_sleeps(ring_in(self->ring)))
-        return true;
-    PyObject *told = PyObject_CallObject(self->wake_peer, NULL);
-    Py_XDECREF(told);
-    return told != NULL;
-}
-
 /* begin(call, arguments, keywords): whether the request was sent. */
 static PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
 {
@@ -189,18 +179,15 @@ static PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_s
     Py_DECREF(number);
     if (begun <= 0)
         return begun < 0 ? NULL : Py_NewRef(Py_False);
-    return tell_peer(self) ? Py_NewRef(Py_True) : NULL;
+    return ring_wake_peer(self->ring, self->wake_peer) ? Py_NewRef(Py_True) : NULL;
 }
 
 /* --- wait --- */
 
-/* The call that a reply belongs to, if it is in flight: borrowed. */
-static CallState *call_of(DirectCalls *self, uint64_t call_id)
+/* The call in flight of this number, if there is one: borrowed. */
+static CallState *call_of(DirectCalls *self, PyObject *number)
 {
-    PyObject *number = PyLong_FromUnsignedLongLong(call_id);
-    PyObject *call = number == NULL ? NULL : PyDict_GetItemWithError(self->pending, number);
-    Py_XDECREF(number);
-    PyErr_Clear(); /* without memory the reply is as one that nothing waits for */
+    PyObject *call = PyDict_GetItemWithError(self->pending, number);
     return call != NULL && is_call_state(call) ? (CallState *)call : NULL;
 }
 
@@ -210,28 +197,14 @@ static bool has_callbacks(const CallState *call)
 }
 
 /* Forget that a call is in flight, and return a reference to it; NULL if another has. */
-static CallState *end_flight(DirectCalls *self, uint64_t call_id)
+static CallState *end_flight(DirectCalls *self, PyObject *number)
 {
-    CallState *call = call_of(self, call_id);
-    PyObject *number = call == NULL ? NULL : PyLong_FromUnsignedLongLong(call_id);
-    if (number == NULL) {
-        PyErr_Clear(); /* without memory the call waits until its time is up */
-        return NULL;
+    CallState *call = call_of(self, number);
+    if (call != NULL) {
+        Py_INCREF(call);
+        PyDict_DelItem(self->pending, number);
     }
-    Py_INCREF(call);
-    PyDict_DelItem(self->pending, number);
-    Py_DECREF(number);
     return call;
-}
-
-static PyObject *fetch_error(void)
-{
-    PyObject *type, *error, *traceback;
-    PyErr_Fetch(&type, &error, &traceback);
-    PyErr_NormalizeException(&type, &error, &traceback);
-    Py_XDECREF(type);
-    Py_XDECREF(traceback);
-    return error;
 }
 
 /* Have the callbacks called that a call got while its reply was being read; false with an error set. */
@@ -243,10 +216,10 @@ static bool call_back(DirectCalls *self, CallState *call)
 }
 
 /* End a call whose reply could not be read, with what is raised; false with an error set. */
-static bool fail_unread(DirectCalls *self, uint64_t call_id)
+static bool fail_unread(DirectCalls *self, PyObject *number)
 {
     PyObject *error = fetch_error();
-    CallState *call = end_flight(self, call_id);
+    CallState *call = end_flight(self, number);
     if (call == NULL || error == NULL) {
         Py_XDECREF(error);
         Py_XDECREF(call);
@@ -260,21 +233,40 @@ static bool fail_unread(DirectCalls *self, uint64_t call_id)
 }
 
 /* End a call with the result that was read; false with an error set. */
-static bool end_call(DirectCalls *self, const struct call *reply, struct values *values, size_t nbytes, double started)
+static bool end_call(DirectCalls *self, PyObject *number, const struct values *values, bool has_tensors)
 {
-    struct counters *counters = counters_of(self->counters);
-    double now = clock_seconds();
-    count_received(counters, nbytes, values->tensor_bytes, now - started);
-    CallState *call = end_flight(self, reply->call_id);
+    CallState *call = end_flight(self, number);
     if (call == NULL) { /* given up: its tensors are released */
         Py_DECREF(values->result);
         return true;
     }
-    count_call(counters, now - call->submitted, false);
-    call_succeed(call, values->result, reply->tensor_count > 0);
+    count_call(counters_of(self->counters), clock_seconds() - call->submitted, false);
+    call_succeed(call, values->result, has_tensors);
     bool told = call_back(self, call);
     Py_DECREF(call);
     return told;
+}
+
+/* Read a reply that was looked at, and end its call: 1, or -1 with an error set. */
+static int take_reply(DirectCalls *self, const struct call *reply, PyObject *number, size_t nbytes, double started)
+{
+    struct values values;
+    PyObject *data = ring_take_next(self->ring);
+    int taken = take_values(reply, self->borrows, &values);
+    Py_DECREF(data);
+    if (taken < 0)
+        return fail_unread(self, number) ? 1 : -1;
+    if (taken == 0) {
+        refuse("invalid_values", "()");
+        return -1;
+    }
+    if (borrows_were_cut(self->borrows) || loans_were_cut(self->loans)) {
+        Py_DECREF(values.result);
+        refuse("cut_short", "()");
+        return -1;
+    }
+    count_received(counters_of(self->counters), nbytes, values.tensor_bytes, clock_seconds() - started);
+    return end_call(self, number, &values, reply->tensor_count > 0) ? 1 : -1;
 }
 
 /* Take the next message, if it is a plain reply to a call that nothing else waits for: 1; 0 if it is not; -1 with an error
@@ -285,29 +277,18 @@ static int receive(DirectCalls *self)
     char *bytes;
     Py_ssize_t nbytes;
     struct call reply;
-    struct values values;
     double started = clock_seconds();
     if (data == NULL || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0 || !inspect_call(bytes, (size_t)nbytes, &reply)
         || reply.tag != TAG_REPLY || !can_be_taken(&reply, self->borrows))
         return 0;
-    CallState *call = call_of(self, reply.call_id);
-    if (call == NULL || has_callbacks(call))
-        return 0;
-    data = ring_take_next(self->ring);
-    int taken = take_values(&reply, self->borrows, &values);
-    Py_DECREF(data);
-    if (taken < 0)
-        return fail_unread(self, reply.call_id) ? 1 : -1;
-    if (taken == 0) {
-        refuse("invalid_values", "()");
+    PyObject *number = PyLong_FromUnsignedLongLong(reply.call_id);
+    if (number == NULL)
         return -1;
-    }
-    if (borrows_were_cut(self->borrows) || loans_were_cut(self->loans)) {
-        Py_DECREF(values.result);
-        refuse("cut_short", "()");
-        return -1;
-    }
-    return end_call(self, &reply, &values, (size_t)nbytes, started) ? 1 : -1;
+    CallState *call = call_of(self, number);
+    bool is_plain = call != NULL && !has_callbacks(call);
+    int received = is_plain ? take_reply(self, &reply, number, (size_t)nbytes, started) : 0;
+    Py_DECREF(number);
+    return received;
 }
 
 /* As receive, in this thread's turn. */
@@ -325,24 +306,22 @@ static int receive_in_turn(DirectCalls *self)
     PyObject *error = received < 0 ? fetch_error() : NULL;
     PyObject *released = PyObject_CallObject(self->release, NULL);
     Py_XDECREF(released);
-    if (error != NULL) {
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-        Py_DECREF(error);
-    }
+    if (error != NULL)
+        raise_again(error);
     return released == NULL ? -1 : received;
 }
 
 /* Look until there is a message or the call is ready, for a slice of time: 1 if one of both is so, -1 with an error set. */
 static int look(DirectCalls *self, CallState *call, double deadline)
 {
-    double slice_end = clock_seconds() + LONGEST_LOOK;
+    double slice_end = look_slice_end(clock_seconds(), deadline);
     const struct message_ring *ring = ring_in(self->ring);
     const cell_value *published = message_ring_peer_published(ring);
     PyObject *kept = Py_NewRef(self->ring); /* the cell lives as long */
     uint64_t consumed = ring->consumed;
     bool found;
     Py_BEGIN_ALLOW_THREADS
-    found = look_until_changed_or(published, consumed, &call->ready, deadline < slice_end ? deadline : slice_end);
+    found = look_until_changed(&published, &consumed, 1, &call->ready, slice_end);
     Py_END_ALLOW_THREADS
     Py_DECREF(kept);
     return found ? 1 : PyErr_CheckSignals();
@@ -368,10 +347,8 @@ static int look_for(DirectCalls *self, CallState *call, double seconds)
             deadline = now + (most < seconds ? most : seconds);
         }
         if (now >= deadline) {
-            if (is_patient) {
-                patience_learn(patience, false);
-                patience->has_looked = true;
-            }
+            if (is_patient)
+                patience_look_in_vain(patience);
             return 0;
         }
         int found = look(self, call, deadline);

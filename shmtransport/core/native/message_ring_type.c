@@ -3,8 +3,6 @@
 
 #include "waiting.h"
 
-#define SLICE_SECONDS 0.01 /* how long Python's signal handlers wait for a long look at most */
-
 typedef struct {
     PyObject_HEAD
     struct message_ring ring;
@@ -173,14 +171,9 @@ static PyObject *ring_read(PyObject *object, PyObject *Py_UNUSED(nothing))
     return data;
 }
 
-static bool is_readable(PyObject *self)
-{
-    return ((MessageRing *)self)->taken != NULL || message_ring_readable(ring_of(self));
-}
-
 bool ring_is_readable(PyObject *self)
 {
-    return is_readable(self);
+    return ((MessageRing *)self)->taken != NULL || message_ring_readable(ring_of(self));
 }
 
 PyObject *ring_next(PyObject *object)
@@ -198,6 +191,15 @@ PyObject *ring_next(PyObject *object)
     return self->taken;
 }
 
+bool ring_wake_peer(PyObject *self, PyObject *wake)
+{
+    if (!message_ring_peer_sleeps(ring_of(self)))
+        return true;
+    PyObject *woken = PyObject_CallObject(wake, NULL);
+    Py_XDECREF(woken);
+    return woken != NULL;
+}
+
 PyObject *ring_take_next(PyObject *object)
 {
     MessageRing *self = (MessageRing *)object;
@@ -208,7 +210,7 @@ PyObject *ring_take_next(PyObject *object)
 
 static PyObject *ring_readable(PyObject *self, PyObject *Py_UNUSED(nothing))
 {
-    return PyBool_FromLong(is_readable(self));
+    return PyBool_FromLong(ring_is_readable(self));
 }
 
 static PyObject *ring_want_room(PyObject *self, PyObject *argument)
@@ -252,14 +254,13 @@ static PyObject *ring_wait_readable(PyObject *self, PyObject *argument)
     if (deadline == -1.0 && PyErr_Occurred())
         return NULL;
     const cell_value *published = message_ring_peer_published(ring_of(self));
-    if (is_readable(self))
+    if (ring_is_readable(self))
         Py_RETURN_TRUE;
     for (double now = clock_seconds(); now < deadline; now = clock_seconds()) {
-        double slice_end = now + SLICE_SECONDS < deadline ? now + SLICE_SECONDS : deadline;
         uint64_t consumed = ring_of(self)->consumed;
         bool changed;
         Py_BEGIN_ALLOW_THREADS
-        changed = look_until_changed(published, consumed, slice_end);
+        changed = look_until_changed(&published, &consumed, 1, NULL, look_slice_end(now, deadline));
         Py_END_ALLOW_THREADS
         if (changed)
             Py_RETURN_TRUE;

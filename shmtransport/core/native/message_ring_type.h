@@ -18,4 +18,7 @@ PyObject *ring_next(PyObject *ring);
 /* The message that ring_next has returned, with no Python code run since then: it is the caller's now. */
 PyObject *ring_take_next(PyObject *ring);
 
+/* After a message was published: call wake, without arguments, if the peer sleeps; false with an error set. */
+bool ring_wake_peer(PyObject *ring, PyObject *wake);
+
 #endif

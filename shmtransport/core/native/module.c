@@ -38,9 +38,9 @@ static int fill_module(PyObject *module)
         return -1;
     if (add_mapping_type(module) < 0 || add_tensors_type(module) < 0)
         return -1;
-    if (add_counters_type(module) < 0)
+    if (add_counters_type(module) < 0 || add_patience_type(module) < 0)
         return -1;
-    if (add_patience_type(module) < 0 || add_call_state_type(module) < 0 || add_direct_calls_type(module) < 0 || add_direct_answers_type(module) < 0)
+    if (add_call_state_type(module) < 0 || add_direct_calls_type(module) < 0 || add_direct_answers_type(module) < 0)
         return -1;
     if (add_borrows_type(module) < 0 || add_loans_types(module) < 0)
         return -1;

@@ -22,6 +22,12 @@
  * for a tuple. Always NULL. */
 PyObject *refuse(const char *rule, const char *format, ...);
 
+/* Take the error that is set, with its traceback; NULL if none is. */
+PyObject *fetch_error(void);
+
+/* Set an error that was made or taken; it takes the reference over. */
+void raise_again(PyObject *error);
+
 /* Make a type once, for as long as the process lives, however often this module is imported: a static pointer to it tells
  * its objects, those of an earlier import too. False with an error set. */
 bool make_type_once(PyTypeObject **type, PyType_Spec *spec);

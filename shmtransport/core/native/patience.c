@@ -26,6 +26,12 @@ void patience_learn(struct patience *patience, bool found)
     patience->to_pass = found ? 0 : 1 << patience->failures;
 }
 
+void patience_look_in_vain(struct patience *patience)
+{
+    patience_learn(patience, false);
+    patience->has_looked = true;
+}
+
 /* --- as Python sees it --- */
 
 typedef struct {

@@ -19,4 +19,7 @@ double patience_seconds(struct patience *patience);
 /* Say whether a look has found something. */
 void patience_learn(struct patience *patience, bool found);
 
+/* Say that a look has been in vain, and that the wait which follows, elsewhere, needs no other. */
+void patience_look_in_vain(struct patience *patience);
+
 #endif

@@ -2,6 +2,24 @@
 
 #include <stdarg.h>
 
+PyObject *fetch_error(void)
+{
+    PyObject *type, *error, *traceback;
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    if (error != NULL && traceback != NULL)
+        PyException_SetTraceback(error, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return error;
+}
+
+void raise_again(PyObject *error)
+{
+    PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_DECREF(error);
+}
+
 PyObject *refuse(const char *rule, const char *format, ...)
 {
     va_list values;
@@ -12,8 +30,7 @@ PyObject *refuse(const char *rule, const char *format, ...)
     PyObject *function = refusals == NULL ? NULL : PyObject_GetAttrString(refusals, rule);
     PyObject *error = function == NULL ? NULL : PyObject_CallObject(function, arguments);
     if (error != NULL)
-        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    Py_XDECREF(error);
+        raise_again(error);
     Py_XDECREF(function);
     Py_XDECREF(refusals);
     Py_XDECREF(arguments);

@@ -23,41 +23,27 @@ double clock_seconds(void)
     return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
 }
 
-bool look_until_changed_or(const cell_value *cell, uint64_t seen, const atomic_bool *flag, double deadline)
+double look_slice_end(double now, double deadline)
 {
-    do {
-        for (int look = 0; look < LOOKS_BETWEEN_CLOCKS; look++) {
-            if (atomic_load_explicit(cell, memory_order_acquire) != seen
-                || atomic_load_explicit(flag, memory_order_acquire))
-                return true;
-            pause_core();
-        }
-    } while (clock_seconds() < deadline);
+    return now + LONGEST_LOOK < deadline ? now + LONGEST_LOOK : deadline;
+}
+
+static bool has_changed(const cell_value *const *cells, const uint64_t *seen, size_t count)
+{
+    for (size_t index = 0; index < count; index++)
+        if (atomic_load_explicit(cells[index], memory_order_acquire) != seen[index])
+            return true;
     return false;
 }
 
-bool look_until_changed(const cell_value *cell, uint64_t seen, double deadline)
+bool look_until_changed(const cell_value *const *cells, const uint64_t *seen, size_t count, const atomic_uchar *flag,
+                        double deadline)
 {
     do {
         for (int look = 0; look < LOOKS_BETWEEN_CLOCKS; look++) {
-            if (atomic_load_explicit(cell, memory_order_acquire) != seen)
+            if (has_changed(cells, seen, count)
+                || (flag != NULL && atomic_load_explicit(flag, memory_order_acquire) != 0))
                 return true;
-            pause_core();
-        }
-    } while (clock_seconds() < deadline);
-    return false;
-}
-
-bool look_until_any_changed(const cell_value *const *cells, const uint64_t *seen, size_t count,
-                            const atomic_uchar *flag, double deadline)
-{
-    do {
-        for (int look = 0; look < LOOKS_BETWEEN_CLOCKS; look++) {
-            if (atomic_load_explicit(flag, memory_order_acquire) != 0)
-                return true;
-            for (size_t index = 0; index < count; index++)
-                if (atomic_load_explicit(cells[index], memory_order_acquire) != seen[index])
-                    return true;
             pause_core();
         }
     } while (clock_seconds() < deadline);
