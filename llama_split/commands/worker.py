@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -112,12 +112,18 @@ class WorkerOptions:
 def worker(options: WorkerOptions) -> None:
     """Hold the weights and answer trusted sides. SIGINT or SIGTERM ends it."""
     with contextlib.ExitStack() as stack:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, _end_once)
         log(options.verbose)
         if options.parent is not None:
             stack.callback(remove_directory_of, options.bind or "")
             end_with_parent(options.parent)
         _serve(options, stack)
+
+
+def _end_once(*_signal: object) -> NoReturn:
+    """End the process in order. The kernel may send one signal for each thread of a parent that was killed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
@@ -141,6 +147,7 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
 
     dtype, device = parse_dtype(dtype_name), parse_device(device_name)
     server = stack.enter_context(Server(parse_address(address), channels=channels, spin_us=options.spin_us))
+    stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # first of all that ends: nothing interrupts the rest
     checkpoint = open_model(name, options.seed if options.random_weights else None)
     with progress_bar("loading weights") as progress:
         weights = Weights(checkpoint, dtype, device, progress, embedding=options.embedding)

@@ -174,3 +174,20 @@ def test_a_worker_ends_soon_after_it_was_told_to(running: Callable[..., Running]
     assert process.wait() == 0
     assert time.monotonic() - started < 10.0
     assert not os.path.exists(tmp_path / "w.ipc")
+
+
+def test_a_worker_that_is_told_to_end_again_and_again_ends_in_order(
+    running: Callable[..., Running], tiny: Path, tmp_path: Path
+) -> None:
+    """The kernel may do so for each thread of a parent that was killed: nothing interrupts the cleaning up."""
+    process = running("worker", "--bind", f"ipc://{tmp_path}/w.ipc", "--model", str(tiny))
+    process.wait_until_ready()
+    deadline = time.monotonic() + 20.0
+    while os.path.exists(tmp_path / "w.ipc") and time.monotonic() < deadline:
+        try:
+            process.signal(signal.SIGTERM)
+        except ProcessLookupError:
+            break
+        time.sleep(0.0005)
+    assert process.wait() == 0
+    assert not os.path.exists(tmp_path / "w.ipc")

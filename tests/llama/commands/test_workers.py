@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM
-from shmtransport import ConnectRefused, RemoteError
+from shmtransport import Client, ConnectRefused, RemoteError
 from tests.support.children import Mother
 from tests.support.commands import Command, Running, is_one_line_error, workers_of
 
@@ -39,7 +39,10 @@ def limited(llama_mother: Mother, tiny: Path, tmp_path_factory: pytest.TempPathF
     limits = ("--max-sessions", "1", "--max-kv-bytes", str(SESSION_BYTES), "--idle-s", "500")
     others = ("--threads", "1", "--embedding", "--json", "--channels", "zmq")
     process = Running(llama_mother, "worker", "--bind", address, "--model", str(tiny), *limits, *others)
-    yield Limited(address, json.loads(process.readline()))
+    ready = json.loads(process.readline())
+    with Client(address) as client:
+        client.ping()  # whichever of these tests this process runs, there is a call to count
+    yield Limited(address, ready)
     process.signal(signal.SIGTERM)
     code, out, err = process.finish()
     process.end()
