@@ -20,14 +20,13 @@ from llama_split.placement.local import temporary_directory
 from shmtransport import AsyncClient, Client, Server
 from shmtransport.channels.zmq_context import close_socket, open_socket
 from shmtransport.endpoints.options import DEFAULT_ARENA_BYTES
-from shmtransport.memory.bell import BELLS
 from shmtransport.memory.owner_lock import holder
 from shmtransport.protocol.messages import ChannelKind
 from shmtransport.units import MIB
 from tests.support.children import Child, Mother
 from tests.support.forked_workers import ForkedWorkers
 from tests.support.private_memory import take_private_memory
-from tests.support.process import Process, bells_of, started_processes
+from tests.support.process import Process
 
 _OURS_IN_SHM = "shmtransport-"
 _MOST_WORKERS = 6  # each imports torch, and starts processes of its own
@@ -79,7 +78,7 @@ def pytest_sessionfinish() -> None:
 
 
 def _traces() -> set[str]:
-    """Segments that no other living process holds, temporary files, and bells of this process and of its dead ones."""
+    """Segments that no other living process holds, and temporary files."""
     theirs = ("pytest-of-", "torchinductor_")  # made by pytest for tmp_path, and by torch when it is imported
     traces = {name for name in os.listdir(_TEMPORARY) if not name.startswith(theirs)}
     for name in os.listdir("/dev/shm"):
@@ -89,11 +88,6 @@ def _traces() -> set[str]:
                 if holder(segment) is None:
                     traces.add(name)
                 os.close(segment)
-    traces.update(bells_of({os.getpid()}))
-    for name in bells_of(started_processes):
-        with contextlib.suppress(FileNotFoundError):
-            if BELLS.owner_of("/" + name.removeprefix("sem.")) is None:
-                traces.add(name)
     return traces
 
 

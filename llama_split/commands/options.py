@@ -68,9 +68,7 @@ class SplitOptions:
 class AdvancedOptions:
     """What most users leave alone: transport, threads and random weights."""
 
-    channel: Annotated[str, typer.Option(help="zmq, or doorbell: shared memory and a semaphore, which is faster.")] = (
-        "zmq"
-    )
+    channel: Annotated[str, typer.Option(help="zmq, or doorbell: shared memory and a futex, which is faster.")] = "zmq"
     pipeline: Annotated[
         int,
         typer.Option(

@@ -1,11 +1,11 @@
-"""The client's end of the doorbell channel: message rings in shared memory, and bells.
+"""The client's end of the doorbell channel: message rings in shared memory, and a bell.
 
 Rules that both ends keep (the server's is in ``doorbell_server``):
 
-* A side that is about to block sets a cell in its ring, then looks for a message once more. A side that has written a
-  message posts the peer's bell if the peer sleeps. A post may be left over: the next wait takes it and returns early.
+* A side that is about to block says so in its ring, then looks for a message once more. A side that has written a
+  message posts the peer if it sleeps. A post may be left over: the next wait takes it and returns early.
 * A wait first polls, for as long as that pays or ``spin_us`` says, then blocks in the kernel. It blocks in slices, so
-  that a hostile peer that takes a post away, or never posts, delays it by one slice.
+  that a peer that never posts delays it by one slice.
 * A writer never blocks. When the ring is full, the client's ``send`` returns False; the server queues the message.
 * The handshake, and so every new client, comes by ZeroMQ.
 """
@@ -16,9 +16,8 @@ import contextlib
 import os
 import time
 
-from ..core import MessageRing, Patience
+from ..core import Bell, MessageRing, Patience
 from ..errors import PeerProtocolError
-from ..memory.bell import Bells
 from . import relay
 from .base import Channel
 
@@ -30,17 +29,16 @@ class DoorbellChannel(Channel):
         handshake_channel: the channel that the connection was made over. It stays open as long as this one, and carries
             the goodbye if the ring is full.
         ring: the message rings of both segments.
-        bells: this side's bell and the peer's.
         patience: how long a wait polls before it blocks.
     """
 
     name = "doorbell"
     looks_first = True
 
-    def __init__(self, handshake_channel: Channel, ring: MessageRing, bells: Bells, patience: Patience) -> None:
+    def __init__(self, handshake_channel: Channel, ring: MessageRing, patience: Patience) -> None:
         self._handshake_channel = handshake_channel
         self._ring = ring
-        self._own_bell, self._peer_bell = bells
+        self.bell = Bell()
         self.patience = patience
         self._wants_room = False
         self._relay: relay.Relay | None = None
@@ -56,8 +54,6 @@ class DoorbellChannel(Channel):
         if self._wants_room:
             self._wants_room = False
             self._ring.want_room(False)
-        if self._ring.peer_sleeps():
-            self._peer_bell.post()
         return True
 
     def receive(self) -> bytes | None:
@@ -80,9 +76,9 @@ class DoorbellChannel(Channel):
             return False
         ring.sleep(True)
         try:
-            if ring.readable():
+            if ring.readable() or ring.ended():
                 return False
-            self._own_bell.wait(min(max(timeout_s, 0.0), relay.SLICE_S))
+            self.bell.wait((ring,), min(max(timeout_s, 0.0), relay.SLICE_S))
         finally:
             if not self._closed:  # as in a child that was forked meanwhile
                 ring.sleep(self._relay is not None)
@@ -90,13 +86,13 @@ class DoorbellChannel(Channel):
 
     def wake(self) -> None:
         if not self._closed:
-            self._own_bell.post()
+            self.bell.post()
 
     def fileno(self) -> int:
         if self._event_fd < 0:
             self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._ring.sleep(True)
-            self._relay = relay.Relay("shmtransport doorbell", self._wake_event_loop, self._own_bell.post)
+            self._relay = relay.Relay("shmtransport doorbell", self._wake_event_loop, self.bell.post)
         return self._event_fd
 
     def ended(self) -> bool:
@@ -122,10 +118,9 @@ class DoorbellChannel(Channel):
             self._relay.stop()
             os.close(self._event_fd)
         self._ring.end()
-        self._own_bell.close()
         self._handshake_channel.close(flush=flush, wait=wait)
 
     def _wake_event_loop(self) -> None:
-        posted = self._own_bell.wait(relay.SLICE_S)
+        posted = self.bell.wait((self._ring,), relay.SLICE_S)
         if posted or self._ring.readable() or self._ring.ended():
             os.eventfd_write(self._event_fd, 1)

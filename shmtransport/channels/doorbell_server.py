@@ -1,6 +1,6 @@
 """The server's end of the doorbell channel, beside the ZeroMQ channel of its other clients.
 
-A thread can't wait for a semaphore and for file descriptors at once. So a relay thread waits for one of them and wakes
+A thread can't wait for a bell and for file descriptors at once. So a relay thread waits for one of them and wakes
 the server by the other:
 
 * ``ThreadDoorbells``, for a server with its own thread: the server waits for the bell, the relay for ZeroMQ.
@@ -16,9 +16,8 @@ import time
 from abc import abstractmethod
 from collections import deque
 
-from ..core import MessageRing, Patience
+from ..core import Bell, MessageRing, Patience
 from ..errors import MessageTooLarge, OutOfResources, PeerProtocolError
-from ..memory.bell import Bell
 from . import relay
 from .backlog import BoundedQueue
 from .base import BrokenPeer, ServerChannel
@@ -26,17 +25,16 @@ from .zmq import ZmqServerChannel
 
 
 class _DoorbellPeer:
-    """One client's message ring and bell, and the messages that the ring has no room for."""
+    """One client's message ring, and the messages that it has no room for."""
 
-    def __init__(self, client_key: bytes, ring: MessageRing, bell: Bell) -> None:
+    def __init__(self, client_key: bytes, ring: MessageRing) -> None:
         self.client_key = client_key
         self.ring = ring
-        self.bell = bell
         self.queue = BoundedQueue()
 
     def send(self, data: bytes) -> bool:
         """Send or queue one message; return False if too much is queued."""
-        if not self.queue and self._publish(data):
+        if not self.queue and self.ring.write(data):
             return True
         within_limits = self.queue.add(data)
         self.ring.want_room(True)
@@ -45,7 +43,7 @@ class _DoorbellPeer:
 
     def flush(self) -> None:
         """Send the queued messages that there is room for."""
-        if self.queue.flush(self._publish):
+        if self.queue.flush(self.ring.write):
             self.ring.want_room(False)
 
     def receive(self) -> bytes | None:
@@ -53,13 +51,6 @@ class _DoorbellPeer:
         if self.queue:
             self.flush()
         return self.ring.read()
-
-    def _publish(self, data: bytes) -> bool:
-        if not self.ring.write(data):
-            return False
-        if self.ring.peer_sleeps():
-            self.bell.post()
-        return True
 
 
 class DoorbellServerChannel(ServerChannel):
@@ -75,49 +66,44 @@ class DoorbellServerChannel(ServerChannel):
     def __init__(self, base: ZmqServerChannel, patience: Patience) -> None:
         self._base = base
         self.patience = patience
-        self._bell: Bell | None = None
+        self.bell = Bell()
         self._relay: relay.Relay | None = None
         self._peers: dict[bytes, _DoorbellPeer] = {}
         self._in_turn: tuple[_DoorbellPeer, ...] = ()
+        self._rings: tuple[MessageRing, ...] = ()
         self._last = -1  # index of the peer that was read last
         self._base_first = False
 
     @property
     def in_use(self) -> bool:
         """Whether a doorbell client is connected or connecting."""
-        return self._bell is not None
+        return self._relay is not None
 
-    def bell(self) -> Bell:
-        """Return the bell that wakes this server, created for the first doorbell client.
+    def prepare(self) -> None:
+        """Do what the first doorbell client needs, before it is told that it is connected.
 
         Raises:
-            SegmentError: the bell can't be created.
             OutOfResources: the relay thread can't be started.
         """
-        if self._bell is None:
-            bell = Bell.create()
+        if self._relay is None:
             try:
-                self._relay = self._start_relay(bell)
+                self._relay = self._start_relay()
             except RuntimeError as error:
-                bell.close()
                 raise OutOfResources(f"the doorbell channel needs a thread: {error}") from error
-            self._bell = bell
-        return self._bell
 
     def channel_of(self, client_key: bytes) -> str:
         """Return the name of the channel that a client uses."""
         return "doorbell" if client_key in self._peers else "zmq"
 
-    def connect(self, client_key: bytes, ring: MessageRing, bell: Bell) -> None:
-        """Route a client's messages through its ring from now on.
+    def connect(self, client_key: bytes, ring: MessageRing) -> None:
+        """Route a client's messages through its ring from now on, after ``prepare``.
 
         Args:
             client_key: the client, as ZeroMQ names it.
             ring: the message rings of both segments.
-            bell: the client's bell.
         """
-        self._peers[client_key] = _DoorbellPeer(client_key, ring, bell)
-        self._in_turn = tuple(self._peers.values())
+        self._peers[client_key] = _DoorbellPeer(client_key, ring)
+        self._take_turns()
 
     def disconnect(self, client_key: bytes) -> None:
         self._base.disconnect(client_key)
@@ -125,20 +111,18 @@ class DoorbellServerChannel(ServerChannel):
         if peer is None:
             return
         peer.ring.end()
-        peer.bell.post()
-        self._in_turn = tuple(self._peers.values())
-        self.drop_unused_bell()
+        self._take_turns()
+        self.stop_if_unused()
 
-    def drop_unused_bell(self) -> None:
-        """Close the bell if no doorbell client is left, for example after a failed handshake."""
-        if self._peers:
-            return
-        if self._relay is not None:
+    def _take_turns(self) -> None:
+        self._in_turn = tuple(self._peers.values())
+        self._rings = tuple(peer.ring for peer in self._in_turn)
+
+    def stop_if_unused(self) -> None:
+        """Stop the relay if no doorbell client is left, for example after a failed handshake."""
+        if self._relay is not None and not self._peers:
             self._relay.stop()
             self._relay = None
-        if self._bell is not None:
-            self._bell.close()
-            self._bell = None
 
     def send(self, client_key: bytes, data: bytes) -> bool:
         peer = self._peers.get(client_key)
@@ -182,22 +166,17 @@ class DoorbellServerChannel(ServerChannel):
 
     def abandon(self) -> None:
         self._base.abandon()
-        if self._bell is not None:
-            self._bell.abandon()
         self._relay = None
         self._peers.clear()
-        self._in_turn = ()
+        self._take_turns()
 
     def remove_names(self) -> None:
         self._base.remove_names()
-        bell = self._bell
-        if bell is not None:
-            bell.unlink()
 
     def close(self, *, flush: bool = True) -> None:
         for client_key in list(self._peers):
             self.disconnect(client_key)
-        self.drop_unused_bell()
+        self.stop_if_unused()
         self._base.close(flush=flush)
 
     def take_readable(self) -> list[int]:
@@ -205,7 +184,7 @@ class DoorbellServerChannel(ServerChannel):
         return []
 
     @abstractmethod
-    def _start_relay(self, bell: Bell) -> relay.Relay:
+    def _start_relay(self) -> relay.Relay:
         """Start the thread that waits for what the server's own thread does not wait for.
 
         Raises:
@@ -282,9 +261,8 @@ class ThreadDoorbells(DoorbellServerChannel):
         if self._relay is None:
             readable = self.take_readable()
             return [*readable, *self._base.wait(0 if readable else timeout_s)]  # seen by the relay before it ended
-        bell = self.bell()
         if not self._has_work() and not self._polled():
-            self._sleep(bell, relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
+            self._sleep(relay.SLICE_S if timeout_s is None else min(timeout_s, relay.SLICE_S))
         return self.take_readable()
 
     def _polled(self) -> bool:
@@ -301,23 +279,23 @@ class ThreadDoorbells(DoorbellServerChannel):
     def _has_work(self) -> bool:
         return self._peers_readable() or self._base_readable or bool(self._readable)
 
-    def _sleep(self, bell: Bell, timeout_s: float) -> None:
-        """Block until the bell is posted, having said so to all clients."""
-        for peer in self._in_turn:
-            peer.ring.sleep(True)
+    def _sleep(self, timeout_s: float) -> None:
+        """Block until there is a post, having said so to all clients."""
+        for ring in self._rings:
+            ring.sleep(True)
         try:
             if not self._has_work():
                 self.waits += 1
-                bell.wait(timeout_s)
+                self.bell.wait(self._rings, timeout_s)
         finally:
-            for peer in self._in_turn:
-                peer.ring.sleep(False)
+            for ring in self._rings:
+                ring.sleep(False)
 
-    def _start_relay(self, bell: Bell) -> relay.Relay:
+    def _start_relay(self) -> relay.Relay:
         def post_for_base() -> None:
             self._readable.extend(self._base.poll(None))
             self._base_readable = True
-            bell.post()
+            self.bell.post()
 
         self._base_readable = True  # its event may have been consumed already
         return relay.Relay("shmtransport zmq", post_for_base, self._base.wake)
@@ -339,16 +317,17 @@ class ThreadDoorbells(DoorbellServerChannel):
 class LoopDoorbells(DoorbellServerChannel):
     """For an event loop, which waits for descriptors; the relay waits for the bell."""
 
-    def connect(self, client_key: bytes, ring: MessageRing, bell: Bell) -> None:
-        super().connect(client_key, ring, bell)
+    def connect(self, client_key: bytes, ring: MessageRing) -> None:
+        super().connect(client_key, ring)
         ring.sleep(True)  # the relay always waits
+        self.bell.post()  # from now on for this client too
 
     def wait(self, timeout_s: float | None) -> list[int]:
         return self._base.wait(timeout_s)
 
-    def _start_relay(self, bell: Bell) -> relay.Relay:
+    def _start_relay(self) -> relay.Relay:
         def wake_event_loop() -> None:
-            if bell.wait(relay.SLICE_S) or self._peers_readable():
+            if self.bell.wait(self._rings, relay.SLICE_S) or self._peers_readable():
                 self._base.wake()
 
-        return relay.Relay("shmtransport doorbell", wake_event_loop, bell.post)
+        return relay.Relay("shmtransport doorbell", wake_event_loop, self.bell.post)

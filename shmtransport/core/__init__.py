@@ -18,6 +18,7 @@ from . import python_twin
 
 if TYPE_CHECKING:
     from .python_twin import (
+        Bell,
         Block,
         Borrows,
         CallState,
@@ -40,6 +41,7 @@ __all__ = [
     "CONTRACT",
     "CORE",
     "CORE_REASON",
+    "Bell",
     "Block",
     "Borrows",
     "CallState",
@@ -59,6 +61,7 @@ __all__ = [
 ]
 
 CONTRACT = (
+    "Bell",
     "Block",
     "Borrows",
     "CallState",

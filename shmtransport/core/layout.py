@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from ..errors import PeerProtocolError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAGIC = b"SHMTENSR"
 PAGE_BYTES = 4096
 BLOCK_ALIGNMENT = 64

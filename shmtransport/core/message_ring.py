@@ -2,10 +2,10 @@
 
 ::
 
-    0            64           128          192          256          320
-    ┌────────────┬────────────┬────────────┬────────────┬────────────┬────────────────────────────────────────────┐
-    │ published  │ consumed   │ wants room │ ended      │ sleeps     │ records: u32 length, payload, padding to 8 │
-    └────────────┴────────────┴────────────┴────────────┴────────────┴────────────────────────────────────────────┘
+    0           64          128          192         256         320         384
+    ┌───────────┬───────────┬────────────┬───────────┬───────────┬───────────┬────────────────────────────────────────┐
+    │ published │ consumed  │ wants room │ ended     │ sleeps    │ posts     │ records: u32 length, payload, padding  │
+    └───────────┴───────────┴────────────┴───────────┴───────────┴───────────┴────────────────────────────────────────┘
 
 Each cell has a cache line of its own, so that neither side's writes slow the other's. As everything in a segment, all
 cells are written by its owner:
@@ -14,7 +14,8 @@ cells are written by its owner:
 * ``consumed``: the bytes of all records that the owner has read from the *peer's* ring so far;
 * ``wants room``: 1 while the owner waits for the peer to read on;
 * ``ended``: 1 once the owner has ended the connection;
-* ``sleeps``: 1 while the owner waits to be woken when a message comes.
+* ``sleeps``: 1 while the owner waits to be woken when a message comes;
+* ``posts``: how often the owner has posted the peer, in the first four bytes: the word that the peer waits for.
 
 Rules that it keeps:
 
@@ -24,23 +25,28 @@ Rules that it keeps:
 * a signal handler or a finalizer may read and write here in the middle of a ``read`` or ``write`` of the same thread.
   So each prepares everything first, then checks that its position still holds, and then goes on without calling
   anything until its own change is made: CPython runs neither handlers nor finalizers there;
-* a message that was taken from the ring is kept until ``read`` returns it. Where a handler or ``on_room`` raises before
-  that, the next ``read`` returns it, and looks again whether the peer waits for room.
+* a message that was taken from the ring is kept until ``read`` returns it. Where a handler raises before
+  that, the next ``read`` returns it, and looks again whether the peer waits for room;
+* a peer is posted when it waits for a message and one is published, when it waits for room and some is made, and at
+  the end. Each side first announces that it waits, then looks once more; the other first makes its change, then looks
+  whether it waits. So one of the two sees the other.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import time
-from collections.abc import Callable
 
 from .fences import full_fence, order
+from .futex import Word
 from .layout import round_up
 from .refusals import bad_consumed, bad_length, bad_published, bad_record, bad_ring_memory, message_too_large
 
 _CELL_BYTES = 64
-_PUBLISHED, _CONSUMED, _WANTS_ROOM, _ENDED, _SLEEPS = range(5)
-_DATA_OFFSET = 5 * _CELL_BYTES
+_PUBLISHED, _CONSUMED, _WANTS_ROOM, _ENDED, _SLEEPS, _POSTS = range(6)
+_DATA_OFFSET = 6 * _CELL_BYTES
+_POSTS_OFFSET = _POSTS * _CELL_BYTES
 _LENGTH = struct.Struct("<I")
 _LENGTH_BYTES = _LENGTH.size
 _pack_length, _length_at = _LENGTH.pack, _LENGTH.unpack_from
@@ -67,6 +73,7 @@ class _Area:
         # Every eighth cell begins a cache line.
         self.cells = memory[:_DATA_OFFSET].cast("Q")[:: _CELL_BYTES // 8]
         self.data = memory[_DATA_OFFSET:]
+        self.posts = Word(ctypes.c_uint32.from_buffer(memory, _POSTS_OFFSET), is_private=False)
 
 
 class MessageRing:
@@ -75,23 +82,22 @@ class MessageRing:
     Args:
         own: the bytes of the message ring in this side's segment.
         peer: the bytes of the message ring in the peer's segment.
-        on_room: what ``read`` calls when it has made room that the peer waits for; it is to wake the peer.
 
     Raises:
         ValueError: the size of one is not that of a message ring.
     """
 
-    def __init__(self, own: memoryview, peer: memoryview, on_room: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, own: memoryview, peer: memoryview) -> None:
         own_area, peer_area = _Area(own), _Area(peer)
         self._own_cells, self._peer_cells = own_area.cells, peer_area.cells
         self._own_data, self._own_capacity = own_area.data, len(own_area.data)
         self._peer_data, self._peer_capacity = peer_area.data, len(peer_area.data)
+        self._own_posts, self.peer_posts = own_area.posts, peer_area.posts
         self._published = 0
         self._peer_consumed = 0
         self._consumed = 0
         self._taken: bytes | None = None
         self._owes_look = False  # whether the peer may wait for the room of what was taken
-        self._on_room = on_room
         self.largest_message = self._own_capacity // _LARGEST_RECORDS - _LENGTH.size
         """In bytes."""
 
@@ -100,7 +106,7 @@ class MessageRing:
         return self._taken is not None or self._peer_cells[_PUBLISHED] != self._consumed
 
     def write(self, data: bytes) -> bool:
-        """Publish one message; False if there is no room until the peer reads on.
+        """Publish one message, and post the peer if it sleeps; False if there is no room until the peer reads on.
 
         Raises:
             MessageTooLarge: it can never fit.
@@ -133,6 +139,9 @@ class MessageRing:
                     break
         order()  # the record is written before it is published
         self._own_cells[_PUBLISHED] = self._published
+        full_fence()
+        if self._peer_cells[_SLEEPS]:
+            self._post()
         return True
 
     def read(self) -> bytes | None:
@@ -160,15 +169,17 @@ class MessageRing:
         self._own_cells[_SLEEPS] = int(sleeps)
         full_fence()
 
-    def peer_sleeps(self) -> bool:
-        """Whether the peer waits to be woken; to be asked after a ``write``: one of the two sides sees the other."""
-        full_fence()
-        return self._peer_cells[_SLEEPS] != 0
+    def take_post(self) -> bool:
+        """Whether the peer has posted since this was asked last."""
+        taken = self.peer_posts.take()
+        order()  # the post is seen before what it is about is looked at
+        return taken
 
     def end(self) -> None:
         """Tell the peer that this side neither reads nor writes any longer."""
         order()
         self._own_cells[_ENDED] = 1
+        self._post()
 
     def ended(self) -> bool:
         """Whether the peer has ended the connection, and everything it wrote has been read."""
@@ -181,6 +192,11 @@ class MessageRing:
             if clock() >= deadline:
                 return False
         return True
+
+    def _post(self) -> None:
+        """Wake the peer, or keep its next wait from blocking."""
+        order()  # what it is about is written before
+        self._own_posts.post()
 
     def _has_room(self, needed: int) -> bool:
         consumed = self._peer_cells[_CONSUMED]
@@ -226,7 +242,7 @@ class MessageRing:
             self._owes_look = False  # an inner read returns what was taken at once
             full_fence()  # a writer without room announces that, then looks again: one of the two sees the other
             if self._peer_cells[_WANTS_ROOM]:
-                self._on_room()
+                self._post()
         except BaseException:
             self._owes_look = True
             raise

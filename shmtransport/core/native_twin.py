@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any
 
 from ._native import FORMAT_VERSION as COMPILED_FORMAT_VERSION
 from ._native import (
+    Bell,
     Block,
     CallState,
     Counters,
@@ -35,6 +35,7 @@ from .refusals import bad_ring_memory
 from .tensors import Tensors, address_of_memory
 
 __all__ = [
+    "Bell",
     "Block",
     "Borrows",
     "CallState",
@@ -72,12 +73,10 @@ class MessageRing(CompiledMessageRing):
 
     __slots__ = ()
 
-    def __new__(cls, own: memoryview, peer: memoryview, on_room: Callable[[], None] = lambda: None) -> MessageRing:
+    def __new__(cls, own: memoryview, peer: memoryview) -> MessageRing:
         own_address, own_anchor = _address(own)
         peer_address, peer_anchor = _address(peer)
-        return super().__new__(
-            cls, own_address, own.nbytes, own_anchor, peer_address, peer.nbytes, peer_anchor, on_room
-        )
+        return super().__new__(cls, own_address, own.nbytes, own_anchor, peer_address, peer.nbytes, peer_anchor)
 
 
 @functools.cache

@@ -22,13 +22,9 @@ class Patience:
         self._spin_s = spin_s
         self._failures = 0
         self._to_pass = 0
-        self._has_looked = False
 
     def seconds(self) -> float:
         """How long to look before the wait that begins now."""
-        if self._has_looked:
-            self._has_looked = False
-            return 0.0
         if self._spin_s is not None:
             return self._spin_s
         if self._to_pass:
@@ -40,7 +36,3 @@ class Patience:
         """Say whether a look has found something."""
         self._failures = 0 if found else min(self._failures + 1, _MOST_FAILURES)
         self._to_pass = 0 if found else 2**self._failures
-
-    def pass_next(self) -> None:
-        """Let the next wait block at once: a look for it has been in vain already."""
-        self._has_looked = True

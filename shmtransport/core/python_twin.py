@@ -3,6 +3,7 @@
 from typing import Any
 
 from .allocator import Block, NextFitAllocator
+from .bell import Bell
 from .borrows import Borrows
 from .calls import CallState
 from .codec import decode_call, decode_values, encode_reply, encode_request, take_call
@@ -12,6 +13,7 @@ from .message_ring import MessageRing
 from .patience import Patience
 
 __all__ = [
+    "Bell",
     "Block",
     "Borrows",
     "CallState",

@@ -95,7 +95,7 @@ def doctor(
 
 @app.command()
 def ls(as_json: JsonOption = False) -> None:
-    """List this user's connections, and its segments and bells in /dev/shm, of living and of dead processes."""
+    """List this user's connections, and its segments in /dev/shm, of living and of dead processes."""
     with _one_line_errors():
         found, connected = leftovers.list_all(), connections()
         if as_json:
@@ -120,7 +120,7 @@ def clean(as_json: JsonOption = False) -> None:
             _print_json({"removed": [_plain(one) for one in removed]})
             return
         for one in removed:
-            console.print(f"removed {one.kind} {one.name} ({size_text(one.nbytes)})")
+            console.print(f"removed segment {one.name} ({size_text(one.nbytes)})")
         console.print(f"removed {leftovers.in_words(removed)}" if removed else "dead processes have left nothing")
 
 
@@ -186,13 +186,13 @@ def _times_table(server: ServerFacts) -> Table:
 
 def _objects_table(found: list[SharedObject]) -> Table:
     table = Table()
-    for title in ("kind", "size", "age", "owner", "name"):
+    for title in ("size", "age", "owner", "name"):
         table.add_column(title, justify="right" if title in ("size", "age") else "left", overflow="fold")
     for one in found:
         owner = "dead" if one.owner_pid is None else f"process {one.owner_pid}"
         if one.owner_pid is not None and one.owner_pid <= 0:
             owner = "alive, elsewhere"
-        table.add_row(one.kind, size_text(one.nbytes), f"{one.age_s:.0f} s", owner, one.name)
+        table.add_row(size_text(one.nbytes), f"{one.age_s:.0f} s", owner, one.name)
     return table
 
 

@@ -33,7 +33,7 @@ class Client(ClientBase[ClientConnection]):
     Args:
         address: Where the server listens: ``ipc:///absolute/path``, or ``tcp://`` with a loopback address.
         channel: What carries requests and replies: "zmq", or "doorbell" (message rings in shared memory and a
-            semaphore; quicker, and with ``spin_us`` much quicker).
+            futex; quicker, and with ``spin_us`` much quicker).
         spin_us: How long the doorbell channel polls for a reply before it blocks, in microseconds. It keeps a core
             busy for as long. None: for up to 50 where replies have been coming as fast as that, else not at all.
         arena_bytes: Room for the tensors that this side sends, in bytes.

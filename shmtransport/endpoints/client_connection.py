@@ -24,7 +24,7 @@ from .options import ClientOptions, patience_of
 
 logger = logging.getLogger("shmtransport")
 
-_DESCRIPTORS = 14  # two of ZeroMQ, two to watch it, two wake-ups, four of segments, a bell, a pidfd, two spare
+_DESCRIPTORS = 14  # two of ZeroMQ, two to watch it, two wake-ups, four of segments, a pidfd, three spare
 _TELL_INTERVAL_S = 5.0
 _AGAIN_PAUSE_S = 0.02
 _END_SHOWS_S = 0.25  # how long libzmq may take to notice that the process at the other end is gone
@@ -45,9 +45,6 @@ class _Held:
     def release(self, *, flush: bool, wait: bool) -> None:
         """Give everything back; results stay valid."""
         self._channel.close(flush=flush, wait=wait)
-        bells = self._memory.bells
-        if bells is not None and not self._memory.watch.alive():
-            bells.peer.remove_if_dead()
         self._memory.close()
 
     def drop(self) -> None:
@@ -89,9 +86,9 @@ class ClientConnection:
         zmq_channel, self.memory = connecting.connect()
         address, options = connecting.address, connecting.options
         self.channel: Channel = zmq_channel
-        ring, bells = self.memory.ring, self.memory.bells
-        if ring is not None and bells is not None:
-            self.channel = DoorbellChannel(zmq_channel, ring, bells, patience_of(options.spin_us))
+        ring = self.memory.ring
+        if ring is not None:
+            self.channel = DoorbellChannel(zmq_channel, ring, patience_of(options.spin_us))
         self.server_pid = self.memory.watch.pid
         self.server = f"the server at {address} (process {self.server_pid})"
         self.held = _Held(self.channel, self.memory, self.server)

@@ -1,4 +1,4 @@
-"""What one connection owns on either side: segments, arenas, ring, bells, the peer's watch."""
+"""What one connection owns on either side: segments, arenas, message rings, the peer's watch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from ..core import Counters, MessageRing
 from ..core.layout import PAGE_BYTES, Layout, round_up
 from ..core.message_ring import message_ring_bytes
 from ..errors import Closed, PeerDied, PeerProtocolError
-from ..memory.bell import Bells
 from ..memory.peer_watch import PeerWatch
 from ..memory.receive_arena import ReceiveArena, release_cells
 from ..memory.segment import Segment
@@ -68,7 +67,7 @@ class ConnectionMemory:
         peer: the peer's segment.
         counters: where the connection counts.
         max_message_bytes: the limit on the plain values of a call or result, in bytes.
-        bells: both sides' bells if the connection uses the doorbell channel (default None); ``ring`` is set with them.
+        by_doorbell: whether the connection uses the doorbell channel (default False), for which there is ``ring``.
         snapshot: whether received tensors are copied (default False).
         claim_timeout_s: how long a claim may block, in seconds (default 0).
     """
@@ -80,14 +79,13 @@ class ConnectionMemory:
         counters: Counters,
         max_message_bytes: int,
         *,
-        bells: Bells | None = None,
+        by_doorbell: bool = False,
         snapshot: bool = False,
         claim_timeout_s: float = 0.0,
     ) -> None:
         self._own = own
         self._peer = peer
-        self.bells = bells
-        self.ring = None if bells is None else MessageRing(own.message_ring, peer.message_ring, bells.peer.post)
+        self.ring = MessageRing(own.message_ring, peer.message_ring) if by_doorbell else None
         self.watch = PeerWatch(peer.fd)
         self._peer_check = _PeerCheck(self.watch)
         self.send_arena = SendArena(own, release_cells(peer), counters, claim_timeout_s, self._peer_check)
@@ -129,9 +127,6 @@ class ConnectionMemory:
         self.receive_arena.abandon()
         self._own.abandon()
         self._peer.abandon()
-        if self.bells is not None:
-            for bell in self.bells:
-                bell.abandon()
 
     def close(self) -> None:
         """Give the segments back; tensors that still refer to them keep their memory."""
@@ -139,5 +134,3 @@ class ConnectionMemory:
         self.watch.close()
         self._own.close()
         self._peer.close()
-        if self.bells is not None:
-            self.bells.peer.close()

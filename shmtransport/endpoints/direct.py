@@ -20,6 +20,7 @@ from .server_connection import ServerConnection
 from .turns import Turns
 
 _LONGEST_TURN_S = 0.05
+_LONGEST_SLEEP_S = 0.1
 
 
 def direct_calls(
@@ -33,8 +34,8 @@ def direct_calls(
         counters: Where calls are counted.
         call_back: Takes a call that has ended and has callbacks.
     """
-    ring, bells, codec = connection.memory.ring, connection.memory.bells, connection.memory.codec
-    if ring is None or bells is None or not _is_plain(codec) or not isinstance(connection.channel, DoorbellChannel):
+    ring, codec, channel = connection.memory.ring, connection.memory.codec, connection.channel
+    if ring is None or not _is_plain(codec) or not isinstance(channel, DoorbellChannel):
         return None
     return DirectCalls(
         ring,
@@ -43,14 +44,16 @@ def direct_calls(
         codec.loans,
         codec.borrows,
         counters,
-        bells.peer.post,
         call_back,
         turns.lock.acquire,
         turns.lock.release,
         turns.followers,
         turns.received_for,
+        turns.begin_receiving,
+        turns.end_receiving,
         codec.max_message_bytes,
-        connection.channel.patience,
+        channel.patience,
+        channel.bell,
     )
 
 
@@ -80,8 +83,8 @@ class DirectServing:
 
     def add(self, connection: ServerConnection) -> None:
         """Answer a client directly from its second message on, if that can be done."""
-        ring, bells, codec = connection.memory.ring, connection.memory.bells, connection.memory.codec
-        if ring is None or bells is None or not _is_plain(codec):
+        ring, codec = connection.memory.ring, connection.memory.codec
+        if ring is None or not _is_plain(codec):
             return
         self._answers[connection] = DirectAnswers(
             ring,
@@ -89,7 +92,6 @@ class DirectServing:
             codec.loans,
             codec.borrows,
             self._counters,
-            bells.peer.post,
             self._current.set,
             self._current.reset,
             connection.reference,
@@ -117,16 +119,22 @@ class DirectServing:
         """Answer what comes, until there is something else to do.
 
         Returns:
-            True after an answer, False if a message is left or none comes; or a client and what is left to do of its
-            call: its reply's bytes where its ring has no room, an error that ends its connection, or ``(call_id,
-            method, result, error, started)`` of a handler that has returned what only Python can send, or has raised.
+            True after an answer, False if a message is left or none comes for a while; or a client and what is left
+            to do of its call: its reply's bytes where its ring has no room, an error that ends its connection, or
+            ``(call_id, method, result, error, started)`` of a handler that has returned what only Python can send, or
+            has raised.
         """
         doorbells = self._doorbells
         if not 0 < len(self._answers) == doorbells.clients or not doorbells.is_queue_empty:
             return False
         connections = list(self._answers)  # before: a handler may fork, and its child forgets them
         answered: bool | tuple[int, Any] = answer_in_turn(
-            tuple(self._answers.values()), doorbells.attention, doorbells.patience, _LONGEST_TURN_S
+            tuple(self._answers.values()),
+            doorbells.attention,
+            doorbells.patience,
+            doorbells.bell,
+            _LONGEST_TURN_S,
+            _LONGEST_SLEEP_S,
         )
         if len(connections) > 1 and (first := connections[0]) in self._answers:
             self._answers[first] = self._answers.pop(first)

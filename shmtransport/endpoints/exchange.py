@@ -308,19 +308,30 @@ class Exchange(ConnectionState[ClientConnection]):
             self._run_callbacks()
 
     def _wait_directly(self, call: CallInFlight, left_s: float) -> bool:
-        """Look for replies without a turn, for as long as the channel spins; whether the call is ready."""
-        direct = self._direct
-        if direct is None:
+        """Wait while no other thread does; whether the call is ready."""
+        connection, direct = self.connection, self._direct
+        if connection is None or direct is None:
             return call.ready
         try:
             ready: bool = direct.wait(call, left_s)
         except PeerProtocolError as error:
             with self.lock:
-                if self.connection is not None and direct is self._direct:
-                    self.connection.say_goodbye("protocol error")
-                    self._end(self.connection, error)
+                if direct is self._direct:
+                    connection.say_goodbye("protocol error")
+                    self._end(connection, error)
             return call.ready
+        finally:
+            if direct is not self._direct or self.turns.followers:
+                self._leave(connection)
         return ready
+
+    def _leave(self, connection: ClientConnection) -> None:
+        """Do what is left to a thread that has received: close what has ended meanwhile, let another thread receive."""
+        with self.lock:
+            ended = self.ended is not None and not self.turns.received_for
+            if ended or connection is not self.connection:
+                connection.close(flush=self.flush)
+            self.turns.hand_over()
 
     def _stop_direct(self) -> None:
         direct, self._direct = self._direct, None

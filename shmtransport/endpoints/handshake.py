@@ -6,14 +6,14 @@ Each side allocates only after the other has committed to as much::
       Hello(sizes, channel)        ──►         checks its limits
                                    ◄──       Offer, or Refused(figures)
       creates its segment
-      Attach(name, bell)           ──►         maps it, creates its own segment,
+      Attach(name)                 ──►         maps it, creates its own segment,
                                                learns the client's process from the kernel,
                                                unlinks the client's segment
-      maps it, unlinks it          ◄──       Welcome(name, bell)
+      maps it, unlinks it          ◄──       Welcome(name)
 
 A peer could name a segment that is not its own. So each side unlinks the peer's segment only if the kernel shows that
 the process at the other end of the socket owns it. Otherwise (TCP, other pid namespaces) the owner unlinks it: the
-client when it is welcomed, the server when the first message arrives. Each bell is unlinked by its owner.
+client when it is welcomed, the server when the first message arrives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ..channels import open_files
 from ..core import Counters
 from ..core.layout import Layout
 from ..errors import ConnectRefused, OutOfResources, PeerProtocolError, SegmentError
-from ..memory.bell import BELLS, Bell, Bells
 from ..memory.ownership import Role, registry
 from ..memory.segment import SEGMENTS, Segment
 from ..protocol.messages import (
@@ -50,7 +49,7 @@ from .connection_memory import ConnectionMemory, segment_layout
 from .options import ClientOptions, ServerOptions
 
 _ONE_CLIENT = 8
-"""File descriptors that a server needs for one more client: two for each segment, a pidfd, a bell, two spare."""
+"""File descriptors that a server needs for one more client: two for each segment, a pidfd, three spare."""
 
 Expected = TypeVar("Expected", bound=Message)
 
@@ -89,34 +88,23 @@ def client_handshake(
     with ExitStack() as undo:
         own = Segment.create(segment_layout(sizes.request_arena_bytes, ring_message_bytes), "client")
         undo.callback(own.close)
-        own_bell = undo.enter_context(Bell.create()) if by_doorbell else None
-        attach = Attach(own.name, "" if own_bell is None else own_bell.name)
-        welcome = _expect(Welcome, (yield encode(attach)))
+        welcome = _expect(Welcome, (yield encode(Attach(own.name))))
         layout = segment_layout(sizes.reply_arena_bytes, ring_message_bytes)
-        undo.callback(_remove_if_dead, welcome)
+        undo.callback(SEGMENTS.remove_if_dead, welcome.segment)
         peer = _attach_peers(welcome.segment, layout, "client")
         undo.callback(peer.close)
-        bells = None if own_bell is None else Bells(own_bell, undo.enter_context(_open_peers(welcome.bell, own_bell)))
         own.unlink()
-        if own_bell is not None:
-            own_bell.unlink()
         memory = ConnectionMemory(
             own,
             peer,
             counters,
             offer.max_message_bytes,
-            bells=bells,
+            by_doorbell=by_doorbell,
             snapshot=options.snapshot,
             claim_timeout_s=claim_timeout_s,
         )
         undo.pop_all()
         return memory
-
-
-def _remove_if_dead(welcome: Welcome) -> None:
-    """Remove the names left by a server that was killed after its Welcome."""
-    SEGMENTS.remove_if_dead(welcome.segment)
-    BELLS.remove_if_dead(welcome.bell)
 
 
 def _attach_peers(name: str, layout: Layout, own_role: Role) -> Segment:
@@ -128,13 +116,6 @@ def _attach_peers(name: str, layout: Layout, own_role: Role) -> Segment:
     if registry.role_of(name) == own_role:
         raise PeerProtocolError("the peer gave the name of a segment that is not its own")
     return Segment.attach(name, layout)
-
-
-def _open_peers(name: str, own: Bell) -> Bell:
-    """Open the peer's bell; never this side's own."""
-    if name == own.name:
-        raise PeerProtocolError("the peer gave the name of a bell that is not its own")
-    return Bell.open(name)
 
 
 _UNKNOWN = "this server does not know the connection; it may have been restarted"
@@ -182,12 +163,12 @@ class Admission:
     Args:
         options: the server's limits.
         counters: where connections count.
-        own_bell: returns the bell that the server waits for; called only if a client uses the doorbell channel.
+        prepare_doorbell: called before a client of the doorbell channel is admitted.
     """
 
-    def __init__(self, options: ServerOptions, counters: Counters, own_bell: Callable[[], Bell]) -> None:
+    def __init__(self, options: ServerOptions, counters: Counters, prepare_doorbell: Callable[[], None]) -> None:
         self._options = options
-        self._own_bell = own_bell
+        self._prepare_doorbell = prepare_doorbell
         self._counters = counters
         self._newcomers: dict[bytes, _Newcomer] = {}
         self._admitted: dict[bytes, _Granted] = {}
@@ -282,10 +263,8 @@ class Admission:
                 layout = segment_layout(sizes.request_arena_bytes, ring_message_bytes)
                 peer = _attach_peers(attach.segment, layout, "server")
                 undo.callback(peer.close)
-                bells = None
                 if by_doorbell:
-                    own_bell = self._own_bell()
-                    bells = Bells(own_bell, undo.enter_context(_open_peers(attach.bell, own_bell)))
+                    self._prepare_doorbell()
                 own = Segment.create(segment_layout(sizes.reply_arena_bytes, ring_message_bytes), "server")
                 undo.callback(own.close)
             except (SegmentError, OutOfResources) as error:
@@ -296,7 +275,7 @@ class Admission:
                     peer,
                     self._counters,
                     newcomer.max_message_bytes,
-                    bells=bells,
+                    by_doorbell=by_doorbell,
                     claim_timeout_s=self._options.claim_timeout_s,
                 )
                 undo.callback(memory.close)
@@ -305,7 +284,7 @@ class Admission:
                 return Refused(f"the client's process can't be watched: {error.strerror}"), None
             undo.pop_all()
         self._admitted[client_key] = _Granted(sizes, attach.segment)
-        return Welcome(own.name, "" if bells is None else bells.own.name), Admitted(sizes, memory)
+        return Welcome(own.name), Admitted(sizes, memory)
 
     def _forget_unfinished(self) -> None:
         """Forget clients that sent Hello and then nothing."""

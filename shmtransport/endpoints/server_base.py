@@ -76,7 +76,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._zmq = ZmqServerChannel(address, options.max_message_bytes)
         self._doorbells = doorbells(self._zmq, patience_of(options.spin_us))
         self._channel: ServerChannel = self._zmq  # the doorbells while a client uses them
-        self._admission = Admission(options, self._counters, self._doorbells.bell)
+        self._admission = Admission(options, self._counters, self._doorbells.prepare)
         self._at_drop = weakref.finalize(self, drop_all, self._doorbells, self._connections, address)
         self._at_drop.atexit = False  # other threads may still serve; names are removed, and the kernel does the rest
         remove_names_at_exit(self._doorbells)
@@ -163,7 +163,8 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
 
     def statistics(self) -> Statistics:
         """Return totals over all clients since this server was made."""
-        return replace(Statistics.of(self._counters), waits=self._zmq.waits + self._doorbells.waits)
+        waits = self._counters.waits + self._zmq.waits + self._doorbells.waits
+        return replace(Statistics.of(self._counters), waits=waits)
 
     def methods(self) -> list[str]:
         """Return the names of the methods that clients may call, sorted; for a client, ``Client.methods``."""
@@ -369,7 +370,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
                 self._to_refuse.append((client_key, data, pid))
                 return
         if connection is None:
-            self._doorbells.drop_unused_bell()
+            self._doorbells.stop_if_unused()
             self._leave_unused_doorbells()
         if isinstance(answer, Refused) and client_key != self._last_refused:
             self._last_refused = client_key  # a client that keeps sending is logged once
@@ -411,8 +412,8 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._connected += 1
         self._connections[connection.client_key] = connection
         self._channel.know(connection.client_key)
-        if memory.ring is not None and memory.bells is not None:
-            self._doorbells.connect(connection.client_key, memory.ring, memory.bells.peer)
+        if memory.ring is not None:
+            self._doorbells.connect(connection.client_key, memory.ring)
             self._channel = self._doorbells
         logger.info(
             "client %d connected at %s (%s, %s channel): request arena %s, reply arena %s, process %d",

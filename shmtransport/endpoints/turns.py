@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ..core import CallState
+
 Result = TypeVar("Result")
 
 
@@ -38,7 +40,7 @@ class _Turn:
 
 
 class Turns:
-    """The receiver and its followers. Every method is called with ``lock`` held."""
+    """The receiver and its followers. Every method is called with ``lock`` held, unless it says otherwise."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -52,6 +54,7 @@ class Turns:
         # As in threading.Condition: they release and restore the lock however often its thread has acquired it.
         self._release: Callable[[], Any] = self.lock._release_save  # type: ignore[attr-defined]  # noqa: SLF001
         self._restore: Callable[[Any], None] = self.lock._acquire_restore  # type: ignore[attr-defined]  # noqa: SLF001
+        self._is_owned: Callable[[], bool] = self.lock._is_owned  # type: ignore[attr-defined]  # noqa: SLF001
 
     def taken(self) -> bool:
         """Return whether another thread is the receiver."""
@@ -73,8 +76,35 @@ class Turns:
         finally:
             self._restore(depth)
             self.received_for.pop()
-            if self._waiting_for_receiver and not self.received_for:
-                self._receiver_left.notify_all()
+            self._tell_of_leaving()
+
+    def begin_receiving(self, call: CallState) -> bool:
+        """Become the only receiver, for a direct call, without the lock; ``end_receiving`` must follow in any case.
+
+        Returns:
+            False, with nothing done, if another call receives, follows or holds the lock, or this one is ready.
+        """
+        if self._is_owned() or not self.lock.acquire(blocking=False):
+            return False
+        try:
+            if self.received_for or self.followers or call.ready:
+                return False
+            self._receiving_thread = threading.get_ident()
+            self.received_for.append(call)
+            return True
+        finally:
+            self.lock.release()
+
+    def end_receiving(self, call: CallState) -> None:
+        """Receive for a direct call no longer; called without the lock. A second call does nothing."""
+        with self.lock:
+            if call in self.received_for:
+                self.received_for.remove(call)
+            self._tell_of_leaving()
+
+    def _tell_of_leaving(self) -> None:
+        if self._waiting_for_receiver and not self.received_for:
+            self._receiver_left.notify_all()
 
     def follow(self, key: object, timeout_s: float) -> None:
         """Wait for a turn, without the lock, for up to ``timeout_s`` seconds."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ..errors import SegmentError
-from .owner_lock import OwnerLock
+from . import owner_lock
 from .ownership import Role, registry
 
 DIRECTORY = "/dev/shm"
@@ -35,16 +35,12 @@ class NamedObjects:
     Args:
         noun: what an error calls one of them.
         prefix: how their names begin.
-        lock: how their owners lock them.
-        file_prefix: what the system puts before a name to get the file's.
     """
 
-    def __init__(self, noun: str, prefix: str, lock: OwnerLock, file_prefix: str = "") -> None:
+    def __init__(self, noun: str, prefix: str) -> None:
         self.noun = noun
         self._prefix = prefix
-        self._lock = lock
-        self._file_prefix = file_prefix
-        self._form = re.compile(rf"{prefix}{lock.tag_pattern}[0-9a-f]{{32}}")
+        self._form = re.compile(rf"{prefix}[0-9a-f]{{32}}")
 
     def is_name(self, name: str) -> bool:
         """Whether a string, which a peer may have sent, has the form of these objects' names."""
@@ -52,15 +48,14 @@ class NamedObjects:
 
     def file(self, name: str) -> str:
         """Where Linux keeps the object of this name."""
-        return f"{DIRECTORY}/{self._file_prefix}{name[1:]}"
+        return f"{DIRECTORY}/{name[1:]}"
 
     def names(self) -> Iterator[str]:
         """All such names that exist now, of the living and of the dead."""
         with contextlib.suppress(OSError):  # no /dev/shm: nothing in it
             for file in os.listdir(DIRECTORY):
-                name = "/" + file.removeprefix(self._file_prefix)
-                if file.startswith(self._file_prefix) and self.is_name(name):
-                    yield name
+                if self.is_name("/" + file):
+                    yield "/" + file
 
     def create(self, make: Callable[[str], Made | None], role: Role = "") -> Made:
         """Make a new object.
@@ -75,7 +70,7 @@ class NamedObjects:
             What ``make`` raises.
         """
         for _ in range(_MAKING_ATTEMPTS):
-            name = f"{self._prefix}{self._lock.tag()}{secrets.token_hex(16)}"
+            name = f"{self._prefix}{secrets.token_hex(16)}"
             try:
                 registry.add_name(name, role)
                 made = make(name)
@@ -89,7 +84,7 @@ class NamedObjects:
 
     def claim(self, fd: int) -> bool:
         """Become the owner of a new object, until the process ends; False if it was removed before that."""
-        return self._lock.claim(fd) and os.fstat(fd).st_nlink > 0
+        return owner_lock.claim(fd) and os.fstat(fd).st_nlink > 0
 
     def unlink(self, name: str) -> None:
         """Remove the name of an object that this process owns, or that its owner has given to it."""
@@ -109,7 +104,7 @@ class NamedObjects:
             return os.getpid()
         fd = self._open(name)
         try:
-            return self._lock.owner(fd, name)
+            return owner_lock.holder(fd)
         finally:
             os.close(fd)
 
@@ -122,7 +117,7 @@ class NamedObjects:
         except OSError:  # it is gone, or another user's
             return False
         try:
-            if not self._lock.keep_claims_out(fd):
+            if not owner_lock.keep_claims_out(fd):
                 return False
             os.unlink(self.file(name))
         except (FileNotFoundError, PermissionError):

@@ -26,11 +26,10 @@ from ..units import size_text
 from .mapped_file import map_file, mapping_of, was_cut
 from .named_object import DIRECTORY, NamedObjects
 from .opening import opening_error, reason
-from .owner_lock import RecordLock
 from .ownership import Role, registry
 
 NAME_PREFIX = "/shmtransport-"
-SEGMENTS = NamedObjects("segment", NAME_PREFIX, RecordLock())
+SEGMENTS = NamedObjects("segment", NAME_PREFIX)
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # mman.h; Python has no names for them
 
 
@@ -118,7 +117,7 @@ class Segment:
         try:
             memory = posix_ipc.SharedMemory(name)
         except (OSError, ValueError, posix_ipc.Error) as error:  # ValueError: it is a directory
-            raise opening_error("segment", error) from error
+            raise opening_error(error) from error
         try:
             found = Layout.from_header(os.pread(memory.fd, HEADER.size, 0), os.fstat(memory.fd).st_size)
             if found != layout:

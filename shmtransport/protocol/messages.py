@@ -60,17 +60,15 @@ class Offer(Message, frozen=True, array_like=True, tag=2):
 
 
 class Attach(Message, frozen=True, array_like=True, tag=3):
-    """The client's answer to Offer: the names of its segment and, for the doorbell, its bell."""
+    """The client's answer to Offer: the name of its segment."""
 
     segment: _ShortText
-    bell: _ShortText = ""
 
 
 class Welcome(Message, frozen=True, array_like=True, tag=4):
-    """The server's last message: its own segment and bell. It has mapped the client's segment."""
+    """The server's last message: the name of its segment. It has mapped the client's."""
 
     segment: _ShortText
-    bell: _ShortText = ""
 
 
 class Goodbye(Message, frozen=True, array_like=True, tag=5):

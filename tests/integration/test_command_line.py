@@ -217,7 +217,7 @@ def test_living_and_dead_are_counted_apart(
     owners: list[int | None], text: str, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the doctor's table."""
-    named = tuple(SharedObject("segment", "/x", 4096, owner, 1.0) for owner in owners)
+    named = tuple(SharedObject("/x", 4096, owner, 1.0) for owner in owners)
     machine = replace(facts.machine_facts(), named=named)
     monkeypatch.setattr(doctor, "examine", lambda _address: doctor.Facts(machine))
     assert text in " ".join(re.sub("│", " ", run("doctor").stdout).split())
@@ -225,7 +225,7 @@ def test_living_and_dead_are_counted_apart(
 
 def test_an_owner_in_another_container_is_alive(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its process id says nothing here, and is not shown."""
-    monkeypatch.setattr("shmtransport.memory.leftovers.list_all", lambda: [SharedObject("segment", "/x", 4096, 0, 1.0)])
+    monkeypatch.setattr("shmtransport.memory.leftovers.list_all", lambda: [SharedObject("/x", 4096, 0, 1.0)])
     assert "alive, elsewhere" in run("ls").stdout
 
 

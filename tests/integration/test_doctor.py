@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from shmtransport import Client, ConnectRefused, ConnectTimeout, Server
+from shmtransport.channels.doorbell_server import DoorbellServerChannel
 from shmtransport.diagnostics import doctor, facts, measure
-from shmtransport.errors import SegmentError
-from shmtransport.memory.bell import Bell
+from shmtransport.errors import OutOfResources
 from tests.support.helpers import MIB, Serve
 from tests.support.process import ROOT, Process
 
@@ -86,15 +86,18 @@ def test_a_server_that_takes_no_client_says_why(serve: Serve, address: str) -> N
 def test_a_channel_that_fails_is_a_finding(serve: Serve, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are measured nevertheless."""
 
-    def fail() -> Bell:
-        raise SegmentError("no semaphore to be had")
+    def fail(_server: DoorbellServerChannel) -> None:
+        raise OutOfResources("no thread to be had")
 
+    refused = "the server refused: no thread to be had"
+    monkeypatch.setattr(DoorbellServerChannel, "prepare", fail)
     serve()
-    monkeypatch.setattr(Bell, "create", fail)
     found = measure.measure(address)
-    assert [one.error for one in found.channels] == ["", *2 * ["no semaphore to be had"]]
+    assert [one.error for one in found.channels] == ["", refused, refused]
     problems = [one for one in doctor.verdicts(doctor.Facts(facts.machine_facts(), found)) if one.level == "problem"]
-    assert [one.remedy for one in problems if "can't be used" in one.finding] == 2 * ["no semaphore to be had"]
+    assert [one.remedy for one in problems if "can't be used" in one.finding] == 2 * [
+        "the server refused: no thread to be had"
+    ]
 
 
 @pytest.mark.usefixtures("hasty")

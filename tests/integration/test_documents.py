@@ -62,7 +62,7 @@ def test_the_layout_document_gives_the_header_as_it_is() -> None:
 def test_the_memory_layout_shows_the_message_rings_cells() -> None:
     """Each cell of the document's second table is where a ring's owner writes it, and the records begin behind them."""
     text = (ROOT / "docs/memory-layout.md").read_text()
-    rows = dict(re.findall(r"^\| (\d+) \| (published|consumed|1 while|1 once)", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| (\d+) \| (published|consumed|1 while|1 once|posts)", text, re.MULTILINE))
     layout = segment_layout(4096, 1024)
     one, other = Segment.create(layout), Segment.create(layout)
     try:
@@ -78,10 +78,10 @@ def test_the_memory_layout_shows_the_message_rings_cells() -> None:
         ring.sleep(True)
         area = one.view[layout.message_ring_offset : layout.message_ring_offset + layout.message_ring_bytes]
         cells = {offset: int.from_bytes(area[offset : offset + 8], "little") for offset in map(int, rows)}
-        assert cells == {0: 16, 64: 16, 128: 1, 192: 1, 256: 1}
-        assert [*rows.values()] == ["published", "consumed", "1 while", "1 once", "1 while"]
-        assert bytes(area[320:330]) == b"\x06\0\0\0record"
-        assert "first 320 bytes" in text
+        assert cells == {0: 16, 64: 16, 128: 1, 192: 1, 256: 1, 320: 1}
+        assert [*rows.values()] == ["published", "consumed", "1 while", "1 once", "1 while", "posts"]
+        assert bytes(area[384:394]) == b"\x06\0\0\0record"
+        assert "first 384 bytes" in text
         area.release()
         del ring, peer
     finally:

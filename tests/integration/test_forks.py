@@ -118,7 +118,7 @@ def test_a_client_that_was_closed_before_the_fork_says_that(fork_client: Spawn) 
 def test_the_end_of_a_servers_child_does_not_touch_the_server(
     spawn: Spawn, address: str, directory: Path, channel: ChannelKind
 ) -> None:
-    """Forked in a handler, it ends with all that it has inherited: socket, clients, memory and bell stay as they were.
+    """Forked in a handler, it ends with all that it has inherited: socket, clients and memory stay as they were.
 
     Not one reply is sent by it, nor anything written to an arena.
     """

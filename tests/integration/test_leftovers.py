@@ -20,9 +20,8 @@ from shmtransport.diagnostics.facts import connected_segments, mappings
 from shmtransport.endpoints.connection_memory import segment_layout
 from shmtransport.errors import SegmentError
 from shmtransport.memory import leftovers, named_object
-from shmtransport.memory.bell import BELLS, Bell
 from shmtransport.memory.leftovers import SharedObject, in_words, list_all, remove_dead, sweep
-from shmtransport.memory.owner_lock import RecordLock, holder
+from shmtransport.memory.owner_lock import holder, keep_claims_out
 from shmtransport.memory.segment import NAME_PREFIX, SEGMENTS, Segment
 from shmtransport.protocol.messages import (
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -35,7 +34,7 @@ from shmtransport.protocol.messages import (
     encode,
 )
 from tests.support.helpers import MIB, Serve, echo, eventually
-from tests.support.left_behind import FIRST_BYTE_ONLY, FORKING_SERVER, IN_PIECES, MAKER, OWNER, REMOVER, kill, named
+from tests.support.left_behind import FIRST_BYTE_ONLY, IN_PIECES, MAKER, OWNER, REMOVER, kill, named
 from tests.support.process import ROOT, Process
 from tests.support.strangers import Stranger
 
@@ -59,11 +58,10 @@ def run_script(directory: Path, spawn: Spawn) -> Callable[..., Process]:
 
 
 @pytest.fixture
-def owner(run_script: Callable[..., Process]) -> tuple[Process, str, str]:
-    """A process that owns a segment and a bell, with their names."""
+def owner(run_script: Callable[..., Process]) -> tuple[Process, str]:
+    """A process that owns a segment, with its name."""
     process = run_script(OWNER)
-    segment_name, bell_name = process.readline().split()
-    return process, segment_name, bell_name
+    return process, process.readline().strip()
 
 
 @pytest.fixture
@@ -76,46 +74,39 @@ def clean_up() -> Iterator[list[str]]:
             os.unlink(path)
 
 
-def test_what_a_killed_process_left_is_removed_and_not_before(owner: tuple[Process, str, str]) -> None:
-    """Running or stopped, the process is the owner; once it is killed both are dead, and only they are removed."""
-    process, *names = owner
+def test_what_a_killed_process_left_is_removed_and_not_before(owner: tuple[Process, str]) -> None:
+    """Running or stopped, the process is the owner; once it is killed its segment is dead, and is removed."""
+    process, name = owner
     for number in (signal.SIGCONT, signal.SIGSTOP):
         process.signal(number)
-        found = named()
-        assert [found[name].owner_pid for name in names] == [process.pid, process.pid]
-        assert not {one.name for one in remove_dead()} & set(names)
-    assert found[names[0]].kind == "segment"
-    assert found[names[0]].nbytes == LAYOUT.total_bytes
-    assert 0 <= found[names[0]].age_s < 60
-    assert found[names[1]].kind == "bell"
-    assert not found[names[1]].dead
+        found = named()[name]
+        assert found.owner_pid == process.pid
+        assert name not in {one.name for one in remove_dead()}
+    assert found.nbytes == LAYOUT.total_bytes
+    assert 0 <= found.age_s < 60
+    assert not found.dead
 
     kill(process)
-    found = named()
-    assert [found[name].owner_pid for name in names] == [None, None]
-    assert found[names[0]].dead
-    assert {one.name for one in remove_dead()} >= set(names)
-    assert not named().keys() & set(names)
-    assert not os.path.exists(SEGMENTS.file(names[0]))
-    assert not os.path.exists(BELLS.file(names[1]))
+    assert named()[name].owner_pid is None
+    assert named()[name].dead
+    assert name in {one.name for one in remove_dead()}
+    assert name not in named()
+    assert not os.path.exists(SEGMENTS.file(name))
 
 
 def test_this_processs_own_are_never_removed_nor_given_up_by_looking(run_script: Callable[..., Process]) -> None:
     """Closing any descriptor of an own segment would end its lock: after looking, another process still respects it."""
-    segment, bell = Segment.create(LAYOUT), Bell.create()
+    segment = Segment.create(LAYOUT)
     try:
-        found = named()
-        assert [found[one.name].owner_pid for one in (segment, bell)] == [os.getpid(), os.getpid()]
-        assert not {one.name for one in remove_dead()} & {segment.name, bell.name}
+        assert named()[segment.name].owner_pid == os.getpid()
+        assert segment.name not in {one.name for one in remove_dead()}
         assert not SEGMENTS.remove_if_dead(segment.name)
         other = run_script(REMOVER)
-        assert not set(other.readline().split()) & {segment.name, bell.name}
+        assert segment.name not in other.readline().split()
         assert os.path.exists(SEGMENTS.file(segment.name))
-        assert os.path.exists(BELLS.file(bell.name))
     finally:
         segment.close()
-        bell.close()
-    assert not named().keys() & {segment.name, bell.name}
+    assert segment.name not in named()
 
 
 def test_a_segment_that_is_just_being_made_is_not_lost(run_script: Callable[..., Process]) -> None:
@@ -141,7 +132,7 @@ def test_a_maker_whose_segment_is_swept_makes_another(monkeypatch: pytest.Monkey
         seen.append(path)
         if len(seen) == 1:
             sweepers.append(os.open(path, os.O_RDWR))
-            assert RecordLock().keep_claims_out(sweepers[0])
+            assert keep_claims_out(sweepers[0])
             if removed:
                 os.unlink(path)
                 os.close(sweepers.pop())
@@ -172,20 +163,19 @@ def test_a_maker_whose_segments_are_all_swept_gives_up(monkeypatch: pytest.Monke
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_a_sweeper_is_never_taken_for_an_owner(owner: tuple[Process, str, str]) -> None:
+def test_a_sweeper_is_never_taken_for_an_owner(owner: tuple[Process, str]) -> None:
     """While one process removes a dead segment, another that looks at it still finds it dead, and leaves it alone."""
-    process, name, bell_name = owner
+    process, name = owner
     kill(process)
     fd = os.open(SEGMENTS.file(name), os.O_RDWR)
     try:
-        assert RecordLock().keep_claims_out(fd)
+        assert keep_claims_out(fd)
         assert holder(fd) is None
         assert SEGMENTS.owner_of(name) is None
         assert not SEGMENTS.remove_if_dead(name)
     finally:
         os.close(fd)
     assert SEGMENTS.remove_if_dead(name)
-    os.unlink(BELLS.file(bell_name))
 
 
 def test_an_owner_that_keeps_no_sweeper_out_is_an_owner(
@@ -212,7 +202,6 @@ def test_names_that_are_not_ours_are_neither_listed_nor_removed(clean_up: list[s
         f"/dev/shm{NAME_PREFIX}{digits[1:]}",
         "/dev/shm/sem.unrelated",
         f"/dev/shm/sem.{NAME_PREFIX[1:]}{digits}",
-        "/dev/shm/sem.shmtransport-bell-1",
     ]
     link = f"/dev/shm{NAME_PREFIX}{'d' * 32}"
     clean_up += [*files, link]
@@ -230,15 +219,14 @@ def test_names_that_are_not_ours_are_neither_listed_nor_removed(clean_up: list[s
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
 def test_another_users_are_left_alone_even_by_root(clean_up: list[str]) -> None:
-    """A dead segment and bell of another user stay."""
-    paths = [f"/dev/shm{NAME_PREFIX}{'b' * 32}", f"/dev/shm/sem.shmtransport-bell-1-{'b' * 32}"]
-    clean_up += paths
-    for path in paths:
-        Path(path).write_bytes(b"x")
-        os.chown(path, 65534, 65534)
-    assert not {one.name for one in list_all()} & {"/" + Path(path).name.removeprefix("sem.") for path in paths}
+    """A dead segment of another user stays."""
+    path = f"/dev/shm{NAME_PREFIX}{'b' * 32}"
+    clean_up.append(path)
+    Path(path).write_bytes(b"x")
+    os.chown(path, 65534, 65534)
+    assert "/" + Path(path).name not in {one.name for one in list_all()}
     remove_dead()
-    assert all(os.path.exists(path) for path in paths)
+    assert os.path.exists(path)
 
 
 # Real processes, killed at the worst moment
@@ -247,7 +235,7 @@ def test_another_users_are_left_alone_even_by_root(clean_up: list[str]) -> None:
 def test_a_client_killed_before_the_server_maps_its_segment(
     fake_server: zmq.Socket[bytes], address: str, run_script: Callable[..., Process]
 ) -> None:
-    """Its segment and bell stay behind, and are found."""
+    """Its segment stays behind, and is found."""
     client = run_script(
         "import sys\nfrom shmtransport import Client\nprint('ready', flush=True)\n"
         "Client(sys.argv[1], channel='doorbell', arena_bytes=1 << 20, connect_timeout_s=30.0)\n",
@@ -260,58 +248,39 @@ def test_a_client_killed_before_the_server_maps_its_segment(
     assert fake_server.poll(20_000)
     attach = decode(fake_server.recv_multipart()[1])
     assert isinstance(attach, Attach)
-    found = named()
-    assert (found[attach.segment].owner_pid, found[attach.bell].owner_pid) == (client.pid, client.pid)
+    assert named()[attach.segment].owner_pid == client.pid
     kill(client)
-    assert {one.name for one in remove_dead()} >= {attach.segment, attach.bell}
+    assert attach.segment in {one.name for one in remove_dead()}
 
 
 def test_a_server_killed_before_the_client_maps_its_segment(
     spawn: Spawn, address: str, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The next server to start, at any address, removes the segment and the bell, and logs it without their names."""
+    """The next server to start, at any address, removes the segment, and logs it without its name."""
     process = spawn(SERVER, address)
     one = Stranger(address)
     one.send(Hello(MIB, MIB, DEFAULT_MAX_MESSAGE_BYTES, "doorbell"))
     offer = one.receive()
     assert isinstance(offer, Offer)
-    with Bell.create() as bell:
-        segment = Segment.create(segment_layout(MIB, offer.max_message_bytes))
-        one.send(Attach(segment.name, bell.name))
-        welcome = one.receive()
-        segment.close()
+    segment = Segment.create(segment_layout(MIB, offer.max_message_bytes))
+    one.send(Attach(segment.name))
+    welcome = one.receive()
+    segment.close()
     one.close()
     assert isinstance(welcome, Welcome)
-    left = {welcome.segment, welcome.bell}
-    assert {found.owner_pid for name, found in named().items() if name in left} == {process.pid}
+    left = welcome.segment
+    assert named()[left].owner_pid == process.pid
     with Server(f"ipc://{directory}/second.ipc"):
-        assert named().keys() >= left, "a living server's are left alone by others that start"
+        assert left in named(), "a living server's are left alone by others that start"
     kill(process)
-    assert all(found.dead for name, found in named().items() if name in left)
+    assert named()[left].dead
     caplog.set_level(logging.INFO, "shmtransport")
     with Server(f"ipc://{directory}/third.ipc"):
-        assert not named().keys() & left
+        assert left not in named()
     lines = [record.getMessage() for record in caplog.records if "removed from /dev/shm" in record.getMessage()]
     assert len(lines) == 1
     assert "segment" in lines[0]
-    assert "bell" in lines[0]
     assert NAME_PREFIX not in lines[0]
-
-
-def test_a_forked_child_does_not_keep_its_dead_parents_bell(run_script: Callable[..., Process], address: str) -> None:
-    """The child has all descriptors of the server, but is not the bell's owner."""
-    server = run_script(FORKING_SERVER, address)
-    with Client(address, channel="doorbell") as client:
-        child = client.call("fork")
-        try:
-            bells = [name for name, one in named().items() if one.kind == "bell" and one.owner_pid == server.pid]
-            assert len(bells) == 1
-            kill(server)
-            os.kill(child, 0)  # raises if it does not run
-            assert named()[bells[0]].dead
-            assert bells[0] in {one.name for one in remove_dead()}
-        finally:
-            os.kill(child, signal.SIGKILL)
 
 
 # The sweep of a server that starts
@@ -341,13 +310,11 @@ def test_a_machine_without_shared_memory_has_no_leftovers(monkeypatch: pytest.Mo
 
 
 def test_what_was_found_is_said_in_words() -> None:
-    """Numbers, kinds and the memory; singular and plural."""
-    segment = SharedObject("segment", "/a", MIB, None, 1.0)
-    bell = SharedObject("bell", "/b", 4096, None, 1.0)
+    """Their number and memory; singular and plural."""
+    segment = SharedObject("/a", MIB, None, 1.0)
     assert in_words([]) == "nothing"
     assert in_words([segment]) == "1 segment (1.0 MiB) of dead processes"
-    assert in_words([segment, segment, bell]) == "2 segments and 1 bell (2.0 MiB) of dead processes"
-    assert in_words([bell, bell]) == "2 bells (8.0 KiB) of dead processes"
+    assert in_words([segment, segment]) == "2 segments (2.0 MiB) of dead processes"
 
 
 # What connections hold, by no name

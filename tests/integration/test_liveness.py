@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
 import threading
 import time
@@ -176,23 +175,6 @@ def test_in_mid_handshake(
         Client(address, channel=channel, connect_timeout_s=0.3)
     assert isinstance(caught.value, ConnectTimeout) is (answers == 1)
     assert time.monotonic() - started < SOON_S
-
-
-def test_a_killed_servers_bell_is_removed_by_the_next(spawn: Spawn, address: str) -> None:
-    """A bell that lets clients in has a name until its owner closes it; what a dead one left is swept away."""
-
-    def bells(server: Process) -> list[str]:
-        return [name for name in os.listdir("/dev/shm") if name.startswith(f"sem.shmtransport-bell-{server.pid}-")]
-
-    server = start_server(spawn, address)
-    client = Client(address, channel="doorbell")
-    client.call("echo")
-    assert len(bells(server)) == 1
-    kill(server)
-    following = start_server(spawn, address)
-    assert bells(server) == []
-    assert bells(following) == [], "no client has asked for one yet"
-    client.close()
 
 
 def test_no_wait_is_longer_than_it_need_be_when_the_server_holds_nothing(

@@ -107,7 +107,6 @@ class Child(Process):
             standard = [(said or nothing).fileno(), writer, writer if errors is None else errors.fileno()]
             self._pid = mother.fork(script, arguments, standard)
         os.close(writer)
-        self.remember()
 
     @property
     def pid(self) -> int:
@@ -135,4 +134,5 @@ class Child(Process):
 
     def end(self) -> None:
         self.signal(signal.SIGKILL)
-        self.forget(self.wait())
+        self.wait()
+        self.output.close()

@@ -1,4 +1,4 @@
-"""A server's doorbell channel and clients of both kinds in one process, over real segments, bells and sockets."""
+"""A server's doorbell channel and clients of both kinds in one process, over real segments and sockets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from shmtransport.channels.doorbell_server import DoorbellServerChannel, ThreadD
 from shmtransport.channels.zmq import ZmqChannel, ZmqServerChannel
 from shmtransport.core import MessageRing, Patience
 from shmtransport.endpoints.connection_memory import segment_layout
-from shmtransport.memory.bell import Bell, Bells
 from shmtransport.memory.segment import Segment
 
 from .rings import Forger, record_bytes
@@ -21,8 +20,8 @@ MAX_MESSAGE_BYTES = 1020  # a record of 1 KiB, two of which fill a ring
 class Caller:
     """A client by doorbell.
 
-    ``name`` is what the server knows it by, ``ring`` and ``server_ring`` the two ends of the message ring, ``bell``
-    what wakes the client; ``forger`` and ``server_forger`` write into either side's segment without any rule.
+    ``name`` is what the server knows it by, ``ring`` and ``server_ring`` the two ends of the message ring;
+    ``forger`` and ``server_forger`` write into either side's segment without any rule.
     """
 
     def __init__(self, party: Party, name: bytes, spin_us: float) -> None:
@@ -31,27 +30,22 @@ class Caller:
         self._segments = [Segment.create(layout), Segment.create(layout)]
         self._segments += [Segment.attach(segment.name, layout) for segment in self._segments]
         of_client, of_server, seen_by_server, seen_by_client = self._segments
-        self.bell = Bell.create()
-        self._bells = [Bell.open(self.bell.name), Bell.open(party.server.bell().name)]
-        self.bell.unlink()
-        self.ring = MessageRing(of_client.message_ring, seen_by_client.message_ring, self._bells[1].post)
-        self.server_ring = MessageRing(of_server.message_ring, seen_by_server.message_ring, self._bells[0].post)
+        self.ring = MessageRing(of_client.message_ring, seen_by_client.message_ring)
+        self.server_ring = MessageRing(of_server.message_ring, seen_by_server.message_ring)
         ring_bytes = 2 * record_bytes(party.max_message_bytes)
         self.forger, self.server_forger = Forger(of_client, ring_bytes), Forger(of_server, ring_bytes)
         self.channel = DoorbellChannel(
             ZmqChannel(party.address, party.max_message_bytes),
             self.ring,
-            Bells(self.bell, self._bells[1]),
             Patience(spin_us * 1e-6),
         )
 
     def connect(self, party: Party) -> None:
-        party.server.connect(self.name, self.server_ring, self._bells[0])
+        party.server.prepare()
+        party.server.connect(self.name, self.server_ring)
 
     def close(self) -> None:
         self.channel.close(flush=False)
-        for bell in self._bells:
-            bell.close()
         for segment in self._segments:
             segment.close()
 

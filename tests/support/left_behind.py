@@ -9,14 +9,12 @@ from tests.support.process import Process
 
 OWNER = """
 import time
-from shmtransport.memory.bell import Bell
 from shmtransport.core.layout import Layout
 from shmtransport.memory.segment import Segment
 
 segment = Segment.create(Layout(data_bytes=1 << 20, release_slots=16))
-bell = Bell.create()
 print("ready", flush=True)
-print(segment.name, bell.name, flush=True)
+print(segment.name, flush=True)
 time.sleep(60)
 """
 FIRST_BYTE_ONLY = """
@@ -60,23 +58,6 @@ from shmtransport.memory.leftovers import remove_dead
 removed = remove_dead()
 print("ready", flush=True)
 print(*(one.name for one in removed), flush=True)
-"""
-FORKING_SERVER = """
-import os, sys, time
-from shmtransport import Server
-
-server = Server(sys.argv[1])
-
-@server.method
-def fork():
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-        os._exit(0)
-    return child
-
-print("ready", flush=True)
-server.serve()
 """
 
 

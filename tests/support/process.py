@@ -10,18 +10,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from shmtransport.memory.bell import BELLS
-
 ROOT = Path(__file__).parents[2]
-_OUR_BELLS = "sem.shmtransport-bell-"
-started_processes: set[int] = {os.getpid()}
-"""The processes of this run, dead or alive."""
-
-
-def bells_of(pids: set[int]) -> list[str]:
-    """The files of these processes' bells."""
-    prefixes = {f"{_OUR_BELLS}{pid}" for pid in pids}
-    return [name for name in os.listdir("/dev/shm") if name.rpartition("-")[0] in prefixes]
 
 
 class Process:
@@ -35,15 +24,10 @@ class Process:
             text=True,
             env=self.environment(),
         )
-        self.remember()
 
     @staticmethod
     def environment() -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-
-    def remember(self) -> None:
-        """It has started."""
-        started_processes.add(self.pid)
 
     @property
     def pid(self) -> int:
@@ -77,11 +61,5 @@ class Process:
     def end(self) -> None:
         if self.popen.poll() is None:
             self.popen.kill()
-        self.forget(self.popen.wait())
-
-    def forget(self, code: int) -> None:
-        """It has ended with this exit code. A killed one may leave its bell, for the next server to remove."""
+        self.popen.wait()
         self.output.close()
-        if code == -signal.SIGKILL:
-            for name in bells_of({self.pid}):
-                BELLS.remove_if_dead("/" + name.removeprefix("sem."))

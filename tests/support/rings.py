@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections import Counter
 from types import ModuleType
 
 import shmtransport.core
+from shmtransport.core.futex import Word
 from shmtransport.core.layout import PAGE_BYTES, Layout, round_up
 from shmtransport.core.message_ring import message_ring_bytes
 from shmtransport.memory.segment import Segment
 
 CELL_BYTES = 64
-PUBLISHED, CONSUMED, WANTS_ROOM, ENDED, SLEEPS = range(5)
-CELLS_BYTES = 5 * CELL_BYTES
+PUBLISHED, CONSUMED, WANTS_ROOM, ENDED, SLEEPS, POSTS = range(6)
+CELLS_BYTES = 6 * CELL_BYTES
 LENGTH_BYTES = 4
 RECORD_ALIGNMENT = 8
 
@@ -24,10 +25,7 @@ def record_bytes(nbytes: int) -> int:
 
 
 class RingPair:
-    """Sides A and B, each with a segment of its own and a mapping of the other's; ``cores`` are their twins.
-
-    ``woken`` counts how often each side was woken, since the other has made room that it waits for.
-    """
+    """Sides A and B, each with a segment of its own and a mapping of the other's; ``cores`` are their twins."""
 
     def __init__(self, max_message_bytes: int = 60, *cores: ModuleType) -> None:
         of_a, of_b = cores[0] if cores else shmtransport.core, cores[-1] if cores else shmtransport.core
@@ -38,9 +36,8 @@ class RingPair:
         seen_by_b = Segment.attach(self.segment_a.name, layout)
         seen_by_a = Segment.attach(self.segment_b.name, layout)
         self._segments = [self.segment_a, self.segment_b, seen_by_a, seen_by_b]
-        self.woken = Counter[str]()
-        self.a = of_a.MessageRing(self.segment_a.message_ring, seen_by_a.message_ring, lambda: self.woken.update("b"))
-        self.b = of_b.MessageRing(self.segment_b.message_ring, seen_by_b.message_ring, lambda: self.woken.update("a"))
+        self.a = of_a.MessageRing(self.segment_a.message_ring, seen_by_a.message_ring)
+        self.b = of_b.MessageRing(self.segment_b.message_ring, seen_by_b.message_ring)
         self.capacity = 2 * record_bytes(max_message_bytes)
 
     def close(self) -> None:
@@ -65,6 +62,11 @@ class Forger:
     def set_cell(self, index: int, value: int) -> None:
         struct.pack_into("<Q", self._segment.view, self._start + index * CELL_BYTES, value)
 
+    def post(self) -> None:
+        """Post the peer, whether it waits for that or not."""
+        posts = ctypes.c_uint32.from_buffer(self._segment.view, self._start + POSTS * CELL_BYTES)
+        Word(posts, is_private=False).post()
+
     def set_records(self, data: bytes) -> None:
         """Write the whole area of the records."""
         assert len(data) == self.capacity
@@ -79,6 +81,6 @@ class Forger:
         view, end = self._segment.view, self._records + self.capacity
         view[: self._start] = bytes([mark]) * self._start
         view[end:] = bytes([mark]) * (len(view) - end)
-        for index in range(4):
+        for index in range(6):
             start = self._start + index * CELL_BYTES + 8
             view[start : start + CELL_BYTES - 8] = bytes([mark]) * (CELL_BYTES - 8)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from shmtransport.channels import relay
-from shmtransport.memory.bell import Bell
+import shmtransport.core
+from shmtransport.channels import doorbell, doorbell_server, relay
 from tests.support.arenas import Pair
 from tests.support.cores import CORES
 
@@ -32,18 +34,25 @@ def pair(core: ModuleType) -> Iterator[Pair]:
 
 @pytest.fixture
 def never_looks_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A waiting side looks only when its bell rings, so that a missing ring can't go unnoticed."""
+    """A waiting side looks only when it is posted, so that a missing post can't go unnoticed."""
     in_vain: list[str] = []
-    wait = Bell.wait
 
-    def watched(bell: Bell, timeout_s: float | None) -> bool:
-        rung = wait(bell, timeout_s)
-        if not rung and timeout_s == _LONG_SLICE_S:
-            in_vain.append(bell.name)
-            raise AssertionError("nobody rang")
-        return rung
+    class Watched:
+        """A bell that must not wait in vain."""
 
-    monkeypatch.setattr(Bell, "wait", watched)
+        def __init__(self) -> None:
+            self._bell = shmtransport.core.Bell()
+            self.post = self._bell.post
+
+        def wait(self, rings: tuple[Any, ...], timeout_s: float) -> bool:
+            posted = self._bell.wait(rings, timeout_s)
+            if not posted and timeout_s == _LONG_SLICE_S:
+                in_vain.append(threading.current_thread().name)
+                raise AssertionError("no post came")
+            return posted
+
+    for module in (doorbell, doorbell_server):
+        monkeypatch.setattr(module, "Bell", Watched)
     monkeypatch.setattr(relay, "SLICE_S", _LONG_SLICE_S)
     yield
-    assert not in_vain, "someone waited for a ring that never came"
+    assert not in_vain, "a side waited for a post that never came"

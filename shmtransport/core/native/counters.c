@@ -42,3 +42,8 @@ void count_in_flight(struct counters *counters, uint64_t calls)
     if (calls > counters->in_flight_peak)
         counters->in_flight_peak = calls;
 }
+
+void count_wait(struct counters *counters)
+{
+    counters->waits++;
+}

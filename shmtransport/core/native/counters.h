@@ -28,6 +28,7 @@ struct sent_tensors {
 void count_sent(struct counters *counters, uint64_t control_bytes, double seconds, struct sent_tensors tensors);
 void count_received(struct counters *counters, uint64_t control_bytes, uint64_t tensor_bytes, double seconds);
 void count_call(struct counters *counters, double seconds, bool failed);
+void count_wait(struct counters *counters);
 void count_in_flight(struct counters *counters, uint64_t calls);
 
 #endif

@@ -76,7 +76,7 @@ static PyObject *counters_count_in_flight(PyObject *self, PyObject *argument)
 
 static PyObject *counters_count_wait(PyObject *self, PyObject *Py_UNUSED(nothing))
 {
-    own(self)->waits++;
+    count_wait(own(self));
     Py_RETURN_NONE;
 }
 

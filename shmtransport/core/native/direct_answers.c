@@ -9,6 +9,7 @@
  */
 #include "module.h"
 
+#include "bell_type.h"
 #include "borrows_type.h"
 #include "counters_type.h"
 #include "decoding.h"
@@ -23,7 +24,6 @@
 typedef struct {
     PyObject_HEAD
     PyObject *ring, *handlers, *loans, *borrows, *counters;
-    PyObject *wake_peer;  /* called without arguments */
     PyObject *set, *reset; /* of the context variable that tells a handler whom it serves */
     PyObject *caller;      /* what that is set to */
     unsigned long long largest_message;
@@ -35,12 +35,12 @@ static PyTypeObject *direct_type; /* for as long as the process lives */
 
 static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"ring",  "handlers", "loans",  "borrows",         "counters", "wake_peer",
-                            "set_caller", "reset_caller", "caller", "largest_message", NULL};
+    static char *names[] = {"ring",  "handlers", "loans",  "borrows", "counters", "set_caller",
+                            "reset_caller", "caller", "largest_message", NULL};
     DirectAnswers *self = (DirectAnswers *)object;
-    PyObject *ring, *handlers, *loans, *borrows, *counters, *wake_peer, *set, *reset, *caller;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOK", names, &ring, &PyDict_Type, &handlers, &loans,
-                                     &borrows, &counters, &wake_peer, &set, &reset, &caller, &self->largest_message))
+    PyObject *ring, *handlers, *loans, *borrows, *counters, *set, *reset, *caller;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOK", names, &ring, &PyDict_Type, &handlers, &loans,
+                                     &borrows, &counters, &set, &reset, &caller, &self->largest_message))
         return -1;
     if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL || !is_loans(loans)
         || !is_borrows(borrows)) {
@@ -53,7 +53,6 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     self->loans = Py_NewRef(loans);
     self->borrows = Py_NewRef(borrows);
     self->counters = Py_NewRef(counters);
-    self->wake_peer = Py_NewRef(wake_peer);
     self->set = Py_NewRef(set);
     self->reset = Py_NewRef(reset);
     self->caller = Py_NewRef(caller);
@@ -68,7 +67,6 @@ static int direct_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->ring);
     Py_VISIT(self->handlers);
-    Py_VISIT(self->wake_peer);
     Py_VISIT(self->set);
     Py_VISIT(self->reset);
     Py_VISIT(self->caller);
@@ -83,7 +81,6 @@ static int direct_clear(PyObject *object)
     Py_CLEAR(self->loans);
     Py_CLEAR(self->borrows);
     Py_CLEAR(self->counters);
-    Py_CLEAR(self->wake_peer);
     Py_CLEAR(self->set);
     Py_CLEAR(self->reset);
     Py_CLEAR(self->caller);
@@ -187,7 +184,8 @@ static PyObject *send(DirectAnswers *self, const struct packer *packer)
     struct message_ring *ring = ring_in(self->ring);
     if (message_ring_write(ring, packer->bytes, (uint32_t)packer->length, &finding) != RING_DONE)
         return PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
-    return ring_wake_peer(self->ring, self->wake_peer) ? Py_NewRef(Py_True) : NULL;
+    message_ring_wake_peer(ring);
+    Py_RETURN_TRUE;
 }
 
 /* Send a result, which it takes over: when the reply is there, this process no longer holds it. */
@@ -303,54 +301,76 @@ static PyObject *answer_round(DirectAnswers *const *in_turn, Py_ssize_t count, c
     Py_RETURN_NONE;
 }
 
-static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, const atomic_uchar *attention,
-                            struct patience *patience, double limit_seconds)
+/* Block until one of several clients, or this process, posts, for a while; -1 with the error of a signal handler set. */
+static int sleep_for_all(DirectAnswers *const *in_turn, Py_ssize_t count, struct bell *bell, double seconds)
 {
-    double now = clock_seconds(), limit = now + limit_seconds, deadline = -1;
-    for (;;) {
+    struct message_ring *rings[MOST_IN_TURN];
+    for (Py_ssize_t index = 0; index < count; index++)
+        rings[index] = ring_in(in_turn[index]->ring);
+    int slept = bell_sleep(bell, rings, (size_t)count, seconds);
+    if (slept > 0)
+        count_wait(counters_of(in_turn[0]->counters));
+    return slept;
+}
+
+/* How answer_in_turn waits. */
+struct waiting {
+    const atomic_uchar *attention;
+    struct patience *patience;
+    struct bell *bell;
+    double turn_seconds, sleep_seconds;
+};
+
+static PyObject *answer_all(DirectAnswers *const *in_turn, Py_ssize_t count, const struct waiting *how)
+{
+    double now = clock_seconds(), limit = now + how->turn_seconds, deadline = -1; /* of the look that has begun */
+    for (bool has_slept = false;;) {
         bool answered;
-        PyObject *round = answer_round(in_turn, count, attention, limit, &answered);
+        PyObject *round = answer_round(in_turn, count, how->attention, limit, &answered);
         if (round != Py_None)
             return round;
         Py_DECREF(round);
         now = clock_seconds();
         if (answered && deadline > 0)
-            patience_learn(patience, true);
-        if (is_wanted(attention))
+            patience_learn(how->patience, true);
+        if (is_wanted(how->attention) || (has_slept && !answered))
             Py_RETURN_FALSE;
         if (answered || deadline < 0) {
-            double seconds = patience_seconds(patience);
+            double seconds = patience_seconds(how->patience);
             deadline = seconds > 0 ? now + seconds : 0;
         }
-        if (now >= deadline) {
+        has_slept = now >= deadline;
+        if (has_slept) {
             if (deadline > 0)
-                patience_look_in_vain(patience);
-            Py_RETURN_FALSE;
-        }
-        if (!look_at_all(in_turn, count, attention, look_slice_end(now, deadline)) && PyErr_CheckSignals() < 0)
+                patience_learn(how->patience, false);
+            if (sleep_for_all(in_turn, count, how->bell, how->sleep_seconds) < 0)
+                return NULL;
+            deadline = 0;
+        } else if (!look_at_all(in_turn, count, how->attention, look_slice_end(now, deadline)) && PyErr_CheckSignals() < 0)
             return NULL;
     }
 }
 
-/* answer_in_turn(answers, attention, patience, limit_seconds): answer what comes from several clients. False if nothing
- * more comes for as long as patience has it, if a message is left, and for more clients than it takes; True after an
- * answer, if the caller is to look at something or time is up; (index, rest) for what the caller is to do the rest of.
- * attention is a bytearray whose first byte is set by others. */
+/* answer_in_turn(answers, attention, patience, bell, turn_seconds, sleep_seconds): answer what comes from several clients.
+ * False if nothing comes while it blocks, if a message is left, and for more clients than it takes; True after an answer,
+ * if the caller is to look at something or time is up; (index, rest) for what the caller is to do the rest of. attention is
+ * a bytearray whose first byte is set by others, which then post the bell. */
 PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
 {
-    PyObject *answers, *attention, *how_patient;
-    double limit_seconds;
+    PyObject *answers, *attention, *patience, *bell;
+    struct waiting how;
     DirectAnswers *in_turn[MOST_IN_TURN];
-    if (!PyArg_ParseTuple(parameters, "O!O!Od", &PyTuple_Type, &answers, &PyByteArray_Type, &attention, &how_patient,
-                          &limit_seconds))
+    if (!PyArg_ParseTuple(parameters, "O!O!OOdd", &PyTuple_Type, &answers, &PyByteArray_Type, &attention, &patience, &bell,
+                          &how.turn_seconds, &how.sleep_seconds))
         return NULL;
-    struct patience *patience = patience_of(how_patient);
-    if (patience == NULL)
+    how.patience = patience_of(patience);
+    how.bell = how.patience == NULL ? NULL : bell_in(bell);
+    if (how.bell == NULL)
         return NULL;
     Py_ssize_t count = PyTuple_Size(answers);
     if (count > MOST_IN_TURN)
         Py_RETURN_FALSE;
-    if (PyByteArray_Size(attention) < 1)
+    if (PyByteArray_Size(attention) < 1 || count < 1)
         return PyErr_Format(PyExc_ValueError, "%zd", count);
     for (Py_ssize_t index = 0; index < count; index++) {
         PyObject *one = PyTuple_GetItem(answers, index);
@@ -358,8 +378,8 @@ PyObject *answer_in_turn(PyObject *Py_UNUSED(module), PyObject *parameters)
             return PyErr_Format(PyExc_TypeError, "%R", one);
         in_turn[index] = (DirectAnswers *)one;
     }
-    const atomic_uchar *flag = (const atomic_uchar *)PyByteArray_AsString(attention);
-    return answer_all(in_turn, count, flag, patience, limit_seconds);
+    how.attention = (const atomic_uchar *)PyByteArray_AsString(attention);
+    return answer_all(in_turn, count, &how);
 }
 
 static PyObject *direct_close(PyObject *self, PyObject *Py_UNUSED(nothing))

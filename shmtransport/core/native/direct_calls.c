@@ -1,7 +1,7 @@
 /* The calls of a client that need nothing but this core: DirectCalls.
  *
- * begin makes a request, publishes it and expects its reply; wait looks for replies and ends the calls that they belong
- * to. Each does so only where nothing stands in the way: no other thread receives, the message ring has room, all values
+ * begin makes a request, publishes it and expects its reply; wait looks and blocks until replies come, and ends the calls
+ * that they belong to. Each does so only where nothing stands in the way: no other thread receives, the message ring has room, all values
  * are plain. Otherwise it has done nothing, or has left the message with the ring, and protocol/calls.py and
  * endpoints/exchange.py, whose rules these are, do the whole of it.
  *
@@ -10,6 +10,7 @@
  */
 #include "module.h"
 
+#include "bell_type.h"
 #include "borrows_type.h"
 #include "call_state.h"
 #include "counters_type.h"
@@ -20,14 +21,17 @@
 #include "patience.h"
 #include "waiting.h"
 
+#define LONGEST_SLEEP 0.1 /* seconds: then the endpoint looks whether the server lives */
+#define MOST_ATTEMPTS 100
+
 typedef struct {
     PyObject_HEAD
     PyObject *ring, *pending, *ids, *loans, *borrows, *counters;
-    PyObject *patience;
-    PyObject *wake_peer;                /* called without arguments */
-    PyObject *call_back;                /* called with a call that has ended and has callbacks */
-    PyObject *acquire, *release;        /* of the lock that a thread holds while it receives */
-    PyObject *followers, *received_for; /* those that wait for their replies: empty if no other thread does */
+    PyObject *patience, *bell;
+    PyObject *call_back;                         /* called with a call that has ended and has callbacks */
+    PyObject *acquire, *release;                 /* of the lock that a thread holds while it receives */
+    PyObject *followers, *received_for;          /* those that wait for their replies: empty if no other thread does */
+    PyObject *begin_receiving, *end_receiving;   /* called with a call, around a wait that blocks */
     unsigned long long largest_message;
     bool closed;
 } DirectCalls;
@@ -36,19 +40,19 @@ static PyTypeObject *direct_type; /* for as long as the process lives */
 
 static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"ring",      "pending",   "ids",     "loans",   "borrows",   "counters",
-                            "wake_peer", "call_back", "acquire", "release", "followers", "received_for",
-                            "largest_message", "patience", NULL};
+    static char *names[] = {"ring",    "pending",   "ids",          "loans",           "borrows",       "counters",
+                            "call_back", "acquire", "release", "followers", "received_for", "begin_receiving",
+                            "end_receiving", "largest_message", "patience", "bell", NULL};
     DirectCalls *self = (DirectCalls *)object;
-    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *wake_peer, *call_back, *acquire, *release, *followers;
-    PyObject *received_for, *patience;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOOO!O!KO", names, &ring, &PyDict_Type, &pending,
-                                     &ids, &loans, &borrows, &counters, &wake_peer, &call_back, &acquire, &release,
-                                     &PyDict_Type, &followers, &PyList_Type, &received_for, &self->largest_message,
-                                     &patience))
+    PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *call_back, *acquire, *release, *followers;
+    PyObject *received_for, *begin_receiving, *end_receiving, *patience, *bell;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOO!O!OOKOO", names, &ring, &PyDict_Type, &pending,
+                                     &ids, &loans, &borrows, &counters, &call_back, &acquire, &release, &PyDict_Type,
+                                     &followers, &PyList_Type, &received_for, &begin_receiving, &end_receiving,
+                                     &self->largest_message, &patience, &bell))
         return -1;
     if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL
-        || patience_of(patience) == NULL || !PyIter_Check(ids)
+        || patience_of(patience) == NULL || bell_in(bell) == NULL || !PyIter_Check(ids)
         || !is_loans(loans) || !is_borrows(borrows)) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "DirectCalls");
@@ -60,13 +64,15 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     self->loans = Py_NewRef(loans);
     self->borrows = Py_NewRef(borrows);
     self->counters = Py_NewRef(counters);
-    self->wake_peer = Py_NewRef(wake_peer);
     self->call_back = Py_NewRef(call_back);
     self->acquire = Py_NewRef(acquire);
     self->release = Py_NewRef(release);
     self->followers = Py_NewRef(followers);
     self->received_for = Py_NewRef(received_for);
+    self->begin_receiving = Py_NewRef(begin_receiving);
+    self->end_receiving = Py_NewRef(end_receiving);
     self->patience = Py_NewRef(patience);
+    self->bell = Py_NewRef(bell);
     if (self->largest_message > ring_in(ring)->largest_message)
         self->largest_message = ring_in(ring)->largest_message;
     return 0;
@@ -78,12 +84,13 @@ static int direct_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->ring);
     Py_VISIT(self->pending);
-    Py_VISIT(self->wake_peer);
     Py_VISIT(self->call_back);
     Py_VISIT(self->acquire);
     Py_VISIT(self->release);
     Py_VISIT(self->followers);
     Py_VISIT(self->received_for);
+    Py_VISIT(self->begin_receiving);
+    Py_VISIT(self->end_receiving);
     return 0;
 }
 
@@ -98,13 +105,15 @@ static int direct_clear(PyObject *object)
     Py_CLEAR(self->loans);
     Py_CLEAR(self->borrows);
     Py_CLEAR(self->counters);
-    Py_CLEAR(self->wake_peer);
     Py_CLEAR(self->call_back);
     Py_CLEAR(self->acquire);
     Py_CLEAR(self->release);
     Py_CLEAR(self->followers);
     Py_CLEAR(self->received_for);
+    Py_CLEAR(self->begin_receiving);
+    Py_CLEAR(self->end_receiving);
     Py_CLEAR(self->patience);
+    Py_CLEAR(self->bell);
     return 0;
 }
 
@@ -155,7 +164,9 @@ static int begin(DirectCalls *self, CallState *call, PyObject *number, PyObject 
         return published;
     }
     struct counters *counters = counters_of(self->counters);
-    message_ring_has_room(ring_in(self->ring));
+    struct message_ring *ring = ring_in(self->ring);
+    message_ring_wake_peer(ring);
+    message_ring_has_room(ring);
     call->call_id = call_id;
     count_in_flight(counters, (uint64_t)PyDict_Size(self->pending));
     count_sent(counters, encoder.packer.length, clock_seconds() - call->submitted, encoder.sent);
@@ -177,9 +188,7 @@ static PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_s
         return NULL;
     int begun = begin(self, call, number, arguments[1], arguments[2]);
     Py_DECREF(number);
-    if (begun <= 0)
-        return begun < 0 ? NULL : Py_NewRef(Py_False);
-    return ring_wake_peer(self->ring, self->wake_peer) ? Py_NewRef(Py_True) : NULL;
+    return begun < 0 ? NULL : PyBool_FromLong(begun);
 }
 
 /* --- wait --- */
@@ -327,11 +336,67 @@ static int look(DirectCalls *self, CallState *call, double deadline)
     return found ? 1 : PyErr_CheckSignals();
 }
 
-/* Receive and look until the call is ready, something is left, or time is up: 0, or -1 with an error set. */
-static int look_for(DirectCalls *self, CallState *call, double seconds)
+/* Have the endpoint told that this thread begins or ends to receive for a call, by blocking: 1 or 0, as it answers; -1 with
+ * an error set. */
+static int tell(PyObject *whom, CallState *call)
 {
-    double deadline = -1, now;
-    bool is_patient = false; /* whether the look ends where patience does */
+    PyObject *told = PyObject_CallFunctionObjArgs(whom, call, NULL);
+    int is_true = told == NULL ? -1 : PyObject_IsTrue(told);
+    Py_XDECREF(told);
+    return is_true;
+}
+
+/* As tell, for end_receiving: again where a signal handler has raised in the middle of it; -1 then, with its error set. */
+static int tell_end(PyObject *end_receiving, CallState *call)
+{
+    PyObject *error = NULL;
+    for (int attempt = 0; attempt < MOST_ATTEMPTS && tell(end_receiving, call) < 0; attempt++) {
+        PyObject *raised = fetch_error();
+        if (error == NULL)
+            error = raised;
+        else
+            Py_XDECREF(raised);
+    }
+    if (error == NULL)
+        return 0;
+    raise_again(error);
+    return -1;
+}
+
+/* Block until there may be something to receive, for a while: 1; 0 if that is left to the endpoint, since another thread
+ * receives or follows, or nothing has come; -1 with an error set. */
+static int sleep_in_turn(DirectCalls *self, CallState *call, double seconds)
+{
+    PyObject *ring = Py_NewRef(self->ring), *bell = Py_NewRef(self->bell), *ending = Py_NewRef(self->end_receiving);
+    struct message_ring *rings[] = {ring_in(ring)};
+    int begun = tell(self->begin_receiving, call), slept = 0;
+    if (begun > 0) {
+        slept = bell_sleep(bell_in(bell), rings, 1, seconds < LONGEST_SLEEP ? seconds : LONGEST_SLEEP);
+        if (slept > 0)
+            count_wait(counters_of(self->counters));
+    }
+    if (begun != 0) {
+        PyObject *error = begun < 0 || slept < 0 ? fetch_error() : NULL;
+        int ended = tell_end(ending, call);
+        if (error != NULL) {
+            if (ended < 0)
+                PyErr_Clear();
+            raise_again(error);
+            ended = -1;
+        }
+        begun = ended < 0 ? -1 : slept == 0 || call->ready || ring_is_readable(ring);
+    }
+    Py_DECREF(ring);
+    Py_DECREF(bell);
+    Py_DECREF(ending);
+    return begun;
+}
+
+/* Receive, look and block until the call is ready, something is left, or time is up: 0, or -1 with an error set. */
+static int wait_for(DirectCalls *self, CallState *call, double seconds)
+{
+    double end = -1, deadline = -1; /* of the wait, and of the look that has begun */
+    bool is_patient = false;        /* whether the look ends where patience does */
     while (!call->ready && is_usable(self)) {
         if (ring_is_readable(self->ring)) {
             int received = receive_in_turn(self);
@@ -340,16 +405,22 @@ static int look_for(DirectCalls *self, CallState *call, double seconds)
             continue;
         }
         struct patience *patience = patience_of(self->patience);
-        now = clock_seconds();
+        double now = clock_seconds();
+        if (end < 0)
+            end = now + seconds;
         if (deadline < 0) {
             double most = patience_seconds(patience);
-            is_patient = most > 0 && most <= seconds;
-            deadline = now + (most < seconds ? most : seconds);
+            is_patient = most > 0 && now + most <= end;
+            deadline = is_patient ? now + most : most > 0 ? end : now;
         }
         if (now >= deadline) {
             if (is_patient)
-                patience_look_in_vain(patience);
-            return 0;
+                patience_learn(patience, false);
+            int slept = now < end ? sleep_in_turn(self, call, end - now) : 0;
+            if (slept <= 0)
+                return slept;
+            deadline = -1;
+            continue;
         }
         int found = look(self, call, deadline);
         if (found < 0)
@@ -360,8 +431,8 @@ static int look_for(DirectCalls *self, CallState *call, double seconds)
     return 0;
 }
 
-/* wait(call, seconds): look for as long as patience has it, or this if it is shorter; whether the call is ready.
- * PeerProtocolError if the connection is to end with it. */
+/* wait(call, seconds): wait for as long as this, or for less; whether the call is ready. PeerProtocolError if the connection
+ * is to end with it. */
 static PyObject *direct_wait(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
 {
     DirectCalls *self = (DirectCalls *)object;
@@ -369,7 +440,7 @@ static PyObject *direct_wait(PyObject *object, PyObject *const *arguments, Py_ss
         return PyErr_Format(PyExc_TypeError, "%zd", count);
     CallState *call = (CallState *)arguments[0];
     double seconds = PyFloat_AsDouble(arguments[1]);
-    if ((seconds == -1.0 && PyErr_Occurred()) || look_for(self, call, seconds) < 0)
+    if ((seconds == -1.0 && PyErr_Occurred()) || wait_for(self, call, seconds) < 0)
         return NULL;
     return PyBool_FromLong(call->ready);
 }

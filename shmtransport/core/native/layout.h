@@ -2,11 +2,11 @@
 #ifndef SHMTRANSPORT_LAYOUT_H
 #define SHMTRANSPORT_LAYOUT_H
 
-#define FORMAT_VERSION 3
+#define FORMAT_VERSION 4
 
 /* The message ring's cells, each at the start of a cache line, in this order; then its records. */
 #define CELL_BYTES 64
-enum cell { CELL_PUBLISHED, CELL_CONSUMED, CELL_WANTS_ROOM, CELL_ENDED, CELL_SLEEPS, CELL_COUNT };
+enum cell { CELL_PUBLISHED, CELL_CONSUMED, CELL_WANTS_ROOM, CELL_ENDED, CELL_SLEEPS, CELL_POSTS, CELL_COUNT };
 #define RECORDS_OFFSET (CELL_COUNT * CELL_BYTES)
 
 /* A record: u32 length, payload, padding. */

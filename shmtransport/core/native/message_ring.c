@@ -130,10 +130,11 @@ void message_ring_take(struct message_ring *ring, const struct ring_finding *fin
     atomic_store_explicit(cell_of(&ring->own, CELL_CONSUMED), ring->consumed, memory_order_release);
 }
 
-bool message_ring_awaits_room(const struct message_ring *ring)
+void message_ring_tell_of_room(struct message_ring *ring)
 {
     atomic_thread_fence(memory_order_seq_cst);
-    return atomic_load_explicit(cell_of(&ring->peer, CELL_WANTS_ROOM), memory_order_relaxed) != 0;
+    if (atomic_load_explicit(cell_of(&ring->peer, CELL_WANTS_ROOM), memory_order_relaxed) != 0)
+        message_ring_post(ring);
 }
 
 void message_ring_want_room(struct message_ring *ring, bool wanted)
@@ -148,10 +149,36 @@ void message_ring_sleep(struct message_ring *ring, bool sleeps)
     atomic_thread_fence(memory_order_seq_cst);
 }
 
-bool message_ring_peer_sleeps(const struct message_ring *ring)
+/* The count of posts in an area: the low half of its cell, which is what the kernel can wait for. */
+static _Atomic uint32_t *posts_in(const struct ring_area *area)
+{
+    return (_Atomic uint32_t *)cell_of(area, CELL_POSTS);
+}
+
+void message_ring_post(struct message_ring *ring)
+{
+    atomic_fetch_add_explicit(posts_in(&ring->own), 1, memory_order_release);
+    futex_wake(posts_in(&ring->own), false);
+}
+
+void message_ring_wake_peer(struct message_ring *ring)
 {
     atomic_thread_fence(memory_order_seq_cst);
-    return atomic_load_explicit(cell_of(&ring->peer, CELL_SLEEPS), memory_order_relaxed) != 0;
+    if (atomic_load_explicit(cell_of(&ring->peer, CELL_SLEEPS), memory_order_relaxed) != 0)
+        message_ring_post(ring);
+}
+
+bool message_ring_take_post(struct message_ring *ring)
+{
+    uint32_t posts = atomic_load_explicit(posts_in(&ring->peer), memory_order_acquire);
+    bool taken = posts != ring->posts_seen;
+    ring->posts_seen = posts;
+    return taken;
+}
+
+struct futex_word message_ring_peer_posts(const struct message_ring *ring)
+{
+    return (struct futex_word){posts_in(&ring->peer), ring->posts_seen, false};
 }
 
 void message_ring_has_room(struct message_ring *ring)
@@ -163,6 +190,7 @@ void message_ring_has_room(struct message_ring *ring)
 void message_ring_say_end(struct message_ring *ring)
 {
     atomic_store_explicit(cell_of(&ring->own, CELL_ENDED), 1, memory_order_release);
+    message_ring_post(ring);
 }
 
 bool message_ring_ended(const struct message_ring *ring)

@@ -10,6 +10,7 @@
  *              consumed, then fences, then loads it: one of the two sees the other
  *   sleeps     stored, then a sequentially consistent fence, then its owner looks for messages again; a writer stores
  *              published, then fences, then loads it: one of the two sees the other
+ *   posts      added to with release, then the peer is woken; loaded with acquire
  *   ended      stored with release after the last message; loaded with acquire before published is
  */
 #ifndef SHMTRANSPORT_MESSAGE_RING_H
@@ -19,6 +20,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "futex.h"
 
 typedef _Atomic uint64_t cell_value;
 
@@ -34,6 +37,7 @@ struct message_ring {
     uint64_t peer_consumed;
     uint64_t consumed;
     uint64_t largest_message;
+    uint32_t posts_seen; /* of the peer */
 };
 
 enum ring_outcome {
@@ -71,8 +75,8 @@ enum ring_outcome message_ring_find(const struct message_ring *ring, struct ring
 /* Copy a message that was found, of finding->length bytes, and give its room back. */
 void message_ring_take(struct message_ring *ring, const struct ring_finding *finding, void *data);
 
-/* Whether the peer waits for room; to be asked after messages were taken. */
-bool message_ring_awaits_room(const struct message_ring *ring);
+/* Post the peer if it waits for room; to be called after messages were taken. */
+void message_ring_tell_of_room(struct message_ring *ring);
 
 void message_ring_want_room(struct message_ring *ring, bool wanted);
 
@@ -82,9 +86,19 @@ void message_ring_has_room(struct message_ring *ring);
 /* Say whether this side waits to be woken; having said so, look for messages before waiting. */
 void message_ring_sleep(struct message_ring *ring, bool sleeps);
 
-/* Whether the peer waits to be woken; to be asked after a message was published. */
-bool message_ring_peer_sleeps(const struct message_ring *ring);
+/* Post the peer: wake it, or keep its next wait from blocking. */
+void message_ring_post(struct message_ring *ring);
 
+/* Post the peer if it waits to be woken; to be called after a message was published. */
+void message_ring_wake_peer(struct message_ring *ring);
+
+/* Whether the peer has posted since this was asked last. */
+bool message_ring_take_post(struct message_ring *ring);
+
+/* The word that changes when the peer posts. */
+struct futex_word message_ring_peer_posts(const struct message_ring *ring);
+
+/* Say that this side neither reads nor writes any longer, and post the peer. */
 void message_ring_say_end(struct message_ring *ring);
 
 bool message_ring_ended(const struct message_ring *ring);

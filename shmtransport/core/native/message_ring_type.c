@@ -7,9 +7,7 @@ typedef struct {
     PyObject_HEAD
     struct message_ring ring;
     PyObject *own_memory, *peer_memory; /* what keeps the two areas mapped */
-    PyObject *on_room;
     PyObject *taken; /* a message that was taken from the ring and that read has not returned yet, or NULL */
-    bool owes_look;  /* whether the peer may wait for the room of what was taken */
 } MessageRing;
 
 static PyTypeObject *ring_type; /* for as long as the process lives */
@@ -30,11 +28,11 @@ struct message_ring *ring_in(PyObject *object)
 static PyObject *ring_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
     static char *names[] = {"own_address", "own_nbytes", "own_memory", "peer_address", "peer_nbytes", "peer_memory",
-                            "on_room",     NULL};
+                            NULL};
     unsigned long long own_address, own_nbytes, peer_address, peer_nbytes;
-    PyObject *own_memory, *peer_memory, *on_room;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "KKOKKOO", names, &own_address, &own_nbytes, &own_memory,
-                                     &peer_address, &peer_nbytes, &peer_memory, &on_room))
+    PyObject *own_memory, *peer_memory;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "KKOKKO", names, &own_address, &own_nbytes, &own_memory,
+                                     &peer_address, &peer_nbytes, &peer_memory))
         return NULL;
     if (!ring_area_fits((uintptr_t)own_address, own_nbytes))
         return refuse("bad_ring_memory", "(K)", own_nbytes);
@@ -47,45 +45,15 @@ static PyObject *ring_new(PyTypeObject *type, PyObject *arguments, PyObject *key
                        ring_area_at((uintptr_t)peer_address, peer_nbytes));
     self->own_memory = Py_NewRef(own_memory);
     self->peer_memory = Py_NewRef(peer_memory);
-    self->on_room = Py_NewRef(on_room);
     return (PyObject *)self;
-}
-
-static int ring_traverse(PyObject *self, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(((MessageRing *)self)->on_room);
-    return 0;
-}
-
-/* What on_room refers to may refer to the ring. The memory stays: it refers to nothing, and methods look into it. */
-static int ring_clear(PyObject *self)
-{
-    Py_CLEAR(((MessageRing *)self)->on_room);
-    return 0;
 }
 
 static void ring_dealloc(PyObject *self)
 {
-    PyObject_GC_UnTrack(self);
-    ring_clear(self);
     Py_XDECREF(((MessageRing *)self)->own_memory);
     Py_XDECREF(((MessageRing *)self)->peer_memory);
     Py_XDECREF(((MessageRing *)self)->taken);
     free_object(self);
-}
-
-/* Tell the peer that there is room: Python code, which may use this ring; false if it raised. */
-static bool tell_of_room(PyObject *self)
-{
-    PyObject *on_room = ((MessageRing *)self)->on_room;
-    if (on_room == NULL)
-        return true;
-    Py_INCREF(on_room);
-    PyObject *result = PyObject_CallObject(on_room, NULL);
-    Py_DECREF(on_room);
-    Py_XDECREF(result);
-    return result != NULL;
 }
 
 static PyObject *raise_finding(const struct message_ring *ring, enum ring_outcome outcome,
@@ -117,6 +85,8 @@ static PyObject *ring_write(PyObject *self, PyObject *argument)
     enum ring_outcome outcome = message_ring_write(ring, data, (uint32_t)length, &finding);
     if (outcome > RING_NOTHING)
         return raise_finding(ring, outcome, &finding);
+    if (outcome == RING_DONE)
+        message_ring_wake_peer(ring);
     return PyBool_FromLong(outcome == RING_DONE);
 }
 
@@ -137,22 +107,12 @@ static bool take(MessageRing *self)
         return false;
     message_ring_take(&self->ring, &finding, PyBytes_AsString(data));
     self->taken = data;
-    self->owes_look = true;
+    message_ring_tell_of_room(&self->ring);
     return true;
 }
 
-/* Wake the peer if it waits for the room of what was taken. An inner read returns what was taken at once. */
-static bool look_for_waiting_writer(MessageRing *self)
-{
-    self->owes_look = false;
-    if (!message_ring_awaits_room(&self->ring) || tell_of_room((PyObject *)self))
-        return true;
-    self->owes_look = true;
-    return false;
-}
-
-/* What was taken stays with the ring until nothing can come between that and the return: where on_room raises, or a
- * signal handler here, the next read returns it. */
+/* What was taken stays with the ring until nothing can come between that and the return: where a signal handler raises
+ * here, the next read returns it. */
 static PyObject *ring_read(PyObject *object, PyObject *Py_UNUSED(nothing))
 {
     MessageRing *self = (MessageRing *)object;
@@ -161,8 +121,6 @@ static PyObject *ring_read(PyObject *object, PyObject *Py_UNUSED(nothing))
             return NULL;
         if (self->taken == NULL)
             Py_RETURN_NONE;
-        if (self->owes_look && !look_for_waiting_writer(self))
-            return NULL;
         if (PyErr_CheckSignals() < 0)
             return NULL;
     } while (self->taken == NULL); /* an inner call has returned it */
@@ -183,21 +141,7 @@ PyObject *ring_next(PyObject *object)
         PyErr_Clear(); /* read meets it again */
         return NULL;
     }
-    if (self->taken == NULL)
-        return NULL;
-    if (self->owes_look && message_ring_awaits_room(&self->ring))
-        return NULL;
-    self->owes_look = false;
     return self->taken;
-}
-
-bool ring_wake_peer(PyObject *self, PyObject *wake)
-{
-    if (!message_ring_peer_sleeps(ring_of(self)))
-        return true;
-    PyObject *woken = PyObject_CallObject(wake, NULL);
-    Py_XDECREF(woken);
-    return woken != NULL;
 }
 
 PyObject *ring_take_next(PyObject *object)
@@ -231,9 +175,9 @@ static PyObject *ring_sleep(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-static PyObject *ring_peer_sleeps(PyObject *self, PyObject *Py_UNUSED(nothing))
+static PyObject *ring_take_post(PyObject *self, PyObject *Py_UNUSED(nothing))
 {
-    return PyBool_FromLong(message_ring_peer_sleeps(ring_of(self)));
+    return PyBool_FromLong(message_ring_take_post(ring_of(self)));
 }
 
 static PyObject *ring_end(PyObject *self, PyObject *Py_UNUSED(nothing))
@@ -278,7 +222,7 @@ static PyMethodDef ring_methods[] = {
     {"readable", ring_readable, METH_NOARGS, NULL},
     {"want_room", ring_want_room, METH_O, NULL},
     {"sleep", ring_sleep, METH_O, NULL},
-    {"peer_sleeps", ring_peer_sleeps, METH_NOARGS, NULL},
+    {"take_post", ring_take_post, METH_NOARGS, NULL},
     {"end", ring_end, METH_NOARGS, NULL},
     {"ended", ring_ended, METH_NOARGS, NULL},
     {"wait_readable", ring_wait_readable, METH_O, NULL},
@@ -295,8 +239,6 @@ static PyMemberDef ring_members[] = {
 static PyType_Slot ring_slots[] = {
     {Py_tp_new, ring_new},
     {Py_tp_dealloc, ring_dealloc},
-    {Py_tp_traverse, ring_traverse},
-    {Py_tp_clear, ring_clear},
     {Py_tp_methods, ring_methods},
     {Py_tp_members, ring_members},
     {0, NULL},
@@ -305,7 +247,7 @@ static PyType_Slot ring_slots[] = {
 static PyType_Spec ring_spec = {
     .name = "shmtransport.core._native.MessageRing",
     .basicsize = sizeof(MessageRing),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
     .slots = ring_slots,
 };
 

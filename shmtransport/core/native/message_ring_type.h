@@ -11,14 +11,11 @@ struct message_ring *ring_in(PyObject *object);
 
 bool ring_is_readable(PyObject *ring);
 
-/* The next message, borrowed, which stays with the ring; NULL if there is none, and for what ring.read is to look at: an
- * invalid message, or a peer that waits for room. */
+/* The next message, borrowed, which stays with the ring; NULL if there is none, and for an invalid one, which ring.read is
+ * to look at. */
 PyObject *ring_next(PyObject *ring);
 
 /* The message that ring_next has returned, with no Python code run since then: it is the caller's now. */
 PyObject *ring_take_next(PyObject *ring);
-
-/* After a message was published: call wake, without arguments, if the peer sleeps; false with an error set. */
-bool ring_wake_peer(PyObject *ring, PyObject *wake);
 
 #endif

@@ -34,7 +34,7 @@ static int fill_module(PyObject *module)
         return -1;
     if (add_allocator_types(module) < 0)
         return -1;
-    if (add_message_ring_type(module) < 0)
+    if (add_message_ring_type(module) < 0 || add_bell_type(module) < 0)
         return -1;
     if (add_mapping_type(module) < 0 || add_tensors_type(module) < 0)
         return -1;

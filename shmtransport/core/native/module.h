@@ -37,6 +37,7 @@ void free_object(PyObject *self);
 
 int add_allocator_types(PyObject *module);
 int add_message_ring_type(PyObject *module);
+int add_bell_type(PyObject *module);
 int add_mapping_type(PyObject *module);
 int add_patience_type(PyObject *module);
 int add_call_state_type(PyObject *module);

@@ -5,10 +5,6 @@
 
 double patience_seconds(struct patience *patience)
 {
-    if (patience->has_looked) {
-        patience->has_looked = false;
-        return 0;
-    }
     if (patience->spin_seconds >= 0)
         return patience->spin_seconds;
     if (patience->to_pass == 0)
@@ -24,12 +20,6 @@ void patience_learn(struct patience *patience, bool found)
     else if (patience->failures < MOST_FAILURES)
         patience->failures++;
     patience->to_pass = found ? 0 : 1 << patience->failures;
-}
-
-void patience_look_in_vain(struct patience *patience)
-{
-    patience_learn(patience, false);
-    patience->has_looked = true;
 }
 
 /* --- as Python sees it --- */
@@ -83,16 +73,9 @@ static PyObject *patience_learn_method(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-static PyObject *patience_pass_next(PyObject *self, PyObject *Py_UNUSED(nothing))
-{
-    ((Patience *)self)->patience.has_looked = true;
-    Py_RETURN_NONE;
-}
-
 static PyMethodDef patience_methods[] = {
     {"seconds", patience_seconds_method, METH_NOARGS, NULL},
     {"learn", patience_learn_method, METH_O, NULL},
-    {"pass_next", patience_pass_next, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

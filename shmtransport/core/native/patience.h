@@ -7,7 +7,6 @@
 struct patience {
     double spin_seconds; /* negative: to find out */
     int failures, to_pass;
-    bool has_looked; /* the next wait blocks at once */
 };
 
 /* What an object of this type decides by; NULL with a TypeError for any other object. */
@@ -18,8 +17,5 @@ double patience_seconds(struct patience *patience);
 
 /* Say whether a look has found something. */
 void patience_learn(struct patience *patience, bool found);
-
-/* Say that a look has been in vain, and that the wait which follows, elsewhere, needs no other. */
-void patience_look_in_vain(struct patience *patience);
 
 #endif

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import msgspec
 
 from shmtransport.core.layout import FORMAT_VERSION, HEADER, Layout
 from shmtransport.endpoints.connection_memory import segment_layout
-from shmtransport.memory.bell import BELLS, Bell
 from shmtransport.memory.segment import SEGMENTS, Segment
 from shmtransport.protocol.messages import (
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -36,7 +34,6 @@ from .peers import ARENA_BYTES, Wire, request
 from .scene import BOTH, Scene, attack
 
 NOWHERE = "/shmtransport-" + "0" * 32
-NO_BELL = "/shmtransport-bell-1-" + "0" * 32
 WRONG_VALUES: tuple[Any, ...] = (None, True, -1, 1 << 63, 1.5, "x", b"x", [], {}, [[]])
 
 
@@ -156,7 +153,7 @@ def words_of_a_server(scene: Scene) -> None:
     for message in (Offer(65536), Welcome(NOWHERE), Refused("no"), Reply(0, 1, ()), Failure(0, "x", "x", "x")):
         wire.assert_refused(message)
     wire.assert_refused(request())
-    wire.assert_refused(Attach(NOWHERE, NO_BELL))
+    wire.assert_refused(Attach(NOWHERE))
 
 
 @attack(*BOTH)
@@ -166,16 +163,16 @@ def a_handshake_out_of_order(scene: Scene) -> None:
     for message in (hello_by(scene), request(), Offer(1), Reply(0, 1, ()), said([3]), b"noise", b""):
         assert isinstance(wire.ask(hello_by(scene)), Offer)
         wire.assert_refused(message)
-        wire.assert_refused(Attach(NOWHERE, NO_BELL))
+        wire.assert_refused(Attach(NOWHERE))
 
 
-# --- the segment and the bell that a client names ---------------------------------------------------------------------
+# --- the segment that a client names ----------------------------------------------------------------------------------
 
 
-def attach(scene: Scene, wire: Wire, segment: str, bell: str = "") -> None:
-    """Say Hello, then name this segment and bell, which the server refuses."""
+def attach(scene: Scene, wire: Wire, segment: str) -> None:
+    """Say Hello, then name this segment, which the server refuses."""
     assert isinstance(wire.ask(hello_by(scene)), Offer)
-    assert NOWHERE[:14] not in wire.assert_refused(said([3, segment, bell]))
+    assert NOWHERE[:14] not in wire.assert_refused(said([3, segment]))
 
 
 def layout_of(scene: Scene, arena_bytes: int = ARENA_BYTES) -> Layout:
@@ -201,8 +198,8 @@ def segments_that_are_none(scene: Scene) -> None:
     wire, name = scene.wire(), NOWHERE[:14]
     others = ("", "/", "/etc/passwd", "/../../etc/passwd", "shmtransport-" + "0" * 32, name, name + "g" * 32)
     for segment in (NOWHERE, *others, NOWHERE + "0", NOWHERE + "\0", NOWHERE + "\n", NOWHERE.upper(), name + "٠" * 32):
-        attach(scene, wire, segment, NO_BELL)
-    for data in with_each_field_wrong([3, NOWHERE, NO_BELL]):
+        attach(scene, wire, segment)
+    for data in with_each_field_wrong([3, NOWHERE]):
         assert isinstance(wire.ask(hello_by(scene)), Offer)
         wire.assert_refused(data)
 
@@ -225,7 +222,7 @@ def segments_that_are_files(scene: Scene) -> None:
         name = NOWHERE[:14] + secrets.token_hex(16)
         with file_in_shm(SEGMENTS.file(name)):
             make(SEGMENTS.file(name))
-            attach(scene, wire, name, NO_BELL)
+            attach(scene, wire, name)
 
 
 @attack(*BOTH)
@@ -241,7 +238,7 @@ def segments_of_another_size(scene: Scene) -> None:
         Layout(ARENA_BYTES, release_slots=8192, message_ring_bytes=ring_bytes),
     ):
         segment = Segment.create(layout)
-        attach(scene, wire, segment.name, NO_BELL)
+        attach(scene, wire, segment.name)
         segment.close()
 
 
@@ -252,12 +249,12 @@ def headers_that_lie(scene: Scene) -> None:
     for index in range(0, HEADER.size, 3):
         segment = Segment.create(layout)
         segment.view[index] ^= 0x55
-        attach(scene, wire, segment.name, NO_BELL)
+        attach(scene, wire, segment.name)
         segment.close()
     for nbytes in (0, 1, HEADER.size, 4096, layout.total_bytes - 1):
         segment = Segment.create(layout)
         os.truncate(segment.fd, nbytes)
-        attach(scene, wire, segment.name, NO_BELL)
+        attach(scene, wire, segment.name)
         segment.close()
 
 
@@ -281,70 +278,5 @@ def the_servers_own_segment(scene: Scene) -> None:
 def anothers_segment(scene: Scene) -> None:
     """A second connection names the first one's segment, which has no name any more; the first goes on."""
     first = scene.impostor()
-    attach(scene, scene.wire(), first.segment.name, NO_BELL)
+    attach(scene, scene.wire(), first.segment.name)
     first.assert_served()
-
-
-@attack("doorbell")
-def bells_that_are_none(scene: Scene) -> None:
-    """No bell, a name of another form, a missing one, an empty file, a directory, a link to a file."""
-    wire = scene.wire()
-    made = NO_BELL[:-32] + secrets.token_hex(16)
-    others = ("", "/", "/sem", "/etc/passwd", NO_BELL, NO_BELL[:-1], NO_BELL + "0", NO_BELL + "\0")
-    for bell in (*others, "/shmtransport-bell--" + "0" * 32, NO_BELL.replace("-1-", "-12345678901-")):
-        segment = Segment.create(layout_of(scene))
-        attach(scene, wire, segment.name, bell)
-        segment.close()
-    for make in (
-        lambda path: Path(path).write_bytes(b""),
-        os.mkdir,
-        os.mkfifo,
-        lambda path: Path(path).symlink_to("/etc/passwd"),
-    ):
-        segment = Segment.create(layout_of(scene))
-        with file_in_shm(BELLS.file(made)):
-            make(BELLS.file(made))
-            attach(scene, wire, segment.name, made)
-        segment.close()
-
-
-@attack("doorbell")
-def the_servers_own_bell(scene: Scene) -> None:
-    """The bell that wakes the server, named as the client's: the server would take its name away from everyone."""
-    first, wire = scene.impostor(), scene.wire()
-    segment = Segment.create(layout_of(scene))
-    attach(scene, wire, segment.name, first.server_bell.name)
-    assert Path(BELLS.file(first.server_bell.name)).exists()
-    first.assert_served()
-    segment.close()
-
-
-@attack("doorbell")
-def bells_that_count_wrongly(scene: Scene) -> None:
-    """A semaphore that can count no further, that claims waiters or fewer rings than none: it can be rung all the same.
-
-    The word after the two counts is left as it is: with it wrong, glibc would end the process (docs/security.md).
-    """
-    for value, waiters in ((2**31 - 1, 0), (2**32 - 1, 5), (0, 2**32 - 1), (2**31, 1)):
-        wire, name = scene.wire(), NO_BELL[:-32] + secrets.token_hex(16)
-        segment = Segment.create(layout_of(scene))
-        with file_in_shm(BELLS.file(name), struct.pack("<IIii16x", value, waiters, 128, 0)):
-            assert isinstance(wire.ask(hello_by(scene)), Offer)
-            assert isinstance(wire.ask(Attach(segment.name, name)), Welcome)
-        wire.send(request())  # by ZeroMQ; answered in the ring, with a ring of the bell
-        wire.send(b"noise")
-        assert isinstance(wire.ask(request()), Goodbye)
-        segment.close()
-
-
-@attack("doorbell")
-def a_bell_without_need(scene: Scene) -> None:
-    """A client of the ZeroMQ channel names a bell: the server neither opens nor unlinks it."""
-    wire = scene.wire()
-    with Bell.create() as bell:
-        segment = Segment.create(segment_layout(ARENA_BYTES))
-        assert isinstance(wire.ask(Hello(ARENA_BYTES, ARENA_BYTES, 65536, "zmq")), Offer)
-        assert isinstance(wire.ask(Attach(segment.name, bell.name)), Welcome)
-        assert Path(BELLS.file(bell.name)).exists()
-        wire.send(Goodbye(""))
-        segment.close()

@@ -33,5 +33,5 @@ def a_ring_that_was_cut_off(scene: Scene) -> None:
     one = scene.impostor()
     one.assert_served()
     os.truncate(one.segment.fd, 0)
-    one.server_bell.post()
+    one.forger.post()
     one.assert_dropped()

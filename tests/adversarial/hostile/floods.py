@@ -196,7 +196,7 @@ def unread(one: Impostor, size: int, most: int) -> int:
             break
         if one.ring.write(data):
             made += 1
-            one.server_bell.post()
+            one.forger.post()
         else:
             time.sleep(0.0005)
     return made

@@ -196,9 +196,6 @@ class Stage:
 
     def _names(self) -> Iterator[str]:
         """Names that the server has in /dev/shm."""
-        for name in os.listdir("/dev/shm"):
-            if name.startswith(f"sem.shmtransport-bell-{self.server.pid}-"):
-                yield name
         for line in Path(f"/proc/{self.server.pid}/maps").read_text().splitlines():
             if "/dev/shm/shmtransport-" in line and not line.endswith("(deleted)"):
                 yield line.rsplit("/", 1)[-1]

@@ -30,7 +30,7 @@ from shmtransport.protocol.messages import (
 )
 from shmtransport.protocol.values import MAX_DEPTH
 
-from .attacks import NO_BELL, NOWHERE, hello_by, said, with_each_field_wrong
+from .attacks import NOWHERE, hello_by, said, with_each_field_wrong
 from .peers import ARENA_BYTES, request
 from .scene import BOTH, Scene, attack
 
@@ -83,10 +83,10 @@ def words_out_of_place(scene: Scene) -> None:
         [
             hello_by(scene),
             Hello(1, 1, 1),
-            Attach(NOWHERE, NO_BELL),
+            Attach(NOWHERE),
             Attach(NOWHERE),
             Offer(65536),
-            Welcome(NOWHERE, NO_BELL),
+            Welcome(NOWHERE),
             Refused("no"),
             Reply(0, 1, ()),
             Failure(0, "handler", "X", "x"),
@@ -98,7 +98,7 @@ def words_out_of_place(scene: Scene) -> None:
 def an_attach_replayed(scene: Scene) -> None:
     """The very bytes with which a client has attached its segment, sent again by it, and by somebody else."""
     one, other = scene.impostor(), scene.wire()
-    replay = Attach(one.segment.name, NO_BELL)
+    replay = Attach(one.segment.name)
     assert isinstance(other.ask(hello_by(scene)), Offer)
     other.assert_refused(replay)
     one.assert_served()
@@ -136,7 +136,7 @@ def too_long_a_message(scene: Scene) -> None:
         one.forger.set_records((struct.pack("<I", len(data)) + data)[: one.forger.capacity].ljust(one.forger.capacity))
         one.forger.set_length(0, min(len(data), one.forger.capacity - 4))
         one.forger.set_cell(0, one.forger.capacity)
-        one.server_bell.post()
+        one.forger.post()
         one.assert_dropped()
 
 

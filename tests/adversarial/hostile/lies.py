@@ -13,7 +13,6 @@ from msgspec.msgpack import Ext
 from shmtransport.core.layout import DEFAULT_RELEASE_SLOTS, FORMAT_VERSION
 from shmtransport.endpoints.connection_memory import segment_layout
 from shmtransport.errors import ConnectRefused, ConnectTimeout, PeerDied, PeerProtocolError
-from shmtransport.memory import bell
 from shmtransport.memory.descriptor import TensorDescriptor
 from shmtransport.memory.dtypes import BY_NAME
 from shmtransport.memory.receive_arena import release_cells
@@ -40,7 +39,7 @@ from shmtransport.protocol.messages import (
 from shmtransport.protocol.values import MAX_DEPTH
 from tests.support.rings import CONSUMED, ENDED, PUBLISHED
 
-from .attacks import NO_BELL, NOWHERE, said, with_each_field_wrong
+from .attacks import NOWHERE, said, with_each_field_wrong
 from .servers import Guest, Lie
 
 ARENA_BYTES = 64 * 1024
@@ -82,16 +81,8 @@ def made(make: Callable[[str], object]) -> str:
     return name
 
 
-def made_bell(make: Callable[[str], object]) -> str:
-    """Make something that is no bell; return its name, which looks like one's."""
-    name = f"/shmtransport-bell-1-{os.urandom(16).hex()}"
-    _made.append(bell.BELLS.file(name))
-    make(bell.BELLS.file(name))
-    return name
-
-
 def remove_made() -> None:
-    """Remove the false segments and bells that servers have made."""
+    """Remove the false segments that servers have made."""
     while _made:
         path = Path(_made.pop())
         if path.is_dir():
@@ -118,21 +109,20 @@ def _cut_off(guest: Guest, attach: Attach) -> Welcome:
 
 
 WELCOMES: dict[str, Callable[[Guest, Attach], Message | bytes | None]] = {
-    "a segment that is not there": lambda guest, _: Welcome(NOWHERE, guest.welcome().bell),
-    "no segment": lambda guest, _: Welcome("", guest.welcome().bell),
-    "a file of the system": lambda guest, _: Welcome("/etc/passwd", guest.welcome().bell),
-    "a path upwards": lambda guest, _: Welcome("/../../etc/passwd", guest.welcome().bell),
-    "the client's own segment": lambda guest, attach: Welcome(attach.segment, guest.welcome().bell),
-    "an empty file": lambda guest, _: Welcome(made(lambda path: Path(path).touch()), guest.welcome().bell),
+    "a segment that is not there": lambda guest, _: Welcome(NOWHERE),
+    "no segment": lambda guest, _: Welcome(""),
+    "a file of the system": lambda guest, _: Welcome("/etc/passwd"),
+    "a path upwards": lambda guest, _: Welcome("/../../etc/passwd"),
+    "the client's own segment": lambda guest, attach: Welcome(attach.segment),
+    "an empty file": lambda guest, _: Welcome(made(lambda path: Path(path).touch())),
     "a file of noise": lambda guest, _: Welcome(
-        made(lambda path: Path(path).write_bytes(os.urandom(guest.layout.total_bytes))), guest.welcome().bell
+        made(lambda path: Path(path).write_bytes(os.urandom(guest.layout.total_bytes)))
     ),
     "a segment that nobody holds": lambda guest, _: Welcome(
         made(lambda path: Path(path).write_bytes(guest.layout.header().ljust(guest.layout.total_bytes, b"\0"))),
-        guest.welcome().bell,
     ),
-    "a directory": lambda guest, _: Welcome(made(os.mkdir), guest.welcome().bell),
-    "a pipe": lambda guest, _: Welcome(made(os.mkfifo), guest.welcome().bell),
+    "a directory": lambda guest, _: Welcome(made(os.mkdir)),
+    "a pipe": lambda guest, _: Welcome(made(os.mkfifo)),
     "a larger segment": lambda guest, _: _other_size(guest, 2 * ARENA_BYTES),
     "a smaller segment": lambda guest, _: _other_size(guest, 4096),
     "a header that lies": _changed_header,
@@ -146,18 +136,6 @@ WELCOMES: dict[str, Callable[[Guest, Attach], Message | bytes | None]] = {
     "the first half": lambda guest, _: encode(guest.welcome())[:20],
     "nothing": lambda _guest, _attach: None,
 }
-BELLS: dict[str, Callable[[Guest, Attach], Message | bytes | None]] = {
-    "no bell": lambda guest, _: Welcome(guest.segment.name),
-    "a bell that is not there": lambda guest, _: Welcome(guest.segment.name, NO_BELL),
-    "a bell of another form": lambda guest, _: Welcome(guest.segment.name, "/sem"),
-    "the client's own bell": lambda guest, attach: Welcome(guest.segment.name, attach.bell),
-    "an empty file for a bell": lambda guest, _: Welcome(
-        guest.segment.name, made_bell(lambda path: Path(path).touch())
-    ),
-    "a directory for a bell": lambda guest, _: Welcome(guest.segment.name, made_bell(os.mkdir)),
-}
-
-
 # --- replies ----------------------------------------------------------------------------------------------------------
 
 
@@ -323,7 +301,7 @@ def _set_cell(cell: int, value: int) -> Callable[[Guest, Request], None]:
     def answer(guest: Guest, request: Request) -> None:
         guest.say(Reply(request.call_id + 1000, None, ()))
         guest.forger.set_cell(cell, (guest.forger.cell(cell) + value) % (1 << 64))
-        guest.client_bell.post()
+        guest.forger.post()
 
     return answer
 
@@ -334,7 +312,7 @@ def _set_length(length: int) -> Callable[[Guest, Request], None]:
         data = encode(Reply(request.call_id, None, ()))
         guest.ring.write(data)
         guest.forger.set_length(position, length)
-        guest.client_bell.post()
+        guest.forger.post()
 
     return answer
 
@@ -343,12 +321,12 @@ def _too_large(guest: Guest, request: Request) -> None:
     data = replied(request, "x" * 70_000)
     guest.forger.set_records((struct.pack("<I", len(data)) + data).ljust(guest.forger.capacity, b"\0"))
     guest.forger.set_cell(PUBLISHED, -(-(4 + len(data)) // 8) * 8)
-    guest.client_bell.post()
+    guest.forger.post()
 
 
 def _noise(guest: Guest, _request: Request) -> None:
     guest.segment.view[: guest.layout.data_offset] = os.urandom(guest.layout.data_offset)
-    guest.client_bell.post()
+    guest.forger.post()
 
 
 RING_LIES = (

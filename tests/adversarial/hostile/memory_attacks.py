@@ -1,4 +1,4 @@
-"""Connected clients that attack a server through shared memory: release tables, headers, message rings, bells."""
+"""Connected clients that attack a server through shared memory: release tables, headers, message rings, posts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from shmtransport.core.layout import PAGE_BYTES
 from shmtransport.memory.receive_arena import release_cells
 from shmtransport.protocol.messages import Failure, Reply, encode
-from tests.support.rings import CONSUMED, ENDED, PUBLISHED, WANTS_ROOM
+from tests.support.rings import CONSUMED, ENDED, POSTS, PUBLISHED, WANTS_ROOM
 
 from .intrusions import TENSOR, carrying, descriptor
 from .peers import ANSWER_S, Impostor, request
@@ -133,7 +133,7 @@ def published_that_is_impossible(scene: Scene) -> None:
             one = forged(scene, served_before=served_before)
             value = (one.forger.cell(PUBLISHED) + change) % (1 << 64)
             one.forger.set_cell(PUBLISHED, value)
-            one.server_bell.post()
+            one.forger.post()
             one.assert_dropped()
 
 
@@ -146,7 +146,7 @@ def a_record_that_is_too_long(scene: Scene) -> None:
         position = one.forger.cell(PUBLISHED)
         assert one.ring.write(data)
         one.forger.set_length(position, length)
-        one.server_bell.post()
+        one.forger.post()
         one.assert_dropped()
 
 
@@ -156,7 +156,7 @@ def a_ring_of_empty_records(scene: Scene) -> None:
     one = forged(scene, served_before=False)
     one.forger.set_records(bytes(one.forger.capacity))
     one.forger.set_cell(PUBLISHED, one.forger.capacity)
-    one.server_bell.post()
+    one.forger.post()
     one.assert_dropped()
 
 
@@ -173,14 +173,14 @@ def consumed_that_is_impossible(scene: Scene) -> None:
         while not one.ended():
             assert time.monotonic() < deadline, "the server never looked at it"
             one.ring.write(encode(request("x" * 200)))
-            one.server_bell.post()
+            one.forger.post()
             time.sleep(0.001)
         one.assert_dropped(told=False)
 
 
 @attack("doorbell")
 def room_that_is_wanted_for_ever(scene: Scene) -> None:
-    """Flags that ask for rings, or claim that the client has left, while it goes on: it is served all the same."""
+    """Flags that ask for posts, or claim that the client has left, while it goes on: it is served all the same."""
     one = forged(scene)
     for wants, ended in ((1, 0), (_MAX, 0), (0, 1), (_MAX, _MAX)):
         one.forger.set_cell(WANTS_ROOM, wants)
@@ -203,7 +203,7 @@ def a_ring_rewritten_while_in_use(scene: Scene) -> None:
             one.forger.set_records(noise[:capacity])
             one.forger.set_cell(PUBLISHED, one.forger.cell(PUBLISHED) + numbers.choice((0, 8, len(proper), capacity)))
             one.forger.set_cell(CONSUMED, one.forger.cell(PUBLISHED) + numbers.choice((0, 0, 0, 8, -8)))
-            one.server_bell.post()
+            one.forger.post()
 
         with Meanwhile(rewrite):
             one.assert_dropped(told=False)
@@ -216,34 +216,42 @@ def everything_before_the_data_rewritten(scene: Scene) -> None:
         one = forged(scene)
         for _ in range(20):
             one.segment.view[: one.layout.data_offset] = os.urandom(one.layout.data_offset)
-            one.server_bell.post()
+            one.forger.post()
             time.sleep(0.001)
         one.assert_dropped(told=False)
 
 
-# --- the bells --------------------------------------------------------------------------------------------------------
+# --- posts ------------------------------------------------------------------------------------------------------------
 
 
 @attack("doorbell")
-def rings_taken_away(scene: Scene) -> None:
-    """A client takes the rings that are meant for the server: each delays a message by at most half a second."""
+def posts_that_count_wrongly(scene: Scene) -> None:
+    """A client's count of its posts goes back or jumps, and it always says that it sleeps: others are served."""
     one = scene.impostor()
-    scene.while_others_call(lambda: one.server_bell.wait(0.05), calls=3)
-    one.assert_served()
+    one.ring.sleep(True)
+    values = iter(range(1 << 62))
+
+    def forge() -> None:
+        one.forger.set_cell(POSTS, (next(values) * 0x9E3779B97F4A7C15) % (1 << 64))
+
+    scene.while_others_call(forge, calls=10)
+    for value in (0, 1, _MAX, 1 << 32, (1 << 32) - 1):
+        one.forger.set_cell(POSTS, value)
+        one.assert_served()
 
 
 @attack("doorbell")
-def rings_without_a_message(scene: Scene) -> None:
-    """A client rings a hundred thousand times without a message, and then with one."""
+def posts_without_a_message(scene: Scene) -> None:
+    """A client posts a hundred thousand times without a message, and then with one."""
     one = scene.impostor()
     for _ in range(100_000):
-        one.server_bell.post()
+        one.forger.post()
     one.assert_served()
 
 
 @attack("doorbell")
-def messages_without_a_ring(scene: Scene) -> None:
-    """A client never rings: the server finds its messages by looking, and takes no other client's ring for its own."""
+def messages_without_a_post(scene: Scene) -> None:
+    """A client never posts: the server finds its messages by looking."""
     one = scene.impostor()
     for turn in range(30):
         assert one.ring.write(encode(request(call_id=turn)))

@@ -11,9 +11,8 @@ from typing import Any
 
 import zmq
 
-from shmtransport.core import MessageRing
+from shmtransport.core import Bell, MessageRing
 from shmtransport.endpoints.connection_memory import segment_layout
-from shmtransport.memory.bell import Bell
 from shmtransport.memory.segment import Segment
 from shmtransport.protocol.messages import (
     DEFAULT_MAX_MESSAGE_BYTES,
@@ -150,8 +149,7 @@ class Impostor:
     """A client that has finished the handshake, by either channel, and keeps to no rule from then on.
 
     ``wire`` is its ZeroMQ socket, ``segment`` its own segment and ``replies`` the server's; with the doorbell channel
-    ``ring`` is its end of the message ring, ``forger`` writes into it without any rule, ``server_bell`` wakes the
-    server.
+    ``ring`` is its end of the message ring, ``forger`` writes into it without any rule.
     """
 
     def __init__(
@@ -168,14 +166,12 @@ class Impostor:
         self.layout = segment_layout(arena_bytes, offer.max_message_bytes if channel == "doorbell" else 0)
         self.max_message_bytes = offer.max_message_bytes
         self.segment = Segment.create(self.layout)
-        self._bell = Bell.create() if channel == "doorbell" else None
-        welcome = wire.ask(Attach(self.segment.name, "" if self._bell is None else self._bell.name))
+        self._bell = Bell() if channel == "doorbell" else None
+        welcome = wire.ask(Attach(self.segment.name))
         assert isinstance(welcome, Welcome), welcome
         self.replies = Segment.attach(welcome.segment, self.layout)
         self.segment.unlink()
         if self._bell is not None:
-            self._bell.unlink()
-            self.server_bell = Bell.open(welcome.bell)
             self.ring = MessageRing(self.segment.message_ring, self.replies.message_ring)
             self.forger = Forger(self.segment, 2 * record_bytes(offer.max_message_bytes))
 
@@ -188,7 +184,6 @@ class Impostor:
             while not self.ring.write(as_bytes(message)):
                 assert time.monotonic() < deadline, "the server does not read"
                 time.sleep(0.001)
-            self.server_bell.post()
 
     def hear(self, timeout_s: float = ANSWER_S) -> AnyMessage | None:
         if self._bell is None:
@@ -201,7 +196,7 @@ class Impostor:
                 return decode(data)
             if last:
                 return None
-            self._bell.wait(0.01)
+            self._bell.wait((self.ring,), 0.01)
 
     def ask(self, message: Message | bytes) -> AnyMessage | None:
         self.send(message)
@@ -243,6 +238,3 @@ class Impostor:
         self.wire.send(Goodbye("enough"))
         self.segment.close()
         self.replies.close()
-        if self._bell is not None:
-            self._bell.close()
-            self.server_bell.close()

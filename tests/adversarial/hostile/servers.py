@@ -13,7 +13,6 @@ import zmq
 from shmtransport.core import MessageRing
 from shmtransport.endpoints.connection_memory import segment_layout
 from shmtransport.errors import PeerProtocolError
-from shmtransport.memory.bell import Bell
 from shmtransport.memory.segment import Segment
 from shmtransport.protocol.messages import (
     AnyRequest,
@@ -28,7 +27,7 @@ from shmtransport.protocol.messages import (
     Welcome,
     decode,
 )
-from tests.support.rings import Forger, record_bytes
+from tests.support.rings import SLEEPS, Forger, record_bytes
 
 from .peers import as_bytes
 
@@ -40,7 +39,7 @@ class Guest:
     """One client of a lying server, after the handshake.
 
     ``segment`` is the server's own, ``theirs`` the client's; with the doorbell channel ``ring`` is the server's end of
-    the message ring, ``forger`` writes into it without any rule, ``client_bell`` wakes the client.
+    the message ring, ``forger`` writes into it without any rule.
     """
 
     def __init__(self, router: zmq.Socket[bytes], identity: bytes, hello: Hello) -> None:
@@ -51,11 +50,8 @@ class Guest:
         ring_bytes = hello.max_message_bytes if self.by_doorbell else 0
         self.layout = segment_layout(hello.reply_arena_bytes, ring_bytes)
         self.segment = Segment.create(self.layout)
-        self.bell = Bell.create() if self.by_doorbell else None
         self._undo = contextlib.ExitStack()
         self._undo.callback(lambda: self.segment.close())  # by then it may be another one
-        if self.bell is not None:
-            self._undo.callback(self.bell.close)
 
     def attach(self, attach: Attach) -> None:
         """Map what the client has made."""
@@ -63,12 +59,11 @@ class Guest:
         self.theirs = Segment.attach(attach.segment, segment_layout(self.hello.request_arena_bytes, ring_bytes))
         self._undo.callback(self.theirs.close)
         if self.by_doorbell:
-            self.client_bell = self._undo.enter_context(Bell.open(attach.bell))
             self.ring = MessageRing(self.segment.message_ring, self.theirs.message_ring)
             self.forger = Forger(self.segment, 2 * record_bytes(self.hello.max_message_bytes))
 
     def welcome(self) -> Welcome:
-        return Welcome(self.segment.name, "" if self.bell is None else self.bell.name)
+        return Welcome(self.segment.name)
 
     def say_by_zmq(self, *frames: bytes) -> None:
         with contextlib.suppress(zmq.ZMQError):  # it has left already
@@ -78,10 +73,14 @@ class Guest:
         """Send one message by the agreed channel."""
         data = as_bytes(message)
         if self.by_doorbell:
-            if self.ring.write(data):
-                self.client_bell.post()
+            self.ring.write(data)
         else:
             self.say_by_zmq(data)
+
+    def say_silently(self, message: bytes) -> None:
+        """Send one message through the ring, and don't post the client, as if it did not sleep."""
+        Forger(self.theirs, self.forger.capacity).set_cell(SLEEPS, 0)
+        self.ring.write(message)
 
     def close(self) -> None:
         self._undo.close()

@@ -261,7 +261,7 @@ def more_without_end(scene: Scene) -> None:
             if one.channel == "zmq":
                 try_to_send(one.wire, data)
             elif one.ring.write(data):
-                one.server_bell.post()
+                one.forger.post()
         return watch.open() == 0
 
     assert eventually(is_dropped)

@@ -41,7 +41,6 @@ from shmtransport.protocol.messages import (
 
 from .lies import (
     ARENA_BYTES,
-    BELLS,
     RING_LIES,
     TENSOR,
     WELCOMES,
@@ -155,13 +154,6 @@ def test_a_wrong_welcome(address: str, channel: ChannelKind, what: str) -> None:
     silent = what == "nothing"
     with LyingServer(address, Lie(what, welcome=WELCOMES[what])):
         assert_lied_to(address, channel, (ConnectTimeout,) if silent else WRONG_WELCOME)
-
-
-@pytest.mark.parametrize("what", BELLS)
-def test_a_wrong_bell(address: str, what: str) -> None:
-    """False bells, or another's: the client never rings them."""
-    with LyingServer(address, Lie(what, welcome=BELLS[what])):
-        assert_lied_to(address, "doorbell", (PeerProtocolError,))
 
 
 # --- replies ----------------------------------------------------------------------------------------------------------
@@ -432,19 +424,19 @@ def test_a_header_rewritten_while_in_use(address: str, channel: ChannelKind) -> 
             assert torch.equal(client.call("echo", X), X)
 
 
-def test_rings_taken_away_and_rings_for_nothing(address: str) -> None:
-    """Taken rings delay the client by at most half a second, needless ones cost a look each; the results are right."""
+def test_posts_that_are_missing_and_posts_for_nothing(address: str) -> None:
+    """Missing ones delay the client by at most half a second, needless ones cost a look each; the results are right."""
 
     def answer(guest: Guest, request: Request) -> None:
         if request.call_id == 0:
-            guest.ring.write(echoed(guest, request))  # without a ring
+            guest.say_silently(echoed(guest, request))
         else:
             for _ in range(2000):
-                guest.client_bell.post()
+                guest.forger.post()
             guest.say(echoed(guest, request))
 
     with (
-        LyingServer(address, Lie("rings", answer=answer)),
+        LyingServer(address, Lie("posts", answer=answer)),
         Client(address, channel="doorbell", arena_bytes=ARENA_BYTES) as client,
     ):
         for turn in range(4):

@@ -17,7 +17,7 @@ from shmtransport.channels.base import BrokenPeer
 from shmtransport.errors import MessageTooLarge, PeerProtocolError
 from tests.support.doorbells import MAX_MESSAGE_BYTES, Caller, Party, all_messages, next_message
 from tests.support.helpers import eventually, in_thread
-from tests.support.rings import CONSUMED, PUBLISHED, Forger
+from tests.support.rings import CONSUMED, POSTS, PUBLISHED, SLEEPS, Forger
 
 LARGEST = bytes(MAX_MESSAGE_BYTES)  # two fill a ring
 
@@ -128,12 +128,12 @@ def test_a_client_is_told_when_the_server_has_read_on(party: Party, caller: Call
     """Without room ``send`` is False; the server rings once it has read, and then there is room."""
     messages = _numbered(3)
     assert [caller.channel.send(message) for message in messages] == [True, True, False]
-    assert not caller.bell.take()
+    assert not caller.ring.take_post()
     assert party.next_message()[1] == messages[0]
-    assert caller.bell.take(), "the client was not told"
+    assert caller.ring.take_post(), "the client was not told"
     assert caller.channel.send(messages[2])
     assert [party.next_message()[1] for _ in range(2)] == messages[1:]
-    assert not caller.bell.take(), "the client was told although it no longer waits"
+    assert not caller.ring.take_post(), "the client was told although it no longer waits"
 
 
 def test_room_that_is_made_just_before_it_is_asked_for_is_used(
@@ -158,7 +158,7 @@ def test_room_that_is_made_just_before_it_is_asked_for_is_used(
     monkeypatch.setattr(caller.channel, "_ring", ReadFirst())
     assert caller.channel.send(messages[2])
     assert [party.next_message()[1] for _ in range(2)] == messages[1:]
-    assert not caller.bell.take(), "the client was told although it does not wait"
+    assert not caller.ring.take_post(), "the client was told although it does not wait"
 
 
 def test_the_server_queues_what_a_ring_has_no_room_for(party: Party, caller: Caller) -> None:
@@ -174,7 +174,8 @@ def test_the_server_queues_what_a_ring_has_no_room_for(party: Party, caller: Cal
         if len(messages) < 20:
             messages.append(b"late")
             assert party.server.send(caller.name, b"late")
-        party.server.wait(None)
+        if not party.server.is_queue_empty:
+            party.server.wait(None)
         assert party.server.receive() is None
     assert received == messages
     party.server.send(caller.name, b"directly")
@@ -305,60 +306,61 @@ def test_a_goodbye_passes_where_the_ring_is_full(party: Party) -> None:
     assert sorted(received) == sorted([b"goodbye", bytes(1020), bytes(1020)])
 
 
-# --- rings ------------------------------------------------------------------------------------------------------------
+# --- posts ------------------------------------------------------------------------------------------------------------
 
 
-def test_rings_of_messages_that_were_found_by_looking_are_taken_back(party: Party, caller: Caller) -> None:
-    """Otherwise each would later wake its owner for nothing, and their number could only grow."""
+def test_messages_that_are_found_by_looking_need_no_post(party: Party, caller: Caller) -> None:
+    """A side that does not sleep is never posted."""
     for _ in range(200):
         caller.channel.send(b"x")
         party.server.send(caller.name, b"y")
         assert party.next_message() == (caller.name, b"x")
         assert caller.channel.receive() == b"y"
-    caller.channel.wait(0.0)
-    party.server.wait(0.0)
-    assert not caller.bell.take()
-    assert sum(party.server.bell().take() for _ in range(200)) < 100  # not all, since the server also listens on ZeroMQ
+    assert not caller.ring.take_post()
+    assert not caller.server_ring.take_post()
 
 
-def test_a_ring_that_was_waited_for_is_used_up(party: Party, caller: Caller) -> None:
-    """A message that wakes a sleeping client leaves no ring behind."""
+def test_a_post_that_was_waited_for_is_used_up(party: Party, caller: Caller) -> None:
+    """A message that wakes a sleeping client leaves no post behind."""
     for _ in range(3):
         later = threading.Timer(0.02, party.server.send, [caller.name, b"wake up"])
         later.start()
         assert next_message(caller) == b"wake up"
         later.join()
         caller.channel.wait(0.0)
-        assert not caller.bell.take()
+        assert not caller.ring.take_post()
 
 
 @pytest.mark.parametrize("waiting", ["client", "server"])
-def test_a_ring_that_a_stranger_takes_away_delays_and_loses_nothing(
+def test_a_peer_that_never_posts_delays_its_messages_and_loses_none(
     party: Party, caller: Caller, waiting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sleeping side looks by itself from time to time: in this test no rings arrive at all."""
+    """A sleeping side looks by itself from time to time: in this test no post arrives at all."""
     monkeypatch.setattr(relay, "SLICE_S", 0.05)
     if waiting == "client":
         work = in_thread(lambda: [next_message(caller) for _ in range(2)])
-        ring = caller.server_ring
+        waiter, ring = caller.forger, caller.server_ring
     else:
         work = in_thread(lambda: [party.next_message() for _ in range(2)])
-        ring = caller.ring
+        waiter, ring = caller.server_forger, caller.ring
     for _ in range(2):
+        waiter.set_cell(SLEEPS, 0)
         assert ring.write(b"silent")
     work.result(30.0)
 
 
-def test_rings_without_a_message_are_harmless(party: Party, caller: Caller) -> None:
+def test_posts_without_a_message_are_harmless(party: Party, caller: Caller) -> None:
     """Each of them causes a needless wake-up; afterwards messages pass as before."""
-    for _ in range(100):
-        caller.bell.post()
-        party.server.bell().post()
-    for number in _numbered(200, 4):
-        assert caller.channel.send(number)
-        assert party.next_message() == (caller.name, number)
-        assert party.server.send(caller.name, number)
-        assert next_message(caller) == number
+    for number in range(100):
+        caller.channel.wake()
+        party.server.bell.post()
+        for forger in (caller.forger, caller.server_forger):
+            forger.set_cell(POSTS, 7 * number)
+    for message in _numbered(200, 4):
+        assert caller.channel.send(message)
+        assert party.next_message() == (caller.name, message)
+        assert party.server.send(caller.name, message)
+        assert next_message(caller) == message
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------

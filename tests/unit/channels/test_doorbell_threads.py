@@ -13,7 +13,6 @@ import pytest
 from shmtransport import OutOfResources
 from shmtransport.channels import relay
 from shmtransport.channels.doorbell_server import LoopDoorbells, ThreadDoorbells
-from shmtransport.memory.bell import BELLS
 from tests.support.doorbells import Caller, Party, all_messages, next_message, open_fds, relays
 from tests.support.helpers import eventually, in_thread
 
@@ -246,7 +245,7 @@ def test_a_relay_runs_only_while_there_are_doorbell_clients(party: Party) -> Non
         assert party.next_message()[1] == b"without a relay"
 
 
-def test_in_event_loops_a_relay_waits_for_each_bell(looped: Party) -> None:
+def test_in_event_loops_a_relay_waits_with_each_bell(looped: Party) -> None:
     """One for the server while it has doorbell clients, one for a client from ``fileno`` to ``close``."""
     assert relays() == []
     caller = looped.caller()
@@ -260,7 +259,7 @@ def test_in_event_loops_a_relay_waits_for_each_bell(looped: Party) -> None:
 
 
 def test_a_server_without_a_thread_for_its_relay_can_be_closed(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server then makes no bell, and the error names the cause; closing frees what there is."""
+    """The error names the cause; closing frees what there is."""
 
     def no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -268,7 +267,7 @@ def test_a_server_without_a_thread_for_its_relay_can_be_closed(party: Party, mon
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(OutOfResources, match="can't start"):
-            party.server.bell()
+            party.server.prepare()
     party.server.close()
 
 
@@ -336,7 +335,7 @@ def test_a_server_that_waits_is_woken_to_be_closed(party: Party) -> None:
 
 
 def test_a_client_that_waits_is_woken_to_be_closed(party: Party) -> None:
-    """Closing wakes the thread that waits, which then leaves the bell alone."""
+    """Waking it ends its wait, and then it can be closed."""
     caller = party.caller()
     closing = threading.Event()
 
@@ -383,16 +382,14 @@ def test_in_a_forked_child_nothing_reaches_the_other_side(party: Party, side: st
         assert _in_child(use_the_server) == 0
     caller = party.caller()
     _used(caller, party)
-    caller.channel.wait(0.0)  # takes back the ring for the message
-    bell = party.server.bell()
+    caller.ring.take_post()
     if side != "server without clients":
         assert _in_child(use_the_client if side == "client" else use_the_server) == 0
     assert not caller.channel.ended()
     assert not caller.server_ring.ended()
-    assert not caller.bell.take()
+    assert not caller.ring.take_post()
     assert not party.base.wait(0)
     assert party.base.receive() is None  # that look may have kept the relay from an event, which tells of a change only
-    assert os.path.exists(BELLS.file(bell.name))
     _used(caller, party)
     assert party.zmq_client().send(b"by ZeroMQ as well")
     assert party.next_message()[1] == b"by ZeroMQ as well"

@@ -213,11 +213,11 @@ def test_whatever_is_said_to_be_read_the_writer_stays_within_the_ring(
 
 @pytest.mark.parametrize("flag", [1, 2, 2**63, 2**64 - 1])
 def test_any_flag_but_0_is_a_flag(rings: RingPair, forger: Forger, flag: int) -> None:
-    """Whatever stands there: a ring too many, or the end, which was the peer's to say."""
+    """Whatever stands there: a post too many, or the end, which was the peer's to say."""
     rings.a.write(b"x")
     forger.set_cell(WANTS_ROOM, flag)
     forger.set_cell(ENDED, flag)
     assert not rings.b.ended()
     assert rings.b.read() == b"x"
-    assert rings.woken == {"a": 1}
+    assert rings.a.take_post()
     assert rings.b.ended()

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, ClassVar
 
-import posix_ipc
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -118,10 +117,10 @@ class MessageRingMachine(RuleBasedStateMachine):
     def read(self, index: int) -> None:
         direction = self.directions[index]
         expected = direction.unread.popleft() if direction.unread else None
-        self.pair.woken.clear()
+        direction.writer.take_post()
         assert direction.reader.read() == expected
         told = direction.wants_room and expected is not None
-        assert self.pair.woken == ({"ab"[index]: 1} if told else {}), "the writer is woken exactly if it wants room"
+        assert direction.writer.take_post() == told, "the writer is posted exactly if it wants room"
 
     @rule(index=st.integers(0, 1))
     def end(self, index: int) -> None:
@@ -220,29 +219,26 @@ def test_each_side_writes_in_its_own_segment_only(rings: RingPair) -> None:
 
 
 def test_a_reader_tells_only_a_writer_that_wants_room(rings: RingPair) -> None:
-    """Each read of a message wakes it while it does, and none before or after that, nor one that finds nothing."""
+    """Each read of a message posts it while it does, and none before or after that, nor one that finds nothing."""
     for _ in range(2):
         rings.a.write(bytes(LARGEST))
     rings.b.read()
-    assert not rings.woken
+    assert not rings.a.take_post()
     rings.a.want_room(True)
     rings.b.read()
-    assert rings.woken == {"a": 1}
+    assert rings.a.take_post()
     rings.b.read()
-    assert rings.woken == {"a": 1}
+    assert not rings.a.take_post()
     rings.a.want_room(False)
     rings.a.write(b"x")
     rings.b.read()
-    assert rings.woken == {"a": 1}
+    assert not rings.a.take_post()
 
 
-def test_a_writer_that_waits_for_room_is_always_told(rings: RingPair) -> None:
-    """Writer and reader in two threads, blocking without a time-out until the other rings: neither is forgotten."""
+def test_a_writer_that_waits_for_room_is_always_told(core: ModuleType, rings: RingPair) -> None:
+    """Writer and reader in two threads, blocking until the other posts: neither is forgotten."""
     count = 3000
-    names = [f"/test-{threading.get_native_id()}-{side}" for side in "ab"]
-    room, data = (posix_ipc.Semaphore(name, posix_ipc.O_CREX) for name in names)
-    for name in names:
-        posix_ipc.unlink_semaphore(name)
+    bell_a, bell_b = core.Bell(), core.Bell()
     sizes = [random.Random(1).randrange(LARGEST + 1) for _ in range(count)]
 
     def write() -> None:
@@ -252,20 +248,17 @@ def test_a_writer_that_waits_for_room_is_always_told(rings: RingPair) -> None:
                 rings.a.want_room(True)
                 if rings.a.write(message):
                     break
-                room.acquire()
+                assert bell_a.wait((rings.a,), 60.0)
             rings.a.want_room(False)
-            data.release()
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     for number, size in enumerate(sizes):
-        data.acquire()
-        assert rings.b.read() == _content(size, number)
-        if rings.woken.pop("a", 0):
-            room.release()
+        while (received := rings.b.read()) is None:
+            rings.b.sleep(True)
+            assert rings.b.readable() or bell_b.wait((rings.b,), 60.0)
+        assert received == _content(size, number)
     writer.join()
-    room.close()
-    data.close()
 
 
 def test_looking_ends_with_a_message_or_at_the_deadline(rings: RingPair) -> None:

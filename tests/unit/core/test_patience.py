@@ -19,8 +19,6 @@ def test_a_fixed_time_stays(core: ModuleType, spin_s: float) -> None:
     for found in (True, False, False, True):
         assert patience.seconds() == spin_s
         patience.learn(found)
-    patience.pass_next()
-    assert [patience.seconds() for _ in range(2)] == [0.0, spin_s]
 
 
 def test_looks_in_vain_become_rare(core: ModuleType) -> None:
@@ -40,7 +38,7 @@ def test_looks_in_vain_become_rare(core: ModuleType) -> None:
 
 
 @needs_native
-@given(st.lists(st.sampled_from(["seconds", "found", "in vain", "pass next"]), max_size=60))
+@given(st.lists(st.sampled_from(["seconds", "found", "in vain"]), max_size=60))
 def test_both_twins_wait_alike(steps: list[str]) -> None:
     """After any looks."""
     assert native_twin is not None
@@ -48,9 +46,6 @@ def test_both_twins_wait_alike(steps: list[str]) -> None:
     for step in steps:
         if step == "seconds":
             assert one.seconds() == other.seconds()
-        elif step == "pass next":
-            one.pass_next()
-            other.pass_next()
         else:
             one.learn(step == "found")
             other.learn(step == "found")

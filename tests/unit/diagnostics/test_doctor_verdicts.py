@@ -96,7 +96,7 @@ def test_no_dev_shm() -> None:
 
 def test_leftovers_of_dead_processes() -> None:
     """How many and how much; what the living have is no finding."""
-    dead = SharedObject("segment", "/a", 3 * MIB, None, 9.0)
+    dead = SharedObject("/a", 3 * MIB, None, 9.0)
     living = [replace(dead, owner_pid=pid) for pid in (1234, 0, -1)]
     only(of_machine(named=(dead, *living, dead)), "problem", "2 segments (6.0 MiB)", "shmtransport clean")
     assert of_machine(named=tuple(living)) == []
@@ -216,8 +216,8 @@ def test_slow_copies_are_put_down_to_threads_that_spin_where_they_may() -> None:
 
 def test_a_channel_that_can_not_be_used() -> None:
     """Its error is the remedy's words; it takes no part in the comparison."""
-    broken = ChannelTimes("doorbell", 0.0, error="can't create a semaphore")
-    only(of_server(channels=(FAST, broken)), "problem", "the doorbell channel can't be used", "semaphore")
+    broken = ChannelTimes("doorbell", 0.0, error="it needs a thread")
+    only(of_server(channels=(FAST, broken)), "problem", "the doorbell channel can't be used", "thread")
 
 
 def test_pages_that_are_not_there_yet() -> None:

@@ -1,4 +1,4 @@
-"""Why a peer's segment or bell can't be opened is told by its true cause, and as the fault of whose it is."""
+"""Why a peer's segment can't be opened is told by its true cause, and as the fault of whose it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from shmtransport.core.layout import Layout
 from shmtransport.errors import PeerProtocolError, SegmentError, TransportError
-from shmtransport.memory.bell import Bell
 from shmtransport.memory.opening import opening_error
 from shmtransport.memory.segment import Segment
 
@@ -23,20 +22,12 @@ def _open_segment(name: str) -> None:
     Segment.attach(name, _LAYOUT).close()
 
 
-def _open_bell(name: str) -> None:
-    Bell.open(name).close()
-
-
-@pytest.fixture(params=["segment", "bell"])
-def opened(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+@pytest.fixture
+def opened() -> Iterator[Callable[[], None]]:
     """Open what a peer has made under its name."""
-    if request.param == "segment":
-        segment = Segment.create(_LAYOUT)
-        yield lambda: _open_segment(segment.name)
-        segment.close()
-    else:
-        with Bell.create() as bell:
-            yield lambda: _open_bell(bell.name)
+    segment = Segment.create(_LAYOUT)
+    yield lambda: _open_segment(segment.name)
+    segment.close()
 
 
 @contextlib.contextmanager
@@ -81,12 +72,10 @@ def test_missing_permissions_are_named(opened: Callable[[], None]) -> None:
     assert "permission denied; do both sides run as the same user?" in said
 
 
-@pytest.mark.parametrize("open_it", [_open_segment, _open_bell])
-def test_only_what_is_not_there_may_be_in_another_container(open_it: Callable[[str], None]) -> None:
+def test_only_what_is_not_there_may_be_in_another_container() -> None:
     """The one cause that the question fits."""
-    name = f"/shmtransport-{'0' * 32}" if open_it is _open_segment else f"/shmtransport-bell-1-{'0' * 32}"
     with pytest.raises(PeerProtocolError, match=r"is not there; does the peer run in another container\?"):
-        open_it(name)
+        _open_segment(f"/shmtransport-{'0' * 32}")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +97,7 @@ def test_only_what_is_not_there_may_be_in_another_container(open_it: Callable[[s
 )
 def test_each_cause_is_told_by_its_own_words(error: Exception, kind: type[TransportError]) -> None:
     """Whose fault it is decides the class; no file name is told."""
-    told = opening_error("segment", error)
+    told = opening_error(error)
     assert type(told) is kind
     assert str(told).startswith("the peer's segment can't be opened: ")
     assert "secret" not in str(told)

@@ -1,7 +1,7 @@
 """Everything that decodes a peer's bytes or values without a socket; each target defines a valid outcome.
 
 A target's input is one string of bytes, from which all that it does follows, so that an input that breaks the rule can
-be put in again. Where a peer would name something that exists for this run only (its segment, a bell), the input has a
+be put in again. Where a peer would name something that exists for this run only (its segment), the input has a
 stand-in of fixed form.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from random import Random
 from typing import ClassVar
 
@@ -27,7 +27,6 @@ from shmtransport.errors import (
     ConnectRefused,
     PeerProtocolError,
 )
-from shmtransport.memory.bell import BELLS, Bell
 from shmtransport.memory.descriptor import TensorDescriptor
 from shmtransport.memory.owner_lock import holder
 from shmtransport.memory.segment import SEGMENTS, Segment
@@ -50,8 +49,7 @@ from .outcomes import check_message
 from .samples import ENCODED
 
 _SEGMENT, _OWN_SEGMENT = "/shmtransport-" + "0" * 32, "/shmtransport-" + "1" * 32
-_BELL, _OWN_BELL = "/shmtransport-bell-0-" + "0" * 32, "/shmtransport-bell-0-" + "1" * 32
-_NO_SEGMENT, _NO_BELL = "/shmtransport-" + "2" * 32, "/shmtransport-bell-0-" + "2" * 32  # nothing has these names
+_NO_SEGMENT = "/shmtransport-" + "2" * 32  # nothing has this name
 _SEGMENTS = (*[_SEGMENT] * 9, _OWN_SEGMENT)
 _MESSAGE_BYTES = 4096
 _SIZES = Sizes(PAGE_BYTES, 2 * PAGE_BYTES)
@@ -62,15 +60,14 @@ class _Visit(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A peer's half of one handshake, or of several at once, and the segment that it has made.
 
     ``header`` takes the place of the segment's own header unless it is empty, ``segment_bytes`` that of its size unless
-    it is negative, and ``bell_bytes`` likewise that of the size of its bell's file. A message goes with the number of
-    the client that sends it. ``channel`` and ``sizes`` are what a client on this side wishes for.
+    it is negative. A message goes with the number of the client that sends it. ``channel`` and ``sizes`` are what a
+    client on this side wishes for.
     """
 
     arena_bytes: int
     ring_message_bytes: int
     header: bytes
     segment_bytes: int
-    bell_bytes: int
     channel: str
     sizes: Sizes
     messages: list[tuple[int, bytes]]
@@ -108,8 +105,6 @@ class _SharedMemory:
 
 
 def _is_ours(name: str) -> bool:
-    if name.startswith("sem.shmtransport-bell-"):
-        return name.startswith(f"sem.shmtransport-bell-{os.getpid()}-")
     if SEGMENTS.is_name(f"/{name}"):
         with contextlib.suppress(FileNotFoundError), open(f"/dev/shm/{name}", "rb") as segment:
             return holder(segment.fileno()) is None  # no other process has it
@@ -130,15 +125,6 @@ def _hostile_segment(visit: _Visit) -> Segment:
     if visit.segment_bytes >= 0:
         os.ftruncate(segment.fd, visit.segment_bytes)  # nothing is reserved by that
     return segment
-
-
-@contextlib.contextmanager
-def _hostile_bell(visit: _Visit) -> Iterator[str]:
-    """The name of the peer's bell."""
-    with Bell.create() as bell:
-        if visit.bell_bytes >= 0:
-            os.truncate(BELLS.file(bell.name), visit.bell_bytes)
-        yield bell.name
 
 
 def _damage(random: Random, visit: _Visit, valid: Sequence[bytes]) -> None:
@@ -174,26 +160,23 @@ def _damage_segment(random: Random, visit: _Visit) -> None:
     elif kind < 0.8:
         header = segment_layout(visit.arena_bytes, visit.ring_message_bytes).header()
         visit.header = mutations.damaged_header(random, header)
-    elif kind > 0.9:
-        visit.bell_bytes = random.choice((0, 0, 1, 31, 33, 1 << 20, 1 << 40))
-    if 0.7 < kind < 0.9:
+    if kind > 0.7:
         visit.segment_bytes = random.choice((0, 1, HEADER.size, PAGE_BYTES, *mutations.BOUNDARIES)) % 2**63
 
 
 def _check_connection(connection: ConnectionMemory, own_bytes: int, peer_bytes: int) -> None:
-    """Check that a connection's arenas have the agreed sizes and can be used, and that the peer's bell can too."""
+    """Check that a connection's arenas have the agreed sizes and can be used, and that the peer can be posted."""
     own, peer = (segment_layout(size).data_bytes for size in (own_bytes, peer_bytes))
     assert connection.send_arena.lend((own,), torch.uint8).nbytes == own
     sent = TensorDescriptor(0, (peer,), "uint8", 0, 1)
     assert not connection.receive_arena.borrow(sent).sum()
-    if connection.bells is not None:
-        connection.bells.peer.post()
+    if connection.ring is not None:
+        connection.ring.end()
 
 
-def _check_no_names(segment: str, bell: str) -> None:
-    """Check that nothing both sides have opened has a name, so that a killed process leaves nothing behind."""
+def _check_no_name(segment: str) -> None:
+    """Check that a segment both sides have mapped has no name, so that a killed process leaves nothing behind."""
     assert not os.path.exists(f"/dev/shm{segment}"), "a segment that both sides have mapped has a name"
-    assert not (bell and os.path.exists(BELLS.file(bell))), "a client's bell that both sides have opened has a name"
 
 
 class ClientHandshake(Target):
@@ -211,21 +194,19 @@ class ClientHandshake(Target):
             encode(Offer(_MESSAGE_BYTES)),
             encode(Offer(MIN_MESSAGE_BYTES)),
             encode(Welcome(_SEGMENT)),
-            encode(Welcome(_SEGMENT, _BELL)),
-            encode(Welcome(_OWN_SEGMENT, _OWN_BELL)),
+            encode(Welcome(_OWN_SEGMENT)),
             encode(Welcome(_NO_SEGMENT)),
-            encode(Welcome(_SEGMENT, _NO_BELL)),
             encode(Refused("too many clients")),
         )
 
     def generate(self, random: Random) -> bytes:
         channel = random.choice(("zmq", "doorbell"))
         offered = random.choice((MIN_MESSAGE_BYTES, _MESSAGE_BYTES, _MESSAGE_BYTES))
-        ring_message_bytes, bell = (offered, _BELL) if channel == "doorbell" else (0, "")
+        ring_message_bytes = offered if channel == "doorbell" else 0
         sizes = random.choice((_SIZES, _SAME_SIZES))
-        welcome = Welcome(random.choice(_SEGMENTS), bell)
+        welcome = Welcome(random.choice(_SEGMENTS))
         messages = [(0, encode(Offer(offered))), (0, encode(welcome))]
-        visit = _Visit(sizes.reply_arena_bytes, ring_message_bytes, b"", -1, -1, channel, sizes, messages)
+        visit = _Visit(sizes.reply_arena_bytes, ring_message_bytes, b"", -1, channel, sizes, messages)
         _damage(random, visit, self._valid)
         return msgspec.msgpack.encode(visit)
 
@@ -238,15 +219,15 @@ class ClientHandshake(Target):
             reply_arena_bytes=visit.sizes.reply_arena_bytes,
             max_message_bytes=_MESSAGE_BYTES,
         )
-        with contextlib.closing(_hostile_segment(visit)) as segment, _hostile_bell(visit) as bell:
-            names = {_SEGMENT: segment.name, _BELL: bell}
+        with contextlib.closing(_hostile_segment(visit)) as segment:
+            names = {_SEGMENT: segment.name}
             handshake = client_handshake(options, 0.0, Counters())
             try:
                 check_message(decode(next(handshake)))
                 for _, answer in visit.messages:
                     sent = decode(handshake.send(_substitute(answer, names)))
                     assert isinstance(sent, Attach), f"the client sent a {type(sent).__name__}"
-                    names |= {_OWN_SEGMENT: sent.segment, _OWN_BELL: sent.bell}
+                    names[_OWN_SEGMENT] = sent.segment
             except StopIteration as end:
                 end.value.check_owner(os.getpid())
                 assert not os.path.exists(f"/dev/shm{segment.name}"), (
@@ -258,11 +239,8 @@ class ClientHandshake(Target):
 
     def _end(self, connection: ConnectionMemory, sizes: Sizes, names: dict[str, str]) -> None:
         _check_connection(connection, *sizes)
-        _check_no_names(names[_OWN_SEGMENT], names[_OWN_BELL])
-        own_bell = None if connection.bells is None else connection.bells.own
+        _check_no_name(names[_OWN_SEGMENT])
         connection.close()
-        if own_bell is not None:
-            own_bell.close()
 
     def leftovers(self) -> str:
         return self._shared_memory.left()
@@ -283,7 +261,6 @@ class ClientAdmission(Target):
     )
 
     def __init__(self) -> None:
-        self._bell = Bell.create()
         self._shared_memory = _SharedMemory()
         self._admission = self._new_admission()
         self._valid = (
@@ -292,41 +269,34 @@ class ClientAdmission(Target):
             encode(Hello(*_SIZES, 1 << 20, "doorbell")),
             encode(Hello(0, 0, _MESSAGE_BYTES)),
             encode(Attach(_SEGMENT)),
-            encode(Attach(_SEGMENT, _BELL)),
-            encode(Attach(_SEGMENT, _OWN_BELL)),
             encode(Attach(_OWN_SEGMENT)),
             encode(Attach(_NO_SEGMENT)),
-            encode(Attach(_SEGMENT, _NO_BELL)),
             encode(Goodbye("")),
         )
 
     def _new_admission(self) -> Admission:
-        return Admission(self.limits, Counters(), lambda: self._bell)
+        return Admission(self.limits, Counters(), lambda: None)
 
     def generate(self, random: Random) -> bytes:
         channel = random.choice(("zmq", "doorbell"))
         asked = random.choice((MIN_MESSAGE_BYTES, _MESSAGE_BYTES, _MESSAGE_BYTES, 1 << 20))
-        ring_message_bytes, bell = (min(asked, _MESSAGE_BYTES), _BELL) if channel == "doorbell" else (0, "")
+        ring_message_bytes = min(asked, _MESSAGE_BYTES) if channel == "doorbell" else 0
         sizes = random.choice((_SIZES, _SAME_SIZES))
-        hello, attach = encode(Hello(*sizes, asked, channel)), encode(Attach(_SEGMENT, bell))
+        hello, attach = encode(Hello(*sizes, asked, channel)), encode(Attach(_SEGMENT))
         messages = [(0, hello), (0, attach)]
         if random.random() < 0.5:
-            other = encode(Attach(random.choice(_SEGMENTS), bell))
+            other = encode(Attach(random.choice(_SEGMENTS)))
             messages = [(0, hello), (1, hello), (0, attach), (1, other)]
-        visit = _Visit(sizes.request_arena_bytes, ring_message_bytes, b"", -1, -1, channel, sizes, messages)
+        visit = _Visit(sizes.request_arena_bytes, ring_message_bytes, b"", -1, channel, sizes, messages)
         _damage(random, visit, self._valid)
         return msgspec.msgpack.encode(visit)
 
     def check(self, data: bytes) -> None:
         visit = _visits.decode(data)
-        if not os.path.exists(BELLS.file(self._bell.name)):  # an earlier input caused it; it came to light only here
-            self._bell.close()
-            self._bell = Bell.create()
         self._shared_memory.begin()
         self._admission = self._new_admission()
-        with contextlib.closing(_hostile_segment(visit)) as segment, _hostile_bell(visit) as bell:
-            names = {_SEGMENT: segment.name, _BELL: bell, _OWN_BELL: self._bell.name}
-            self._admit(visit.messages, names)
+        with contextlib.closing(_hostile_segment(visit)) as segment:
+            self._admit(visit.messages, {_SEGMENT: segment.name})
 
     def _admit(self, messages: list[tuple[int, bytes]], names: dict[str, str]) -> None:
         connections: dict[bytes, ConnectionMemory] = {}
@@ -358,9 +328,7 @@ class ClientAdmission(Target):
         _check_connection(admitted.memory, admitted.sizes.reply_arena_bytes, admitted.sizes.request_arena_bytes)
         assert isinstance(attach, Attach)
         assert attach.segment != names.get(_OWN_SEGMENT), "a client passed the server's own segment off as its own"
-        _check_no_names(attach.segment, "")
-        if admitted.memory.bells is not None:
-            assert os.path.exists(BELLS.file(attach.bell)), "the server removed a bell that may be another's"
+        _check_no_name(attach.segment)
 
     def _look_at_offer(self, hello: Message, offer: Offer) -> None:
         assert isinstance(hello, Hello)
@@ -369,13 +337,8 @@ class ClientAdmission(Target):
         assert MIN_MESSAGE_BYTES <= offer.max_message_bytes <= min(hello.max_message_bytes, _MESSAGE_BYTES)
 
     def leftovers(self) -> str:
-        if not os.path.exists(BELLS.file(self._bell.name)):
-            return "the server's bell has lost its name, so that no other client can open it"
         for identity in (b"first", b"second"):  # together they fill the server
             answer, _ = self._admission.answer(identity, self._valid[0])
             if not isinstance(answer, Offer):
                 return f"the server's room is not free again: {answer}"
         return self._shared_memory.left()
-
-    def close(self) -> None:
-        self._bell.close()

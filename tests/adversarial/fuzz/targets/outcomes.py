@@ -69,8 +69,8 @@ def check_message(message: AnyMessage) -> None:
             check_text(4096, reason)
         case Offer(most):
             check_count(most)
-        case Attach(segment, bell) | Welcome(segment, bell):
-            check_text(MAX_NAME_CHARACTERS, segment, bell)
+        case Attach(segment) | Welcome(segment):
+            check_text(MAX_NAME_CHARACTERS, segment)
         case _:
             _check_call(message)
 
