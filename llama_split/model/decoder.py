@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaConfig
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -23,6 +24,13 @@ from ..boundary.geometry import Geometry
 from ..boundary.operations import DOWN, GATE_UP, OUT_PROJ, QKV
 from .attention import Attention, QueryKeyValue
 from .program import Program, WorkerOp, Workspace
+
+
+class KeysAndValues(Protocol):
+    """What a layer needs of a KV cache, transformers' or another."""
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep new keys and values [B, G, T, d]; return all that the layer attends to, [B, G, S, d]."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class AttentionContext:
 
     cos_sin: tuple[torch.Tensor, torch.Tensor]
     mask: torch.Tensor | None
-    cache: Cache | None
+    cache: KeysAndValues | None
     attention: Attention
 
     def chunk(self, tokens: slice, past: int) -> AttentionContext:

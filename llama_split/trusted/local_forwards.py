@@ -22,6 +22,7 @@ from ..model.rotary import Rotary
 from .history import ForwardInput
 from .offload import Offload
 from .outputs import RequestedOutputs
+from .paged import PagedCache
 from .part import TrustedPart
 from .pipeline import execute_in_turn, split_prompt
 
@@ -60,6 +61,23 @@ class LocalForwards:
         past = 0 if cache is None else cache.get_seq_length()
         programs = [self._program(hidden_BTD[:, one], context.chunk(one, past), requested) for one in chunks]
         return torch.cat(execute_in_turn(programs, self._offload.begin), dim=1)
+
+    def batch(self, tokens: ForwardInput, mask: torch.Tensor | None, cache: PagedCache) -> torch.Tensor:
+        """All decoder layers for the tokens of several requests in one row: hidden states before the final norm.
+
+        Args:
+            tokens: the input; its mask is not looked at.
+            mask: what each token may attend to, [1, 1, T, S], boolean or added to the scores.
+            cache: where the requests' keys and values are.
+        """
+        hidden_BTD = self._part.embed(tokens.source)
+        attention = self._attention(None)
+        cos_sin = self._rotary(tokens.positions, hidden_BTD.dtype, tokens.lengths)
+        context = AttentionContext(cos_sin, attention.prepare(mask, hidden_BTD.dtype), cache, attention)
+        return execute(
+            self._program(hidden_BTD, context, RequestedOutputs(hidden_states=False, attentions=False)),
+            self._offload.execute,
+        )
 
     def _chunks(self, tokens: ForwardInput, cache: Cache | None, requested: RequestedOutputs) -> list[slice]:
         """The chunks that are executed in turn; one where the forward can't be split.

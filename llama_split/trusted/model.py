@@ -28,7 +28,7 @@ from ..boundary.choices import check_pipeline, default_arena_bytes, parse_mode
 from ..boundary.compute import parse_dtype
 from ..boundary.operations import Mode
 from ..checkpoint import Checkpoint, Progress, open_checkpoint
-from ..errors import UnsupportedBySplit
+from ..errors import InvalidInput, UnsupportedBySplit
 from ..model.decoder import RMSNorm
 from ..model.kv_cache import GrowingCache
 from ..model.program import HeapWorkspace
@@ -39,6 +39,7 @@ from .keywords import check_keywords
 from .local_forwards import LocalForwards
 from .offload import Offload, not_compiled
 from .outputs import RequestedOutputs, private_logits
+from .paged import PagedCache, check_batching, take_paged
 from .part import RemoteHead, TrustedPart
 from .remote_cache import RemoteCache, refuse_cache_implementation
 from .session_forwards import SessionForwards
@@ -254,11 +255,14 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             UnsupportedBySplit: gradients or outputs are requested that this split does not have.
             InvalidInput: the input does not fit together.
         """
+        batch = take_paged(past_key_values if cache is None else cache, kwargs)
         check_keywords(kwargs, self.loss_function)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         source: torch.Tensor = cast("torch.Tensor", input_ids if inputs_embeds is None else inputs_embeds)
         refuse_gradients(self, source)
+        if batch is not None:
+            return self._forward_batch(source, position_ids, attention_mask, batch, logits_to_keep)
         requested = RequestedOutputs.of(self.config, self.mode, output_hidden_states, output_attentions)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = only_cache(past_key_values=past_key_values, cache=cache)
@@ -286,6 +290,15 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             attentions=None if requested.attentions is None else tuple(requested.attentions),
             **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def init_continuous_batching(self, *arguments: Any, **kwargs: Any) -> Any:
+        """As transformers' ``init_continuous_batching``, which ``generate_batch`` uses as well; in op and fused.
+
+        Raises:
+            UnsupportedBySplit: the worker keeps the KV in this mode.
+        """
+        check_batching(self.mode)
+        return super().init_continuous_batching(*arguments, **kwargs)
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, Any], *arguments: Any, **kwargs: Any
@@ -318,6 +331,24 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             address = worker.client.address
             worker.close()
             warnings.warn(f"a split model of the worker at {address} was dropped: close() it", ResourceWarning, 2, self)
+
+    def _forward_batch(
+        self,
+        source: torch.Tensor,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cache: PagedCache,
+        logits_to_keep: int | torch.Tensor,
+    ) -> CausalLMOutputWithPast:
+        """A forward of continuous batching: the new tokens of several requests in one row [1, T]."""
+        check_batching(self.mode)
+        if positions is None:
+            raise InvalidInput("a forward over a paged cache needs position_ids")
+        tokens = ForwardInput(source, positions, lengths=self._text_lengths.of(positions))
+        hidden_BTD = self._local.batch(tokens, mask, cache)
+        requested = RequestedOutputs(hidden_states=False, attentions=False)
+        logits = self._logits(hidden_BTD, logits_to_keep, requested)
+        return CausalLMOutputWithPast(logits=private_logits(logits, self.dtype, self.worker.client.address))
 
     def _run(
         self,

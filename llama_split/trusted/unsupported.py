@@ -14,7 +14,6 @@ from ..errors import UnsupportedBySplit
 
 _PARTIAL = "this side holds only a few of the model's weights, the worker the others: use the model's own files"
 _ALIKE = "the worker's weights would stay as they are"
-_BATCHING = "continuous batching needs paged attention, which no split has: use generate()"
 _TRAINING = "a split model can't be trained: no gradient crosses to the worker"
 _ADAPTERS = "an adapter changes matrices that the worker holds: merge it into the model's files, for both sides"
 _ELSEWHERE = "the model is already split between this process and its worker"
@@ -27,7 +26,6 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("set_input_embeddings", "set_output_embeddings", "set_decoder", "set_encoder"), _ALIKE),
     **dict.fromkeys(("init_weights", "initialize_weights", "post_init"), _ALIKE),
     **dict.fromkeys(("num_parameters", "get_memory_footprint"), _COUNTS),
-    **dict.fromkeys(("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"), _BATCHING),
     **dict.fromkeys(("gradient_checkpointing_enable", "activation_checkpointing_enable"), _TRAINING),
     "enable_input_require_grads": _TRAINING,
     **dict.fromkeys(("add_adapter", "load_adapter", "set_adapter", "delete_adapter", "active_adapters"), _ADAPTERS),
@@ -37,7 +35,7 @@ REFUSED: dict[str, str] = {
     "set_use_kernels": "this side does not hold all layers that kernels would replace",
 }
 
-ATTENTIONS = ("eager", "sdpa")
+ATTENTIONS = ("eager", "sdpa", "paged|eager")
 """Implementations of attention with the same results as the splits' own; no other can be chosen."""
 
 Class = TypeVar("Class", bound=type)

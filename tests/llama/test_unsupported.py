@@ -37,8 +37,9 @@ activation_checkpointing_disable gradient_checkpointing_disable is_activation_ch
 supports_gradient_checkpointing supports_context_parallel supports_pp_plan supports_tp_plan fsdp_size tp_size
 barrier_after_gathered_checkpoint_save ep_plan fsdp_plan init_parallel_plans is_distributed_loading_by_transformers
 pp_plan should_save_on_this_rank tp_plan destroy_cached_continuous_batching_manager
+continuous_batching_context_manager generate_batch
 """.split()  # noqa: SIM905 - a line each would hide the rest
-OWN = ["forward", "from_pretrained", "generate", "set_attn_implementation"]
+OWN = ["forward", "from_pretrained", "generate", "init_continuous_batching", "set_attn_implementation"]
 BY_APPLY = ["to", "cpu", "cuda", "ipu", "mtia", "xpu", "type", "half", "bfloat16", "float", "double"]
 
 
@@ -142,14 +143,6 @@ def test_other_attention_is_refused_and_its_own_is_taken(plain_split: SplitLlama
             plain_split.set_attn_implementation(name)
     plain_split.set_attn_implementation("eager")
     torch.testing.assert_close(plain_split(prompt()).logits, before, atol=1e-4, rtol=1e-4)
-
-
-def test_continuous_batching_is_refused_under_each_of_its_names(lasting_split: SplitLlamaForCausalLM) -> None:
-    """It would end without an exception, with one token out of eight."""
-    with pytest.raises(UnsupportedBySplit, match="continuous batching"):
-        lasting_split.generate_batch([[1, 5, 7], [1, 9]], max_new_tokens=4)
-    with pytest.raises(UnsupportedBySplit, match="continuous batching"):
-        lasting_split.generate(**single_prompt(), **SHARED, cache_implementation="paged")
 
 
 def test_an_early_exit_is_refused_and_leaves_the_model_whole(plain: Small, plain_split: SplitLlamaForCausalLM) -> None:

@@ -72,6 +72,15 @@ class Forger:
         assert len(data) == self.capacity
         self._segment.view[self._records : self._records + self.capacity] = data
 
+    def publish(self, data: bytes, length: int) -> None:
+        """Write a record that claims this length, and post the peer."""
+        published = self.cell(PUBLISHED)
+        start = self._records + published % self.capacity
+        assert start + record_bytes(len(data)) <= self._records + self.capacity, "it does not fit in one piece"
+        self._segment.view[start : start + LENGTH_BYTES + len(data)] = struct.pack("<I", length) + data
+        self.set_cell(PUBLISHED, published + record_bytes(len(data)))
+        self.post()
+
     def set_length(self, position: int, length: int) -> None:
         """Write the length of the record at a position."""
         struct.pack_into("<I", self._segment.view, self._records + position % self.capacity, length)

@@ -308,11 +308,7 @@ def _set_cell(cell: int, value: int) -> Callable[[Guest, Request], None]:
 
 def _set_length(length: int) -> Callable[[Guest, Request], None]:
     def answer(guest: Guest, request: Request) -> None:
-        position = guest.forger.cell(PUBLISHED)
-        data = encode(Reply(request.call_id, None, ()))
-        guest.ring.write(data)
-        guest.forger.set_length(position, length)
-        guest.forger.post()
+        guest.forger.publish(encode(Reply(request.call_id, None, ())), length)
 
     return answer
 

@@ -143,10 +143,7 @@ def a_record_that_is_too_long(scene: Scene) -> None:
     data = encode(request())
     for length in (len(data) + 64, 1020, 2048, 1 << 20, 1 << 31, (1 << 32) - 8, (1 << 32) - 1):
         one = forged(scene)
-        position = one.forger.cell(PUBLISHED)
-        assert one.ring.write(data)
-        one.forger.set_length(position, length)
-        one.forger.post()
+        one.forger.publish(data, length)
         one.assert_dropped()
 
 

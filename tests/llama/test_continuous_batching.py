@@ -1,0 +1,140 @@
+"""Continuous batching by transformers' own scheduler: each request gets the tokens that it gets alone."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from llama_split import SplitLlamaForCausalLM, UnsupportedBySplit
+from llama_split.boundary.geometry import Geometry
+from llama_split.boundary.operations import Mode
+from llama_split.boundary.traffic import calls_per_forward
+from tests.support.llamas import Small, Worker
+from tests.support.prompts import SHARED, prompt, single_prompt
+from tests.support.workers import Workers, killing
+
+NEW_TOKENS = 10
+GREEDY = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+PAGES = ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=32)  # long prompts come in pieces
+LENGTHS = (5, 41, 1, 12, 3, 70)
+BATCHING = ("op", "fused")
+
+
+def prompts() -> list[list[int]]:
+    return [prompt(length, seed=length)[0].tolist() for length in LENGTHS]
+
+
+def alone(small: Small, ids: list[int], tokens: int = NEW_TOKENS) -> list[int]:
+    """What the unsplit model answers to one prompt."""
+    whole = small.unsplit.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    answer: list[int] = whole[0, len(ids) :].tolist()
+    return answer
+
+
+def batched(model: Any, inputs: list[list[int]]) -> list[list[int]]:
+    """What a model answers to all prompts together, in their order."""
+    found = model.generate_batch(inputs, generation_config=copy.copy(GREEDY), continuous_batching_config=PAGES)
+    assert [one.error for one in found.values()] == [None] * len(inputs)
+    by_prompt = {tuple(one.prompt_ids): one.generated_tokens for one in found.values()}
+    return [by_prompt[tuple(ids)] for ids in inputs]
+
+
+@pytest.mark.parametrize("mode", BATCHING)
+def test_each_request_gets_the_tokens_that_it_gets_alone(small: Small, worker: Worker, mode: str) -> None:
+    """Short and long prompts together, one of them longer than a batch: as the unsplit model, alone and batched."""
+    with SplitLlamaForCausalLM.from_pretrained(small.path, worker=worker.address, mode=mode) as split:
+        found = batched(split, prompts())
+        assert found == [alone(small, ids) for ids in prompts()]
+        assert found == batched(small.unsplit, prompts())
+        assert split.generate(**single_prompt(), **SHARED, do_sample=False).tolist() == (
+            small.unsplit.generate(**single_prompt(), **SHARED, do_sample=False).tolist()
+        ), "a generation after that is as before"
+
+
+@pytest.mark.parametrize("mode", BATCHING)
+def test_the_rows_of_all_requests_cross_together(plain: Small, plain_worker: Worker, mode: str) -> None:
+    """A step of several requests makes as many calls as that of one, not as many for each."""
+    geometry = Geometry.of(plain.unsplit.config)
+    inputs = [prompt(3, seed=seed)[0].tolist() for seed in range(6)]
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode) as split:
+        before = split.statistics().calls
+        batched(split, inputs)
+        steps = NEW_TOKENS + 1  # one more where the scheduler fills the first batch in two steps
+        assert split.statistics().calls - before <= steps * calls_per_forward(Mode(mode), geometry)
+
+
+def test_requests_come_and_go_at_any_step(plain: Small, plain_worker: Worker) -> None:
+    """One is cancelled in the middle, others come later: none of the others is touched by that."""
+    inputs = prompts()
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
+        manager = split.init_continuous_batching(generation_config=copy.copy(GREEDY), continuous_batching_config=PAGES)
+        manager.start()
+        try:
+            endless = manager.add_request(inputs[0], max_new_tokens=400, streaming=True)
+            first = manager.add_request(inputs[1], max_new_tokens=NEW_TOKENS)
+            while (started := manager.get_result(timeout=10.0)) is None or started.request_id != endless:
+                pass
+            later = [manager.add_request(ids, max_new_tokens=NEW_TOKENS) for ids in inputs[2:]]
+            manager.cancel_request(endless)
+            answers = {}
+            deadline = time.monotonic() + 60
+            while len(answers) < 1 + len(later):
+                assert time.monotonic() < deadline
+                result = manager.get_result(timeout=1.0)
+                if result is not None and result.request_id != endless and result.is_finished():
+                    answers[result.request_id] = result.generated_tokens
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
+    assert [answers[one] for one in (first, *later)] == [alone(plain, ids) for ids in inputs[1:]]
+
+
+@pytest.mark.parametrize("mode", BATCHING)
+def test_a_worker_killed_in_the_middle_costs_no_request_a_token(plain: Small, workers: Workers, mode: str) -> None:
+    """Killed again and again, between any two operations, and started again."""
+    workers.start()
+    with SplitLlamaForCausalLM.from_pretrained(
+        plain.path, worker=workers.address, mode=mode, revive=workers.start
+    ) as split:
+        per_forward = calls_per_forward(Mode(mode), Geometry.of(plain.unsplit.config))
+        kills = killing(split, workers.kill, 3 * per_forward + per_forward // 2 + 1)
+        found = batched(split, prompts())
+        assert len(kills) >= 3
+        workers.kill()
+    assert found == [alone(plain, ids) for ids in prompts()]
+
+
+def test_generate_uses_it_by_its_name_too(plain: Small, plain_worker: Worker) -> None:
+    """``cache_implementation="paged"`` gives what it gives on the unsplit model: the tokens of any other cache."""
+    paged = copy.copy(GREEDY)
+    paged.cache_implementation = "paged"
+    paged.continuous_batching_config = PAGES
+    expected = plain.unsplit.generate(**single_prompt(), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
+        found = split.generate(**single_prompt(), generation_config=paged)
+    assert found.flatten().tolist() == expected.flatten().tolist()
+
+
+def test_an_eager_model_batches_and_stays_eager(plain: Small, plain_worker: Worker) -> None:
+    """The scheduler chooses its own form of it, and puts the former one back."""
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address) as split:
+        split.set_attn_implementation("eager")
+        assert batched(split, prompts()) == [alone(plain, ids) for ids in prompts()]
+        assert split.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("mode", ["layer", "stack"])
+def test_where_the_worker_keeps_the_kv_it_is_refused(plain: Small, plain_worker: Worker, mode: str) -> None:
+    """Before anything is begun, under each of its names, and with the modes that have it."""
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode) as split:
+        for begin in (
+            lambda: split.generate_batch(prompts(), max_new_tokens=4),
+            split.init_continuous_batching,
+        ):
+            with pytest.raises(UnsupportedBySplit, match=f"in mode {mode}.*use mode fused or op"):
+                begin()
