@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from .geometry import Geometry
@@ -83,11 +85,11 @@ def _integers(dims: str) -> TensorSpec:
     return TensorSpec(tuple(dims.split()), integers=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
     """One operation of the worker: its wire name, its arguments and its result.
 
-    ``per_layer`` is true if a forward runs it once for each layer.
+    ``per_layer`` is true if a forward runs it once for each layer. Each of them exists once.
     """
 
     name: str
@@ -95,7 +97,7 @@ class Operation:
     result: TensorSpec
     per_layer: bool = True
 
-    def bind(self, arguments: Sequence[torch.Tensor], geometry: Geometry, **known: int) -> dict[str, int]:
+    def bind(self, arguments: Sequence[torch.Tensor], geometry: Geometry, **known: int) -> Mapping[str, int]:
         """Find the size of every dimension from the shapes of the arguments.
 
         Args:
@@ -106,19 +108,29 @@ class Operation:
         Raises:
             ValueError: a shape does not fit the model, or the arguments don't fit each other.
         """
-        if len(arguments) != len(self.arguments):
-            raise ValueError(f"{self.name} takes {len(self.arguments)} tensors, not {len(arguments)}")
-        fixed = geometry.widths
-        sizes = {**fixed, **known}
-        for argument, described in zip(arguments, self.arguments, strict=True):
-            found = tuple(argument.shape)
-            fits = len(found) == len(described.dims) and all(
-                sizes.setdefault(dim, size) == size for dim, size in zip(described.dims, found, strict=True)
-            )
-            if not fits:
-                wanted = ", ".join(str(fixed.get(dim, dim)) for dim in described.dims)
-                raise ValueError(f"{self.name} takes [{wanted}], not {list(found)}")
-        return sizes
+        return sizes_of(self, tuple([argument.shape for argument in arguments]), geometry, tuple(known.items()))
+
+
+@lru_cache(maxsize=4096)  # both sides ask for the same few shapes with every token
+def sizes_of(
+    operation: Operation,
+    shapes: tuple[tuple[int, ...], ...],
+    geometry: Geometry,
+    known: tuple[tuple[str, int], ...] = (),
+) -> Mapping[str, int]:
+    """What ``Operation.bind`` returns, and raises, for arguments of these shapes."""
+    if len(shapes) != len(operation.arguments):
+        raise ValueError(f"{operation.name} takes {len(operation.arguments)} tensors, not {len(shapes)}")
+    fixed = geometry.widths
+    sizes = {**fixed, **dict(known)}
+    for found, described in zip(shapes, operation.arguments, strict=True):
+        fits = len(found) == len(described.dims) and all(
+            sizes.setdefault(dim, size) == size for dim, size in zip(described.dims, found, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(str(fixed.get(dim, dim)) for dim in described.dims)
+            raise ValueError(f"{operation.name} takes [{wanted}], not {list(found)}")
+    return MappingProxyType(sizes)
 
 
 EMBED = Operation("embed", (_integers("B T"),), _tensor("B T D"), per_layer=False)

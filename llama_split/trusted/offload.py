@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ import torch
 from shmtransport import Closed, PeerDied
 
 from ..boundary.compute import DTYPE_NAMES
-from ..boundary.operations import EMBED, LM_HEAD
+from ..boundary.geometry import Geometry
+from ..boundary.operations import EMBED, LM_HEAD, Operation, sizes_of
 from ..model.program import WorkerOp
 from .worker_client import CheckedReply, WorkerClient
 
@@ -54,6 +56,13 @@ class _Extent(NamedTuple):
     result: tuple[int, ...]
     rows: int
     width: int
+
+
+@lru_cache(maxsize=4096)  # the same few shapes come with every token
+def _extent_of(operation: Operation, shapes: tuple[tuple[int, ...], ...], geometry: Geometry) -> _Extent:
+    result = operation.result.shape(sizes_of(operation, shapes, geometry))
+    width = max(math.prod(shape[2:]) for shape in (*shapes, result))
+    return _Extent(result, result[0] * result[1], width)
 
 
 class Offload:
@@ -131,10 +140,7 @@ class Offload:
         return result
 
     def _extent(self, op: WorkerOp) -> _Extent:
-        sizes = op.operation.bind(op.arguments, self._worker.geometry)
-        result = op.operation.result.shape(sizes)
-        width = max(math.prod(shape[2:]) for shape in (*(argument.shape for argument in op.arguments), result))
-        return _Extent(result, result[0] * result[1], width)
+        return _extent_of(op.operation, tuple([argument.shape for argument in op.arguments]), self._worker.geometry)
 
     def _keywords(self, op: WorkerOp) -> dict[str, Any]:
         """What goes along with the tensors."""
