@@ -1,4 +1,4 @@
-"""The command line: ``llama-split generate``, ``chat``, ``worker`` and ``info``.
+"""The command line: ``llama-split generate``, ``chat``, ``serve``, ``worker`` and ``info``.
 
 Rules that its modules keep:
 
@@ -26,6 +26,7 @@ from .chat import chat
 from .console import print_error
 from .generate import generate
 from .info import info
+from .serve import serve
 from .worker import worker
 
 app = typer.Typer(
@@ -51,7 +52,7 @@ def _before_a_command(
     check_requirements()  # not before --help
 
 
-for _command in (generate, chat, worker, info):
+for _command in (generate, chat, serve, worker, info):
     app.command()(_command)
 
 # Typer may bring its own click or use the installed one, so this class is found through one of typer's.

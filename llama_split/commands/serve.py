@@ -1,0 +1,106 @@
+"""``llama-split serve``: the model over HTTP, for clients that speak OpenAI's protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Annotated
+
+import typer
+
+from ..errors import LlamaSplitError
+from .console import notice
+from .opening import Opening
+from .options import AdvancedOptions, SplitOptions, VerboseOption, model_name
+from .settings import Settings
+from .signature import takes
+
+KEY_VARIABLE = "LLAMA_SPLIT_API_KEY"
+_KV_TEXTS = 8  # by default the KV cache has room for as many texts of full length, but no more than:
+_MOST_KV_TOKENS = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """The options of ``llama-split serve``, in the order of its help."""
+
+    split: SplitOptions
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000
+    api_key: Annotated[
+        str | None, typer.Option(help=f"Key that clients must send. Default: ${KEY_VARIABLE}; without either, none.")
+    ] = None
+    served_name: Annotated[str | None, typer.Option(help="What clients call the model. Default: its file's name.")] = (
+        None
+    )
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait for their first token; further ones get status 429.")
+    ] = 128
+    max_kv_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Tokens that the KV cache has room for, over all requests.")
+    ] = None
+    drain_s: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.")
+    ] = 30.0
+    advanced: AdvancedOptions
+    verbose: VerboseOption = False
+
+
+@takes(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Serve the model over HTTP, many requests at once, to clients that speak OpenAI's protocol.
+
+    SIGTERM or Ctrl-C ends it: no new requests are taken, and running ones finish.
+    """
+    _check_mode(options.split.mode)
+    with contextlib.ExitStack() as stack:
+        api_key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+        _warn_if_open(options.host, api_key)
+        opening = Opening(options.split, options.advanced, stack, verbose=options.verbose)
+        tokenizer = opening.tokenizer
+        try:
+            import uvicorn
+
+            from ..serving.app import create_app
+            from ..serving.engine import Limits
+            from ..serving.service import Service
+        except ModuleNotFoundError as error:
+            raise LlamaSplitError(f"llama-split serve needs {error.name}: pip install 'shmtransport[serve]'") from None
+        llama = opening.connect()
+        kv_tokens = options.max_kv_tokens or min(_KV_TEXTS * opening.positions, _MOST_KV_TOKENS)
+        name = options.served_name or _name_of(options.split.model)
+        service = Service(llama, tokenizer, name, Limits(kv_tokens, options.max_waiting))
+        stack.callback(service.close)
+        config = uvicorn.Config(
+            create_app(service, api_key),
+            host=options.host,
+            port=options.port,
+            log_level="info" if options.verbose else "warning",
+            timeout_graceful_shutdown=max(1, round(options.drain_s)),
+        )
+        notice(f"serving {name} at http://{options.host}:{options.port}/v1")
+        uvicorn.Server(config).run()
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("op", "fused"):
+        raise LlamaSplitError(
+            f"--mode {mode} can't be served: the worker keeps the KV there, and requests can't be batched: use fused or "
+            "op"
+        )
+
+
+def _name_of(model: str | None) -> str:
+    return PurePath(model_name(Settings(report=lambda _line: None), model)).stem
+
+
+def _warn_if_open(host: str, api_key: str | None) -> None:
+    """Tell if other machines can use the server without a key."""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if api_key is None and host != "localhost":
+        notice(f"anyone who can reach {host} can use this server: pass --api-key")
