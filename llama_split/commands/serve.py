@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -82,14 +85,30 @@ def serve(options: ServeOptions) -> None:
             timeout_graceful_shutdown=max(1, round(options.drain_s)),
         )
         notice(f"serving {name} at http://{options.host}:{options.port}/v1")
-        uvicorn.Server(config).run()
+        with _signals_end_it_once():
+            uvicorn.Server(config).run()
+
+
+@contextlib.contextmanager
+def _signals_end_it_once() -> Iterator[None]:
+    """Uvicorn ends in order on SIGINT and SIGTERM, and raises them again after that: then they have been heeded."""
+    before = {number: signal.signal(number, _heeded) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _heeded(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing."""
 
 
 def _check_mode(mode: str) -> None:
     if mode not in ("op", "fused"):
         raise LlamaSplitError(
-            f"--mode {mode} can't be served: the worker keeps the KV there, and requests can't be batched: use fused or "
-            "op"
+            f"--mode {mode} can't be served: the worker keeps the KV there, so that requests can't be batched; "
+            "use fused or op"
         )
 
 

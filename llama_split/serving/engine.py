@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import itertools
+import random
 import threading
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -188,6 +188,5 @@ def copied(sampling: Sampling, number: int) -> Sampling:
     """The sampling of one of several answers to one request: each has a seed of its own, the first the given one."""
     if sampling.seed is None or number == 0:
         return sampling
-    other = copy.copy(sampling)
-    object.__setattr__(other, "seed", (sampling.seed + number) % 2**63)
-    return other
+    seed = random.Random(f"{sampling.seed} {number}").getrandbits(63)  # noqa: S311 - not for secrets
+    return replace(sampling, seed=seed)

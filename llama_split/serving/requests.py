@@ -163,7 +163,7 @@ class CompletionRequest(CommonRequest):
     suffix: None = None
     best_of: int | None = None
 
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str | list[int]]:
         """All prompts, each as text or as tokens.
 
         Raises:
@@ -173,14 +173,14 @@ class CompletionRequest(CommonRequest):
             raise InvalidRequest(
                 f"best_of={self.best_of} is not supported here; leave it out, or let it be n", "best_of"
             )
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if prompt and isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        if not prompt:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [one for one in self.prompt if isinstance(one, int)]
+        if tokens:
+            return [tokens]
+        if not self.prompt:
             raise InvalidRequest("prompt is empty", "prompt")
-        return prompt  # type: ignore[return-value]
+        return [one for one in self.prompt if not isinstance(one, int)]
 
 
 Request = TypeVar("Request", bound=CommonRequest)

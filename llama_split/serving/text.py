@@ -35,9 +35,11 @@ class AnswerText:
         if text.endswith(_UNFINISHED):
             return ""
         new = text[len(self._known) :]
-        # From here on only the last token is decoded along, for what a tokenizer puts between two.
-        self._first = len(self._tokens) - 1
-        self._known = self._decode(self._tokens[self._first :])
+        last = self._decode([token])
+        if last:  # from here on it alone is decoded along, for what a tokenizer puts between two
+            self._first, self._known = len(self._tokens) - 1, last
+        else:
+            self._known = text
         return self._release(new)
 
     def finish(self) -> str:
