@@ -8,7 +8,6 @@ Shape suffixes: B batch, T tokens, G key/value heads, S tokens attended to, d he
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -70,8 +69,6 @@ def check_batching(mode: Mode) -> None:
     Raises:
         UnsupportedBySplit: this mode can't.
     """
-    if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
-        raise UnsupportedBySplit("continuous batching needs a newer transformers: pip install -U transformers")
     if mode.worker_keeps_kv:
         raise UnsupportedBySplit(
             f"continuous batching in mode {mode.value}: the worker keeps the KV, but transformers' scheduler keeps it "

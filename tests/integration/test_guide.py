@@ -40,9 +40,9 @@ def test_the_guides_code_prints_what_it_says(
 
 
 def test_every_page_with_python_is_run() -> None:
-    """Those of the guide here; that of the split model beside the tests of its commands, which have a worker."""
+    """Those of the guide here; those of the split model and its server beside their tests, which have a worker."""
     with_python = {path.name for path in (DOCS / "guide").glob("*.md") if "```python" in path.read_text()}
-    assert with_python == {*PAGES, "split-llama.md"}
+    assert with_python == {*PAGES, "split-llama.md", "serving.md"}
     assert len(PAGES) >= 5
 
 
