@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import InvalidRequest
+from .forms import Form, Forms
 from .sampling import Sampling
 
 _MOST_CHOICES = 16
@@ -54,11 +55,12 @@ class CommonRequest(BaseModel):
             raise InvalidRequest(f"stop must be up to {_MOST_STOPS} strings, none of them empty", "stop")
         return given
 
-    def sampling(self, top_logprobs: int | None, vocabulary: int) -> Sampling:
+    def sampling(self, top_logprobs: int | None, form: Form | None, vocabulary: int) -> Sampling:
         """How tokens are to be chosen.
 
         Args:
             top_logprobs: how many alternatives to record for each token; None: record nothing.
+            form: the form that the answer must have; None: any.
             vocabulary: how many tokens the model knows.
 
         Raises:
@@ -75,6 +77,7 @@ class CommonRequest(BaseModel):
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=bias,
             top_logprobs=top_logprobs,
+            form=form,
         )
 
 
@@ -109,10 +112,19 @@ class ChatMessage(BaseModel):
         return message
 
 
+class JsonSchema(BaseModel):
+    """A JSON schema, and what it is called."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    content: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+
 class ResponseFormat(BaseModel):
     """The form that an answer must have."""
 
     type: str
+    json_schema: JsonSchema | None = None
 
 
 class ChatRequest(CommonRequest):
@@ -140,17 +152,12 @@ class ChatRequest(CommonRequest):
             raise InvalidRequest("top_logprobs needs logprobs=true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def check_format(self) -> None:
-        """Refuse a form of answer that this server can't hold a model to.
-
-        Raises:
-            InvalidRequest: it is not plain text.
-        """
-        if self.response_format is not None and self.response_format.type != "text":
-            raise InvalidRequest(
-                f"response_format {self.response_format.type!r} is not supported here; ask for it in the prompt",
-                "response_format",
-            )
+    def form(self, forms: Forms) -> Form | None:
+        """The form that the answer must have; None for plain text. Raises as ``Forms.of``."""
+        asked = self.response_format
+        if asked is None:
+            return None
+        return forms.of(asked.type, None if asked.json_schema is None else asked.json_schema.content)
 
 
 class CompletionRequest(CommonRequest):

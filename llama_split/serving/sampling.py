@@ -18,6 +18,8 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
+from .forms import Form
+
 KEYWORD = "choice"
 """The keyword by which a request brings its ``Choice`` along."""
 
@@ -27,7 +29,7 @@ class Sampling:
     """How one request wants its tokens.
 
     ``temperature`` of 0 means the likeliest token. ``top_logprobs`` is how many alternatives are to be recorded for
-    each token; None records nothing, not even the token's own probability.
+    each token; None records nothing, not even the token's own probability. ``form`` is what the whole answer must be.
     """
 
     temperature: float = 1.0
@@ -37,6 +39,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
+    form: Form | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Choice:
         else:
             self._generator.manual_seed(sampling.seed)
         self._seen: Counter[int] = Counter()
+        self._grammar = None if sampling.form is None else sampling.form.begin()
         self.probabilities: list[TokenProbability] = []
 
     def choose(self, scores_V: torch.Tensor) -> int:
@@ -69,12 +73,16 @@ class Choice:
         """
         sampling = self._sampling
         adjusted_V = self._adjusted(scores_V)
+        if self._grammar is not None:
+            adjusted_V = self._grammar.hide(adjusted_V)
         if sampling.temperature == 0.0:
             token = int(adjusted_V.argmax())
         else:
             probabilities_V = torch.softmax(adjusted_V / sampling.temperature, -1)
             token = int(torch.multinomial(_nucleus(probabilities_V, sampling.top_p), 1, generator=self._generator))
         self._seen[token] += 1
+        if self._grammar is not None:
+            self._grammar.take(token)
         if sampling.top_logprobs is not None:
             self._record(scores_V, token, sampling.top_logprobs)
         return token

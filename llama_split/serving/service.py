@@ -13,6 +13,7 @@ from shmtransport import CallTimeout, TransportError
 from .answers import Answering, Order, Part
 from .engine import Engine, EngineFailed, Limits, TooManyWaiting, copied
 from .errors import Busy, InvalidRequest, NotFound, RequestRefused, TooLong, Unavailable
+from .forms import Form, Forms
 from .replies import ChatReply, Reply, TextReply
 from .requests import ChatRequest, CommonRequest, CompletionRequest
 
@@ -46,7 +47,9 @@ class Service:
         self.model = model
         self.engine = Engine(model, limits)
         self._tokenizer = tokenizer
-        self._answering = Answering(self.engine, tokenizer, _ends_of(model, tokenizer))
+        ends = _ends_of(model, tokenizer)
+        self._answering = Answering(self.engine, tokenizer, ends)
+        self._forms = Forms(tokenizer, int(model.config.vocab_size), ends)
         self._positions = min(int(model.config.max_position_embeddings), limits.kv_tokens)
         self._vocabulary = int(model.config.vocab_size)
         self._reviving: asyncio.Task[Any] | None = None
@@ -58,7 +61,6 @@ class Service:
             RequestRefused: it can't be done.
         """
         self._check_model(request.model)
-        request.check_format()
         messages = [message.plain() for message in request.messages]
         tools = None if request.tool_choice == "none" else request.tools
         if not self._tokenizer.chat_template:
@@ -67,7 +69,9 @@ class Service:
             prompt = self._tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=True, return_dict=True
             )["input_ids"]
-        orders = self._orders(request, [list(prompt)], request.most_tokens(), request.recorded())
+        orders = self._orders(
+            request, [list(prompt)], request.most_tokens(), request.recorded(), request.form(self._forms)
+        )
         return Job(orders, ChatReply(self.name, self._tokenizer), len(prompt))
 
     def text(self, request: CompletionRequest) -> Job:
@@ -94,9 +98,14 @@ class Service:
             raise NotFound(f"the model {wanted!r} is not served here; {self.name!r} is", "model")
 
     def _orders(
-        self, request: CommonRequest, prompts: list[list[int]], most: int | None, recorded: int | None
+        self,
+        request: CommonRequest,
+        prompts: list[list[int]],
+        most: int | None,
+        recorded: int | None,
+        form: Form | None = None,
     ) -> list[Order]:
-        sampling, stops = request.sampling(recorded, self._vocabulary), request.stops()
+        sampling, stops = request.sampling(recorded, form, self._vocabulary), request.stops()
         orders = []
         for prompt in prompts:
             left = self._positions - len(prompt)
