@@ -9,15 +9,17 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from openai.types import Model
 from sse_starlette import EventSourceResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..boundary.operations import REVEALED
 from .answers import Answer
 from .errors import BodyTooLarge, Failed, NotFound, RequestRefused, Unauthorized
 from .metrics import Metrics
@@ -29,6 +31,7 @@ logger = logging.getLogger("llama_split")
 
 MOST_BODY_BYTES = 8 << 20
 _DONE = "[DONE]"
+_PAGE = Path(__file__).with_name("page.html")
 
 
 class Paths:
@@ -50,6 +53,23 @@ class Paths:
         engine = self._service.engine
         facts = {"status": "unavailable" if reason else "ok", "running": engine.running, "waiting": engine.waiting}
         return JSONResponse({**facts, "reason": reason} if reason else facts, 503 if reason else 200)
+
+    async def page(self) -> Response:
+        """A page to try it by hand."""
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+
+    async def about(self) -> Response:
+        """How the model is split, what the worker sees of it, and the transport's totals."""
+        model = self._service.model
+        transport = model.statistics()
+        return JSONResponse(
+            {
+                "model": self._service.name,
+                "mode": model.mode.value,
+                "revealed": REVEALED[model.mode],
+                "transport": {"calls": transport.calls, "call_seconds": transport.call_seconds},
+            }
+        )
 
     async def metrics(self) -> Response:
         """The totals, for Prometheus."""
@@ -123,6 +143,8 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     metrics = Metrics(service)
     paths = Paths(service, metrics)
     guarded: dict[str, Any] = {"dependencies": [Depends(check_key)], "response_model": None}
+    app.add_api_route("/", paths.page, response_model=None)
+    app.add_api_route("/about", paths.about, **guarded)
     app.add_api_route("/health", paths.health, response_model=None)
     app.add_api_route("/metrics", paths.metrics, **guarded)
     app.add_api_route("/v1/models", paths.models, **guarded)

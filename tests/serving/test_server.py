@@ -237,7 +237,7 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(served: Served) -> None
 
 
 def test_only_those_with_the_key_are_answered(served: Served) -> None:
-    """Status 401 for all paths but the health check."""
+    """Status 401 for all paths but the health check and the page itself."""
     for wrong in ("", KEY[:-1], KEY + "é"):
         status, told = _post(served, b"{}", key=wrong.encode().decode("latin1"))
         assert (status, told["error"]["code"]) == (401, "invalid_api_key")
