@@ -54,9 +54,9 @@ class ServeOptions:
 
 @takes(ServeOptions)
 def serve(options: ServeOptions) -> None:
-    """Serve the model over HTTP, many requests at once, to clients that speak OpenAI's protocol.
+    """Serve the model over HTTP, by OpenAI's protocol.
 
-    SIGTERM or Ctrl-C ends it: no new requests are taken, and running ones finish.
+    Many requests are answered at once. SIGTERM or Ctrl-C ends it: no new requests are taken, and running ones finish.
     """
     _check_mode(options.split.mode)
     with contextlib.ExitStack() as stack:

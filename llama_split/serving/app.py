@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.routing import APIRoute
 from openai.types import Model
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import AppStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..boundary.operations import REVEALED
@@ -139,6 +140,7 @@ def create_app(service: Service, api_key: str | None = None) -> FastAPI:
     async def check_key(request: Request) -> None:
         _check_key(request, api_key)
 
+    AppStatus.enable_automatic_graceful_drain = False  # a server that ends lets streams finish, for as long as it says
     app = FastAPI(title="llama-split", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(service)
     paths = Paths(service, metrics)

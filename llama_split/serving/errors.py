@@ -20,8 +20,11 @@ class RequestRefused(LlamaSplitError):
     code: str | None = None
 
     def __init__(self, text: str, param: str | None = None) -> None:
-        super().__init__(text)
+        super().__init__(text, param)
         self.param = param
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
     def body(self) -> dict[str, Any]:
         """As JSON, in OpenAI's form."""

@@ -23,9 +23,10 @@ SERVER = ROOT / "tests/support/processes/server.py"
 CLIENT = ROOT / "tests/support/processes/client.py"
 
 
-def of(*processes: int) -> Connections:
-    """The connections between these processes."""
-    (found,) = [one for one in connections() if one.processes == tuple(sorted(processes))]
+def of(*processes: int, address: str = "") -> Connections:
+    """The connections between these processes, at this address if there may be others."""
+    among = [one for one in connections() if one.processes == tuple(sorted(processes))]
+    (found,) = [one for one in among if not address or address in one.addresses]
     return found
 
 
@@ -52,9 +53,9 @@ def test_client_and_server_in_one_process(serve: Serve, address: str) -> None:
     """Each segment is mapped twice, and counts once."""
     serve(echo=echo)
     with Client(address, arena_bytes=MIB):
-        one = of(os.getpid())
+        one = of(os.getpid(), address=address)
         with Client(address, arena_bytes=MIB):
-            two = of(os.getpid())
+            two = of(os.getpid(), address=address)
     assert (one.client_pid, one.server_pid) == (os.getpid(), os.getpid())
     assert address in one.addresses
     assert two.count - one.count == 1

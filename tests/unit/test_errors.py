@@ -38,7 +38,13 @@ def _exceptions() -> list[type[BaseException]]:
     return sorted(kinds, key=lambda kind: kind.__qualname__)
 
 
-_VALUES: dict[Any, Any] = {str: "some text", bytes: b"\x01", int: 3, PeerProtocolError: PeerProtocolError("it lies")}
+_VALUES: dict[Any, Any] = {
+    str | None: "some field",
+    str: "some text",
+    bytes: b"\x01",
+    int: 3,
+    PeerProtocolError: PeerProtocolError("it lies"),
+}
 
 
 def _made(kind: type[BaseException]) -> BaseException:
