@@ -41,9 +41,9 @@ def test_the_page_is_there_without_a_key_and_its_facts_are_not(served: Served) -
 
 
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no Chromium, or no chromedriver")
-def test_a_prompt_is_answered_in_a_browser(served: Served, tmp_path: Path) -> None:
+def test_a_prompt_is_answered_in_a_browser(served: Served, directory: Path) -> None:
     """The answer's words, the mode, what the worker sees, and the calls of a token; a missing key is told."""
-    with browsing(tmp_path) as browser:
+    with browsing(directory) as browser:
         browser.open(served.url)
         assert eventually(lambda: "key" in browser.text("answer"))
         browser.write("key", KEY)
@@ -58,11 +58,11 @@ def test_a_prompt_is_answered_in_a_browser(served: Served, tmp_path: Path) -> No
         assert eventually(lambda: served.service.engine.running == 0), "the generation went on after Stop"
 
 
-def test_the_cost_of_a_token_is_shown(served: Served, tmp_path: Path) -> None:
+def test_the_cost_of_a_token_is_shown(served: Served, directory: Path) -> None:
     """After an answer: how many tokens it has, and what one costs in calls; here by the page's own sums."""
     if not (CHROMIUM and DRIVER):
         pytest.skip("there is no Chromium, or no chromedriver")
-    with browsing(tmp_path) as browser:
+    with browsing(directory) as browser:
         browser.open(served.url)
         browser.write("key", KEY)
         browser.write("prompt", "w5 " * 1000)  # leaves room for few tokens
