@@ -1,0 +1,32 @@
+/* The calls of a client that need nothing but this core: what its files share. */
+#ifndef SHMTRANSPORT_DIRECT_CALLS_H
+#define SHMTRANSPORT_DIRECT_CALLS_H
+
+#include "module.h"
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *ring, *pending, *ids, *loans, *borrows, *counters;
+    PyObject *patience, *bell;
+    PyObject *call_back;                         /* called with a call that has ended and has callbacks */
+    PyObject *acquire, *release;                 /* of the lock that a thread holds while it receives */
+    PyObject *followers, *received_for;          /* those that wait for their replies: empty if no other thread does */
+    PyObject *begin_receiving, *end_receiving;   /* called with a call, around a wait that blocks */
+    unsigned long long largest_message;
+    bool closed;
+} DirectCalls;
+
+/* Whether it may still be used; a garbage collection may have cleared it, and Python code may have closed it. */
+static inline bool direct_is_usable(const DirectCalls *self)
+{
+    return !self->closed && self->ring != NULL;
+}
+
+/* begin(call, arguments, keywords): whether the request was sent. */
+PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_ssize_t count);
+
+/* wait(call, seconds): wait for as long as this, or for less; whether the call is ready. PeerProtocolError if the connection
+ * is to end with it. */
+PyObject *direct_wait(PyObject *object, PyObject *const *arguments, Py_ssize_t count);
+
+#endif
