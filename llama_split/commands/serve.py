@@ -22,8 +22,9 @@ from .settings import Settings
 from .signature import takes
 
 KEY_VARIABLE = "LLAMA_SPLIT_API_KEY"
-_KV_TEXTS = 8  # by default the KV cache has room for as many texts of full length, but no more than:
-_MOST_KV_TOKENS = 65536
+# By default the KV cache has room for as many texts of full length, but takes no more than this share of the memory.
+_KV_TEXTS = 8
+_KV_SHARE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,12 @@ class ServeOptions:
         int, typer.Option(min=1, help="Requests that may wait for their first token; further ones get status 429.")
     ] = 128
     max_kv_tokens: Annotated[
-        int | None, typer.Option(min=64, help="Tokens that the KV cache has room for, over all requests.")
+        int | None,
+        typer.Option(
+            min=64,
+            help="Tokens that the KV cache has room for, over all requests. Default: 8 texts of full length, or what "
+            "an eighth of the memory holds.",
+        ),
     ] = None
     drain_s: Annotated[
         float, typer.Option(min=0.0, help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.")
@@ -73,7 +79,7 @@ def serve(options: ServeOptions) -> None:
         except ModuleNotFoundError as error:
             raise LlamaSplitError(f"llama-split serve needs {error.name}: pip install 'shmtransport[serve]'") from None
         llama = opening.connect()
-        kv_tokens = options.max_kv_tokens or min(_KV_TEXTS * opening.positions, _MOST_KV_TOKENS)
+        kv_tokens = options.max_kv_tokens or _default_kv_tokens(opening, llama.dtype.itemsize)
         name = options.served_name or _name_of(options.split.model)
         service = Service(llama, tokenizer, name, Limits(kv_tokens, options.max_waiting))
         stack.callback(service.close)
@@ -110,6 +116,13 @@ def _check_mode(mode: str) -> None:
             f"--mode {mode} can't be served: the worker keeps the KV there, so that requests can't be batched; "
             "use fused or op"
         )
+
+
+def _default_kv_tokens(opening: Opening, itemsize: int) -> int:
+    geometry = opening.checkpoint.geometry
+    nbytes = 2 * geometry.layers * geometry.kv_width * itemsize  # keys and values of one token
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(min(_KV_TEXTS * opening.positions, memory // _KV_SHARE // nbytes), opening.positions // _KV_SHARE)
 
 
 def _name_of(model: str | None) -> str:

@@ -65,10 +65,7 @@ class WorkerOptions:
     ] = None
     channels: Annotated[
         str,
-        typer.Option(
-            help="Channels that trusted sides may use, separated by commas. With zmq alone, clients that don't trust "
-            "each other can't end or delay this worker for the others."
-        ),
+        typer.Option(help="Channels that trusted sides may use, separated by commas."),
     ] = "zmq,doorbell"
     spin_us: Annotated[
         float | None,

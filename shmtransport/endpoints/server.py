@@ -44,8 +44,7 @@ class Server(ServerBase[ThreadDoorbells]):
         max_total_arena_bytes: The most that the arenas of all clients may have, in bytes; None for half of /dev/shm.
         max_clients: How many clients may be connected at once.
         max_message_bytes: The largest message: a call's or result's plain values.
-        channels: The channels that clients may use. A server whose clients don't trust each other offers "zmq"
-            alone: see docs/security.md.
+        channels: The channels that clients may use.
         spin_us: How long to poll for messages of doorbell clients before blocking, in microseconds. It keeps a core
             busy for as long. None: for up to 50 where messages have been coming as fast as that, else not at all.
         claim_timeout_s: How long a handler's ``empty``, or the copying of a result, waits for the caller to release
