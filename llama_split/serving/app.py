@@ -106,7 +106,8 @@ class Paths:
         parts = self._service.parts(job)
         if asked.stream:
             messages = _messages(asked, job, parts, self._metrics, began)
-            first = await anext(messages)  # what refuses the request is raised before the reply has begun
+            # What refuses the request is raised before the reply has begun.
+            first = await _unless_gone(request, anext(messages))
             return EventSourceResponse(_events(first, messages))
         return JSONResponse(await _unless_gone(request, _whole(job, parts, self._metrics, began)))
 

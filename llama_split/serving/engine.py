@@ -77,8 +77,6 @@ class Engine:
         """Requests that get tokens."""
         self.waiting = 0
         """Requests that wait for their first token."""
-        self.failure = ""
-        """Why the model can't go on; empty while it can."""
 
     def _start(self) -> Any:
         config = ContinuousBatchingConfig(
@@ -135,8 +133,7 @@ class Engine:
             while not finished:
                 result = await self._next(results, manager)
                 if result.error is not None:
-                    raise self._failed(result.error)
-                self.failure = ""
+                    raise _failed(result.error)
                 finished = result.is_finished()
                 if known == 0 and result.generated_tokens:
                     self.waiting, self.running = self.waiting - 1, self.running + 1
@@ -153,17 +150,14 @@ class Engine:
             if not finished:
                 manager.cancel_request(number)
 
-    async def _next(self, results: asyncio.Queue[Any], manager: Any) -> Any:
+    @staticmethod
+    async def _next(results: asyncio.Queue[Any], manager: Any) -> Any:
         """The scheduler's next word on a request; it says nothing once it has ended."""
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 return await asyncio.wait_for(results.get(), 1.0)
             if not manager.is_running() and results.empty():
-                raise self._failed(str(manager.background_thread_status.fatal_error or "the scheduler has ended"))
-
-    def _failed(self, reason: str) -> EngineFailed:
-        self.failure = reason
-        return EngineFailed(f"the model can't go on: {reason}")
+                raise _failed(str(manager.background_thread_status.fatal_error or "the scheduler has ended"))
 
     def _living(self) -> Any:
         """The scheduler, or another one if it has ended."""
@@ -182,6 +176,10 @@ class Engine:
     def _end(manager: Any) -> None:
         manager.stop(block=True, timeout=_STOP_S, hard_stop=True)
         manager.destroy()
+
+
+def _failed(reason: str) -> EngineFailed:
+    return EngineFailed(f"the model can't go on: {reason}")
 
 
 def copied(sampling: Sampling, number: int) -> Sampling:

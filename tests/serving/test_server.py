@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -283,6 +284,28 @@ def test_a_client_that_goes_away_ends_its_generation(served: Served, stream: boo
     assert eventually(lambda: served.service.engine.running == 1)
     connection.close()
     assert eventually(lambda: _idle(served))
+
+
+def test_a_client_that_goes_away_before_the_first_token_ends_its_request(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it waits for others, streaming or not: nothing of it stays in the queue."""
+    may_go_on = threading.Event()
+    forward = served.service.model.forward
+
+    def held(*arguments: Any, **keywords: Any) -> Any:
+        assert may_go_on.wait(30.0)
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(served.service.model, "forward", held)
+    for stream in (False, True):
+        connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
+        body = json.dumps({**_chat("w1", max_tokens=1000), "stream": stream})
+        connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}"})
+        assert eventually(lambda: served.service.engine.waiting == 1)
+        connection.close()
+        assert eventually(lambda: _idle(served)), "it waits on although its client has gone"
+    may_go_on.set()
 
 
 def test_metrics_count_what_was_done(serve_with: Callable[..., Served]) -> None:
