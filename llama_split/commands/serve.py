@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from ..boundary.choices import parse_mode
 from ..errors import LlamaSplitError
 from .console import notice
 from .opening import Opening
@@ -111,7 +112,7 @@ def _heeded(_number: int, _frame: FrameType | None) -> None:
 
 
 def _check_mode(mode: str) -> None:
-    if mode not in ("op", "fused"):
+    if parse_mode(mode).worker_keeps_kv:
         raise LlamaSplitError(
             f"--mode {mode} can't be served: the worker keeps the KV there, so that requests can't be batched; "
             "use fused or op"

@@ -79,22 +79,12 @@ class Answering:
                 certain = text.add(new.token)
                 if new.probability is not None:
                     probabilities.append(new.probability)
+                if certain or text.stopped:
+                    yield Part(certain, tokens, tuple(probabilities))
+                    probabilities, tokens = [], 0
                 if text.stopped:
-                    reason = "stop"
-                    yield Part(certain, tokens, tuple(probabilities))
-                    probabilities, tokens = [], 0
                     break
-                if certain:
-                    yield Part(certain, tokens, tuple(probabilities))
-                    probabilities, tokens = [], 0
         rest = text.finish()
         if text.stopped:
             reason = "stop"
         yield Part(rest, tokens, tuple(probabilities), reason)
-
-    async def whole(self, order: Order) -> Answer:
-        """A whole answer. Raises as ``Engine.generate``."""
-        answer = Answer(probabilities=None if order.sampling.top_logprobs is None else [])
-        async for part in self.parts(order):
-            answer.add(part)
-        return answer

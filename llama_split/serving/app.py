@@ -26,7 +26,7 @@ from .errors import BodyTooLarge, Failed, NotFound, RequestRefused, Unauthorized
 from .metrics import Metrics
 from .replies import usage
 from .requests import ChatRequest, CommonRequest, CompletionRequest, parsed
-from .service import Job, Service
+from .service import Job, Parts, Service
 
 logger = logging.getLogger("llama_split")
 
@@ -82,8 +82,7 @@ class Paths:
 
     async def model(self, name: str) -> Response:
         """The model of this name."""
-        if name != self._service.name:
-            raise NotFound(f"the model {name!r} is not served here; {self._service.name!r} is", "model")
+        self._service.check_name(name)
         return JSONResponse(self._model())
 
     async def chat(self, request: Request) -> Response:
@@ -103,13 +102,13 @@ class Paths:
     async def _answer(self, request: Request, asked: CommonRequest, job: Job) -> Response:
         began = time.perf_counter()
         self._metrics.prompt_tokens.inc(job.prompt_tokens)
-        parts = self._service.parts(job)
+        parts = _timed(self._service.parts(job), self._metrics, began)
         if asked.stream:
-            messages = _messages(asked, job, parts, self._metrics, began)
+            messages = _messages(asked, job, parts, self._metrics)
             # What refuses the request is raised before the reply has begun.
             first = await _unless_gone(request, anext(messages))
             return EventSourceResponse(_events(first, messages))
-        return JSONResponse(await _unless_gone(request, _whole(job, parts, self._metrics, began)))
+        return JSONResponse(await _unless_gone(request, _whole(job, parts, self._metrics)))
 
 
 class Counted:
@@ -194,28 +193,34 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def _whole(job: Job, parts: AsyncGenerator[Any, None], metrics: Metrics, began: float) -> dict[str, Any]:
+async def _timed(parts: Parts, metrics: Metrics, began: float) -> Parts:
+    """The same parts, the first of which is timed."""
+    async with contextlib.aclosing(parts):
+        is_first = True
+        async for numbered in parts:
+            if is_first:
+                metrics.first_token.observe(time.perf_counter() - began)
+                is_first = False
+            yield numbered
+
+
+async def _whole(job: Job, parts: Parts, metrics: Metrics) -> dict[str, Any]:
     answers = [Answer(probabilities=None if one.sampling.top_logprobs is None else []) for one in job.orders]
-    seen = False
     async with contextlib.aclosing(parts):
         async for number, part in parts:
-            if not seen:
-                metrics.first_token.observe(time.perf_counter() - began)
-                seen = True
             answers[number].add(part)
     metrics.answer_tokens.inc(sum(answer.tokens for answer in answers))
     return job.reply.whole(answers, job.prompt_tokens)
 
 
 async def _messages(
-    asked: CommonRequest, job: Job, parts: AsyncGenerator[Any, None], metrics: Metrics, began: float
+    asked: CommonRequest, job: Job, parts: Parts, metrics: Metrics
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The messages of a stream, in order."""
     tokens, first = 0, True
     async with contextlib.aclosing(parts):
         async for number, part in parts:
             if first:
-                metrics.first_token.observe(time.perf_counter() - began)
                 first = False
                 for index in range(len(job.orders)):
                     beginning = job.reply.first(index)

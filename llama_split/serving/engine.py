@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import random
 import threading
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -180,11 +179,3 @@ class Engine:
 
 def _failed(reason: str) -> EngineFailed:
     return EngineFailed(f"the model can't go on: {reason}")
-
-
-def copied(sampling: Sampling, number: int) -> Sampling:
-    """The sampling of one of several answers to one request: each has a seed of its own, the first the given one."""
-    if sampling.seed is None or number == 0:
-        return sampling
-    seed = random.Random(f"{sampling.seed} {number}").getrandbits(63)  # noqa: S311 - not for secrets
-    return replace(sampling, seed=seed)

@@ -10,8 +10,9 @@ Shape suffixes: R rows, one for each request that gets a token in this step, V v
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,13 @@ class Sampling:
     logit_bias: dict[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
     form: Form | None = None
+
+    def for_answer(self, number: int) -> Sampling:
+        """That of one of several answers to a request: each has a seed of its own, the first the given one."""
+        if self.seed is None or number == 0:
+            return self
+        seed = random.Random(f"{self.seed} {number}").getrandbits(63)  # noqa: S311 - not for secrets
+        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True)

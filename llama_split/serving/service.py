@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from shmtransport import CallTimeout, TransportError
 
 from .answers import Answering, Order, Part
-from .engine import Engine, EngineFailed, Limits, TooManyWaiting, copied
+from .engine import Engine, EngineFailed, Limits, TooManyWaiting
 from .errors import Busy, InvalidRequest, NotFound, RequestRefused, TooLong, Unavailable
 from .forms import Form, Forms
 from .replies import ChatReply, Reply, TextReply
@@ -19,6 +19,8 @@ from .requests import ChatRequest, CommonRequest, CompletionRequest
 
 if TYPE_CHECKING:
     from ..trusted.model import SplitLlamaForCausalLM
+
+Parts = AsyncGenerator[tuple[int, Part], None]
 
 _PING_S = 1.0
 
@@ -49,9 +51,9 @@ class Service:
         self._tokenizer = tokenizer
         ends = _ends_of(model, tokenizer)
         self._answering = Answering(self.engine, tokenizer, ends)
-        self._forms = Forms(tokenizer, int(model.config.vocab_size), ends)
         self._positions = min(int(model.config.max_position_embeddings), limits.kv_tokens)
         self._vocabulary = int(model.config.vocab_size)
+        self._forms = Forms(tokenizer, self._vocabulary, ends)
         self._reviving: asyncio.Task[Any] | None = None
 
     def chat(self, request: ChatRequest) -> Job:
@@ -60,7 +62,7 @@ class Service:
         Raises:
             RequestRefused: it can't be done.
         """
-        self._check_model(request.model)
+        self.check_name(request.model or self.name)
         messages = [message.plain() for message in request.messages]
         tools = None if request.tool_choice == "none" else request.tools
         if not self._tokenizer.chat_template:
@@ -80,7 +82,7 @@ class Service:
         Raises:
             RequestRefused: it can't be done.
         """
-        self._check_model(request.model)
+        self.check_name(request.model or self.name)
         prompts = []
         for prompt in request.prompts():
             if isinstance(prompt, str):
@@ -93,8 +95,13 @@ class Service:
         orders = self._orders(request, prompts, request.max_tokens, request.logprobs)
         return Job(orders, TextReply(self.name, self._tokenizer), sum(map(len, prompts)))
 
-    def _check_model(self, wanted: str | None) -> None:
-        if wanted not in (None, "", self.name):
+    def check_name(self, wanted: str) -> None:
+        """Refuse what is for another model.
+
+        Raises:
+            NotFound: this one has another name.
+        """
+        if wanted != self.name:
             raise NotFound(f"the model {wanted!r} is not served here; {self.name!r} is", "model")
 
     def _orders(
@@ -117,10 +124,10 @@ class Service:
                     f"{self._positions}: shorten one of them",
                     "messages" if isinstance(request, ChatRequest) else "prompt",
                 )
-            orders += [Order(prompt, most or left, stops, copied(sampling, number)) for number in range(request.n)]
+            orders += [Order(prompt, most or left, stops, sampling.for_answer(number)) for number in range(request.n)]
         return orders
 
-    async def parts(self, job: Job) -> AsyncGenerator[tuple[int, Part], None]:
+    async def parts(self, job: Job) -> Parts:
         """The parts of all answers of a job, each with its number, as they come.
 
         Raises:
