@@ -18,10 +18,13 @@ from llama_split.checkpoint import Checkpoint, open_checkpoint
 from llama_split.commands.settings import demo_model
 from tests.support.checkpoints import read_once
 from tests.support.children import Child, Mother
-from tests.support.commands import FORKED, environment
+from tests.support.commands import FORKED
 from tests.support.llamas import VARIANTS, Small, Worker, random_llama, worker_in_thread
-from tests.support.process import ROOT, Process
+from tests.support.model_fixtures import llama_mother, one_thread
+from tests.support.process import Process
 from tests.support.workers import Workers
+
+__all__ = ["llama_mother", "one_thread"]
 
 TINY_VOCABULARY = 2000  # a row of logits is 8000 bytes, more than the smallest arena
 
@@ -40,15 +43,6 @@ class Starting:
 
     address: str
     process: Process
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products are faster on one thread, and the two sides compute in turn on two cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -127,14 +121,6 @@ def layer_split(plain: Small, plain_worker: Worker) -> Iterator[SplitLlamaForCau
     assert plain_worker.sessions_become(0)
     with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode="layer") as model:
         yield model
-
-
-@pytest.fixture(scope="session")
-def llama_mother() -> Iterator[Mother]:
-    """What commands and workers are forked from, since importing torch and transformers takes seconds."""
-    mother = Mother.beside_us() or Mother.start(ROOT / "tests/support/processes/warm.py", environment=environment())
-    yield mother
-    mother.end()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -22,9 +22,11 @@ from llama_split.serving.app import create_app
 from llama_split.serving.engine import Limits
 from llama_split.serving.service import Service
 from tests.support.children import Mother
-from tests.support.commands import environment
 from tests.support.llamas import Worker, random_llama, worker_in_thread
-from tests.support.process import ROOT
+from tests.support.model_fixtures import llama_mother, one_thread
+from tests.support.workers import Workers
+
+__all__ = ["llama_mother", "one_thread"]
 
 VOCABULARY = 160
 KEY = "open sesame"
@@ -47,6 +49,10 @@ class Speaking:
         text: str = self.tokenizer.decode(whole[0, ids.shape[1] :])
         return text
 
+    def service(self, split: SplitLlamaForCausalLM, kv_tokens: int = 2048, waiting: int = 64) -> Service:
+        """What serves it, split."""
+        return Service(split, self.tokenizer, "speaking", Limits(kv_tokens, waiting))
+
 
 @dataclass(frozen=True)
 class Served:
@@ -61,16 +67,19 @@ class Served:
         made = openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": KEY, "max_retries": 0, **options})
         return self.clients.enter_context(made)
 
+    def connection(self) -> http.client.HTTPConnection:
+        """A connection for a request that OpenAI's clients don't make."""
+        return http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
+
+    def ask(self, method: str, path: str, body: str | bytes | None = None, **headers: str) -> tuple[int, bytes]:
+        """Make such a request; the status and body of its response."""
+        with contextlib.closing(self.connection()) as connection:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -84,13 +93,6 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Speaking:
     model = random_llama(seed=3)
     model.save_pretrained(path)
     return Speaking(path, model, tokenizer)
-
-
-@pytest.fixture(scope="session")
-def llama_mother() -> Iterator[Mother]:
-    mother = Mother.beside_us() or Mother.start(ROOT / "tests/support/processes/warm.py", environment=environment())
-    yield mother
-    mother.end()
 
 
 @contextlib.contextmanager
@@ -120,6 +122,14 @@ def served_worker(speaking: Speaking) -> Iterator[Worker]:
 
 
 @pytest.fixture(scope="module")
+def workers(llama_mother: Mother, speaking: Speaking, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Workers of the small model, none of them started."""
+    running = Workers(llama_mother, speaking.path, f"ipc://{tmp_path_factory.mktemp('workers')}/w.ipc")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
 def serve_with(speaking: Speaking, served_worker: Worker) -> Iterator[Callable[..., Served]]:
     """Serve the small model: ``serve_with(kv_tokens=…, waiting=…)``."""
     with contextlib.ExitStack() as stack:
@@ -128,8 +138,7 @@ def serve_with(speaking: Speaking, served_worker: Worker) -> Iterator[Callable[.
             split = stack.enter_context(
                 SplitLlamaForCausalLM.from_pretrained(speaking.path, worker=served_worker.address)
             )
-            service = Service(split, speaking.tokenizer, "speaking", Limits(kv_tokens, waiting))
-            return stack.enter_context(serving(service))
+            return stack.enter_context(serving(speaking.service(split, kv_tokens, waiting)))
 
         yield start
 

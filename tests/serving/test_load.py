@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.serving.engine import Limits
 from llama_split.serving.service import Service
-from tests.support.children import Mother
 from tests.support.helpers import eventually
 from tests.support.workers import Workers
 
@@ -21,13 +18,6 @@ from .load import Load
 SECONDS = float(os.environ.get("LOAD_SECONDS", "4"))
 CLIENTS = int(os.environ.get("LOAD_CLIENTS", "12"))
 KILLS = int(os.environ.get("LOAD_KILLS", "2"))
-
-
-@pytest.fixture
-def workers(llama_mother: Mother, speaking: Speaking, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    running = Workers(llama_mother, speaking.path, f"ipc://{tmp_path_factory.mktemp('workers')}/w.ipc")
-    yield running
-    running.stop()
 
 
 def _free_room(service: Service) -> int:
@@ -46,7 +36,7 @@ def test_many_clients_some_of_which_leave_while_the_worker_is_killed(speaking: S
     workers.start()
     with (
         SplitLlamaForCausalLM.from_pretrained(speaking.path, worker=workers.address, revive=workers.start) as split,
-        serving(Service(split, speaking.tokenizer, "speaking", Limits(2048, 256))) as served,
+        serving(speaking.service(split, waiting=256)) as served,
     ):
         Load(served, speaking, workers.kill).run(2, 0.5, 0)
         room, before = _free_room(served.service), len(os.listdir("/proc/self/fd"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 from pathlib import Path
 
@@ -15,32 +14,24 @@ from tests.support.helpers import eventually
 
 from .conftest import KEY, Served
 
-
-def _get(served: Served, path: str, **headers: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
-    try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
+needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no Chromium, or no chromedriver")
 
 
 def test_the_page_is_there_without_a_key_and_its_facts_are_not(served: Served) -> None:
     """It asks for the key itself, and refers to nothing on other hosts."""
-    status, page = _get(served, "/")
+    status, page = served.ask("GET", "/")
     assert status == 200
     assert b"<title>llama-split</title>" in page
     assert b"//" not in page.replace(b"://", b"").replace(b"<!doctype", b"")
-    assert _get(served, "/about")[0] == 401
-    status, facts = _get(served, "/about", Authorization=f"Bearer {KEY}")
+    assert served.ask("GET", "/about")[0] == 401
+    status, facts = served.ask("GET", "/about", Authorization=f"Bearer {KEY}")
     assert status == 200
     told = json.loads(facts)
     assert (told["model"], told["mode"], told["revealed"]) == ("speaking", "fused", REVEALED[Mode.FUSED])
     assert told["transport"].keys() == {"calls", "call_seconds"}
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no Chromium, or no chromedriver")
+@needs_browser
 def test_a_prompt_is_answered_in_a_browser(served: Served, directory: Path) -> None:
     """The answer's words, the mode, what the worker sees, and the calls of a token; a missing key is told."""
     with browsing(directory) as browser:
@@ -58,10 +49,9 @@ def test_a_prompt_is_answered_in_a_browser(served: Served, directory: Path) -> N
         assert eventually(lambda: served.service.engine.running == 0), "the generation went on after Stop"
 
 
+@needs_browser
 def test_the_cost_of_a_token_is_shown(served: Served, directory: Path) -> None:
     """After an answer: how many tokens it has, and what one costs in calls; here by the page's own sums."""
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("there is no Chromium, or no chromedriver")
     with browsing(directory) as browser:
         browser.open(served.url)
         browser.write("key", KEY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
 import threading
 from collections.abc import Callable
@@ -177,13 +176,9 @@ def test_the_model_is_listed(served: Served) -> None:
 def _post(
     served: Served, body: bytes, path: str = "/v1/chat/completions", key: str = KEY
 ) -> tuple[int, dict[str, Any]]:
-    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
-    try:
-        connection.request("POST", path, body, {"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    status, told = served.ask("POST", path, body, **headers)
+    return status, json.loads(told)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +273,7 @@ def test_when_too_many_wait_the_next_is_refused(serve_with: Callable[..., Served
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_generation(served: Served, stream: bool) -> None:
     """In the middle of an answer: the scheduler forgets the request, and its KV is free."""
-    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
+    connection = served.connection()
     body = json.dumps({**_chat("w1", max_tokens=1000), "stream": stream})
     connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}"})
     assert eventually(lambda: served.service.engine.running == 1)
@@ -299,7 +294,7 @@ def test_a_client_that_goes_away_before_the_first_token_ends_its_request(
 
     monkeypatch.setattr(served.service.model, "forward", held)
     for stream in (False, True):
-        connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
+        connection = served.connection()
         body = json.dumps({**_chat("w1", max_tokens=1000), "stream": stream})
         connection.request("POST", "/v1/chat/completions", body, {"Authorization": f"Bearer {KEY}"})
         assert eventually(lambda: served.service.engine.waiting == 1)
@@ -313,11 +308,8 @@ def test_metrics_count_what_was_done(serve_with: Callable[..., Served]) -> None:
     served = serve_with()
     served.client().chat.completions.create(**_chat("w5 w6", max_tokens=7))
     _post(served, b"{", path="/v1/completions")
-    connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=30)
-    connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
-    text = connection.getresponse().read().decode()
-    connection.close()
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    _, text = served.ask("GET", "/metrics", Authorization=f"Bearer {KEY}")
+    values = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
     assert values['llama_split_requests_total{path="/v1/chat/completions",status="200"}'] == "1.0"
     assert values['llama_split_requests_total{path="/v1/completions",status="400"}'] == "1.0"
     assert values["llama_split_prompt_tokens_total"] == "3.0"
