@@ -2,7 +2,7 @@
 
 Rules that both ends keep (the server's is in ``doorbell_server``):
 
-* A side that is about to block says so in its ring, then looks for a message once more. A side that has written a
+* A side that is about to block announces it in its ring, then looks for a message once more. A side that has written a
   message posts the peer if it sleeps. A post may be left over: the next wait takes it and returns early.
 * A wait first polls, for as long as that pays or ``spin_us`` says, then blocks in the kernel. It blocks in slices, so
   that a peer that never posts delays it by one slice.
