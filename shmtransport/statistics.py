@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -59,6 +61,20 @@ class Statistics:
             if count
         )
         return cls(**totals, latency_histogram=ranges)
+
+    @classmethod
+    def total(cls, several: Sequence[Statistics]) -> Statistics:
+        """The totals of several clients or servers together; the peak is the highest of theirs."""
+        added = {
+            field.name: sum(getattr(one, field.name) for one in several)
+            for field in fields(cls)
+            if field.name not in (_HISTOGRAM, "in_flight_peak")
+        }
+        counts: Counter[float] = Counter()
+        for one in several:
+            counts.update(dict(one.latency_histogram))
+        peak = max((one.in_flight_peak for one in several), default=0)
+        return cls(**added, in_flight_peak=peak, latency_histogram=tuple(sorted(counts.items())))
 
     @property
     def copies_avoided(self) -> int:

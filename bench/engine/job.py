@@ -124,7 +124,7 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
         channel=parse_channel(job.channel),
     )
     stack.enter_context(split)
-    return split, split.worker.client.server_pid
+    return split, split.workers[0].client.server_pid
 
 
 def _model_options(model: str) -> list[str]:

@@ -74,17 +74,23 @@ def parse_channel(name: str) -> ChannelKind:
     raise LlamaSplitError(f"channel {name!r} is not supported; choose one of {', '.join(CHANNEL_KINDS)}")
 
 
-def check_pipeline(chunks: int, mode: Mode) -> None:
+def check_pipeline(chunks: int, mode: Mode, workers: int) -> None:
     """Refuse a number of chunks that a prompt can't be split into, or that this split has no use for.
 
+    Args:
+        chunks: as the user chose.
+        mode: the split.
+        workers: how many workers share the layers.
+
     Raises:
-        LlamaSplitError: it is not between 1 and ``MOST_PIPELINED``, or more than 1 where the worker attends.
+        LlamaSplitError: it is not between 1 and ``MOST_PIPELINED``, or more than 1 where a single worker attends.
     """
     if not 1 <= chunks <= MOST_PIPELINED:
         raise LlamaSplitError(f"pipeline {chunks} is not supported; choose 1 to {MOST_PIPELINED} chunks")
-    if chunks > 1 and mode.worker_keeps_kv:
+    if chunks > 1 and mode.worker_keeps_kv and workers == 1:
         raise LlamaSplitError(
-            f"pipeline {chunks}: in mode {mode.value} this side has nothing to overlap with; use fused or op"
+            f"pipeline {chunks}: in mode {mode.value} nothing could overlap with the one worker; use fused or op, or "
+            "several workers"
         )
 
 

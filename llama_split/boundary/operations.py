@@ -161,13 +161,19 @@ LAYER = Operation("layer", (_tensor("B T D"),), _tensor("B T D"))
 """A whole decoder layer, including attention over the worker's KV cache."""
 
 STACK = Operation("stack", (_tensor("B T D"),), _tensor("B N V"), per_layer=False)
-"""All decoder layers, including attention over the worker's KV cache, final norm, and logits of the last N tokens."""
+"""All decoder layers, including attention over the worker's KV cache, final norm, and logits of the last N tokens.
+
+Where several workers share the layers, those that the last worker holds.
+"""
+
+LAYERS = Operation("layers", (_tensor("B T D"),), _tensor("B T D"), per_layer=False)
+"""In mode stack, all decoder layers of a worker that is not the last of several, including attention."""
 
 POSITIONS = _integers("B T")
 """Crosses with the first call of a forward where the worker attends."""
 
 LINEARS: tuple[Operation, ...] = (QKV, OUT_PROJ, GATE_UP, DOWN, LM_HEAD)
-OPERATIONS: tuple[Operation, ...] = (EMBED, QKV, SCORES, MIX, OUT_PROJ, GATE_UP, DOWN, LM_HEAD, LAYER, STACK)
+OPERATIONS: tuple[Operation, ...] = (EMBED, QKV, SCORES, MIX, OUT_PROJ, GATE_UP, DOWN, LM_HEAD, LAYER, LAYERS, STACK)
 BY_MODE: dict[Mode, tuple[Operation, ...]] = {
     Mode.OP: (EMBED, QKV, SCORES, MIX, OUT_PROJ, GATE_UP, DOWN, LM_HEAD),
     Mode.FUSED: (QKV, OUT_PROJ, GATE_UP, DOWN, LM_HEAD),

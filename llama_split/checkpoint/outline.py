@@ -102,20 +102,24 @@ class Outline:
         """All parameters of the model."""
         return [*self.matrices(), *self.norms()]
 
-    def worker_groups(self, *, embedding: bool) -> dict[object, list[str]]:
+    def worker_groups(self, *, embedding: bool, layers: range | None = None) -> dict[object, list[str]]:
         """The names of the parameters that a worker holds; each group is stacked into one tensor.
 
-        With ``embedding`` the embedding is among them, for trusted sides in mode op.
+        Args:
+            embedding: the embedding is among them, for trusted sides in mode op.
+            layers: the layers that this worker holds; the last layer's worker holds the output matrix. None: all.
         """
-        layers = range(self.geometry.layers)
+        layers = range(self.geometry.layers) if layers is None else layers
         groups: dict[object, list[str]] = {
             (index, operation, parameter): [layer_name(index, f"{matrix}.{parameter}") for matrix in matrices]
             for index in layers
             for operation, matrices in STACKED.items()
             for parameter in self._parameters_of(operation)
         }
-        single = [*(layer_name(index, norm) for index in layers for norm in LAYER_NORMS), FINAL_NORM, self.lm_head]
-        if embedding and self.lm_head != EMBEDDING:
+        single = [layer_name(index, norm) for index in layers for norm in LAYER_NORMS]
+        if layers.stop == self.geometry.layers:
+            single += [FINAL_NORM, self.lm_head]
+        if embedding:
             single.append(EMBEDDING)
         groups.update({name: [name] for name in single})
         return groups

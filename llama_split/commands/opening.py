@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from shmtransport.channels import address as addresses
+from shmtransport.channels.address import absence, check_connect
 
 from ..boundary.choices import check_dtype, check_pipeline, parse_channel, parse_mode
 from ..errors import LlamaSplitError
@@ -47,25 +47,26 @@ class Opening:
         dtype = settings.pick(split.dtype, DTYPE_VARIABLE, "float32")
         self._mode = parse_mode(split.mode)
         self._channel = parse_channel(advanced.channel)
-        check_pipeline(advanced.pipeline, self._mode)
         for given in (dtype, split.wire_dtype or dtype):
             check_dtype(given)
         name = model_name(settings, split.model)
-        address = settings.pick(split.worker, ADDRESS_VARIABLE, None)
+        addresses = [parse_address(one) for one in split.worker or settings.several(ADDRESS_VARIABLE)]
+        check_pipeline(advanced.pipeline, self._mode, len(addresses) or 1)
         self._advanced = advanced
         self._stack = stack
         self._own: WorkerProcess | None = None
-        if address is None:  # started first, so that both processes import and load at the same time
+        if not addresses:  # started first, so that both processes import and load at the same time
             device = settings.pick(split.device, DEVICE_VARIABLE, "cpu")
             arguments = ["--model", name, "--dtype", dtype, "--device", device, *_worker_arguments(split, advanced)]
             self._own = stack.enter_context(WorkerProcess(arguments, verbose=verbose))
-            address = self._own.address
+            addresses = [self._own.address]
         else:
-            address = parse_address(address)
             if split.device is not None:
-                notice(f"--device {split.device} has no effect: the worker at {address} runs where it was started")
-            _tell_if_nothing_listens(address, advanced.connect_timeout_s)
-        self._address = address
+                where = " and ".join(addresses)
+                notice(f"--device {split.device} has no effect: the worker at {where} runs where it was started")
+            for address in addresses:
+                _tell_if_nothing_listens(address, advanced.connect_timeout_s)
+        self._addresses = addresses
         limit_threads(advanced.threads)
         from ..boundary.compute import parse_dtype
 
@@ -117,7 +118,7 @@ class Opening:
             llama = self._stack.enter_context(
                 SplitLlamaForCausalLM.from_pretrained(
                     self.checkpoint,
-                    worker=self._address,
+                    worker=self._addresses,
                     mode=self._mode,
                     dtype=self._dtype,
                     wire_dtype=self._wire,
@@ -143,10 +144,10 @@ def _tell_if_nothing_listens(address: str, timeout_s: float) -> None:
     Raises:
         shmtransport.AddressError: the address is malformed, or not on this machine.
     """
-    addresses.check_connect(address)
-    absence = addresses.absence(address)
-    if absence is not None and timeout_s >= _SHORT_WAIT_S:
-        notice(f"no worker listens at {address} ({absence}); waiting up to {timeout_s:g} s for one to start")
+    check_connect(address)
+    reason = absence(address)
+    if reason is not None and timeout_s >= _SHORT_WAIT_S:
+        notice(f"no worker listens at {address} ({reason}); waiting up to {timeout_s:g} s for one to start")
 
 
 def _nothing() -> None:

@@ -58,8 +58,11 @@ class SplitOptions:
     dtype: DtypeOption = None
     wire_dtype: WireDtypeOption = None
     worker: Annotated[
-        str | None,
-        typer.Option(help="Address of a running worker. Default: $LLAMA_IPC_PATH; without either, one is started."),
+        list[str] | None,
+        typer.Option(
+            help="Address of a running worker; several times for workers that share the layers, in the order of these. "
+            "Default: $LLAMA_IPC_PATH; without either, one is started.",
+        ),
     ] = None
     device: DeviceOption = None
 
@@ -72,9 +75,9 @@ class AdvancedOptions:
     pipeline: Annotated[
         int,
         typer.Option(
-            help="In fused and op: split a prompt into up to this many chunks in flight at once, so that both sides "
-            "compute at the same time; multiplies the number of calls. For a worker that does not compute on this "
-            "side's cores.",
+            help="Split a prompt so that up to this many chunks are in flight at once at a worker, and all sides "
+            "compute at the same time; multiplies the number of calls. For workers that don't compute on this side's "
+            "cores; in layer and stack for several workers.",
         ),
     ] = 1
     arena_bytes: Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")] = None

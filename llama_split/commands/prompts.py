@@ -135,11 +135,11 @@ def about(llama: SplitLlamaForCausalLM) -> dict[str, Any]:
 
     from ..boundary.compute import DTYPE_NAMES
 
-    client = llama.worker.client
+    client = llama.workers.last.client
     return {
         "mode": llama.mode.value,
         "dtype": DTYPE_NAMES[llama.dtype],
-        "wire_dtype": DTYPE_NAMES[llama.worker.wire],
+        "wire_dtype": DTYPE_NAMES[llama.workers.wire],
         "threads": torch.get_num_threads(),
-        "transport": {"address": client.address, "kind": client.scheme, "channel": client.channel},
+        "transport": {"address": ", ".join(llama.workers.addresses), "kind": client.scheme, "channel": client.channel},
     }

@@ -14,6 +14,7 @@ import typer
 from shmtransport.text import printable
 
 from ..boundary.choices import check_dtype, parse_channel
+from ..boundary.division import layers_text, parse_layers
 from ..errors import LlamaSplitError
 from ..placement.local import READY, end_with_parent, remove_directory_of
 from .console import log, notice, notices, print_json, progress_bar, statistics_table
@@ -49,6 +50,13 @@ class WorkerOptions:
     embedding: Annotated[
         bool, typer.Option("--embedding", help="Hold the embedding as well, for trusted sides in mode op.")
     ] = False
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Hold these layers only, for example 0-15, where several workers share them; `llama-split info "
+            "--workers` divides them. Default: all."
+        ),
+    ] = None
     max_sessions: Annotated[
         int | None, typer.Option(min=1, help="The most KV caches that are kept, over all clients. Default: 256.")
     ] = None
@@ -146,14 +154,18 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
     server = stack.enter_context(Server(parse_address(address), channels=channels, spin_us=options.spin_us))
     stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # first of all that ends: nothing interrupts the rest
     checkpoint = open_model(name, options.seed if options.random_weights else None)
+    layers = None if options.layers is None else parse_layers(options.layers, checkpoint.geometry.layers)
     with progress_bar("loading weights") as progress:
-        weights = Weights(checkpoint, dtype, device, progress, embedding=options.embedding)
+        weights = Weights(checkpoint, dtype, device, progress, embedding=options.embedding, layers=layers)
     Service(server, weights, checkpoint, options.limits())
     if options.as_json:
         facts = {"model": str(checkpoint.path), "dtype": dtype_name, "device": str(device), "address": server.address}
-        print_json({READY: True, **facts, "threads": torch.get_num_threads(), "process": os.getpid()})
+        held = {"layers": layers_text(weights.held), "threads": torch.get_num_threads(), "process": os.getpid()}
+        print_json({READY: True, **facts, **held})
     else:
-        print(f"{READY}: {printable(str(checkpoint.path))} in {dtype_name} on {device} at {server.address}", flush=True)
+        held_text = "" if layers is None else f", layers {layers_text(layers)},"
+        model = printable(str(checkpoint.path))
+        print(f"{READY}: {model}{held_text} in {dtype_name} on {device} at {server.address}", flush=True)
     server.serve()
     if options.as_json:
         print_json({"statistics": asdict(server.statistics())})

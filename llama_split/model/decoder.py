@@ -145,7 +145,7 @@ def decoder(
     layers: Sequence[DecoderLayer],
     hidden_BTD: torch.Tensor,
     context: AttentionContext,
-    workspace: Workspace,
+    workspaces: Sequence[Workspace],
     on_layer: Callable[[torch.Tensor], None] = lambda _hidden_BTD: None,
 ) -> Program:
     """The forward of all layers: [B, T, D] to [B, T, D].
@@ -154,10 +154,10 @@ def decoder(
         layers: the layers, first to last.
         hidden_BTD: the embeddings.
         context: what all layers of the forward share.
-        workspace: where the arguments of operations are written.
+        workspaces: for each layer, where the arguments of its operations are written.
         on_layer: called with the result of each layer.
     """
-    for layer in layers:
+    for layer, workspace in zip(layers, workspaces, strict=True):
         hidden_BTD = yield from layer.program(hidden_BTD, context, workspace)
         on_layer(hidden_BTD)
     return hidden_BTD

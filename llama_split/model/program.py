@@ -8,7 +8,7 @@ several programs can be executed in turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -23,12 +23,15 @@ class WorkerOp(NamedTuple):
     arguments: tuple[torch.Tensor, ...]
 
 
+Op = TypeVar("Op")
 Program = Generator[WorkerOp, torch.Tensor, torch.Tensor]
 """Yields operations, is sent the result of each, and returns the result of the whole."""
 
 
-def execute(program: Program, execute_op: Callable[[WorkerOp], torch.Tensor]) -> torch.Tensor:
-    """Execute a program to its end, one operation after the other."""
+def execute(
+    program: Generator[Op, torch.Tensor, torch.Tensor], execute_op: Callable[[Op], torch.Tensor]
+) -> torch.Tensor:
+    """Execute a program, this kind or another, to its end, one operation after the other."""
     try:
         op = next(program)
         while True:

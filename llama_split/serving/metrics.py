@@ -32,7 +32,8 @@ class Metrics:
         running = Gauge("llama_split_requests_running", "Requests that get tokens.", registry=self._registry)
         running.set_function(lambda: service.engine.running)
         transport = StatisticsCollector()
-        transport.register(service.model.worker.client, "worker")
+        for number, worker in enumerate(service.model.workers, start=1):
+            transport.register(worker.client, f"worker {number}" if len(service.model.workers) > 1 else "worker")
         self._registry.register(transport)
 
     def text(self) -> bytes:

@@ -159,9 +159,10 @@ class Service:
     async def unavailable(self) -> str:
         """Why this server can't answer now; empty if it can. If its worker is gone, this begins to connect again."""
         if self._reviving is not None and not self._reviving.done():
-            return f"the worker at {self.model.worker.client.address} is gone; connecting again"
+            return f"the worker at {' or '.join(self.model.workers.addresses)} is gone; connecting again"
         try:
-            await asyncio.to_thread(self.model.worker.client.with_options(timeout_s=_PING_S).call, "describe")
+            for worker in self.model.workers:
+                await asyncio.to_thread(worker.client.with_options(timeout_s=_PING_S).call, "describe")
         except CallTimeout:
             return ""  # it is busy
         except TransportError as error:
@@ -171,7 +172,8 @@ class Service:
 
     def _revive(self) -> None:
         with contextlib.suppress(TransportError):  # the next look shows it again
-            self.model.worker.persist(lambda: self.model.worker.client.call("describe"))
+            for worker in self.model.workers:
+                worker.ping()
 
     def close(self) -> None:
         """End all requests."""

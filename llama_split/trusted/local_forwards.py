@@ -25,6 +25,7 @@ from .outputs import RequestedOutputs
 from .paged import PagedCache
 from .part import TrustedPart
 from .pipeline import execute_in_turn, split_prompt
+from .workers import Workers
 
 
 class LocalForwards:
@@ -33,13 +34,15 @@ class LocalForwards:
     Args:
         part: the weights of this side.
         mode: op or fused; op offloads the products of attention as well.
-        offload: executes operations on the worker.
-        pipeline: the most chunks of a prompt in flight at once.
+        workers: hold the matrices.
+        offload: executes operations on the workers.
+        pipeline: the most chunks of a prompt in flight at once at a worker.
     """
 
-    def __init__(self, part: TrustedPart, mode: Mode, offload: Offload, pipeline: int) -> None:
+    def __init__(self, part: TrustedPart, mode: Mode, workers: Workers, offload: Offload, pipeline: int) -> None:
         self._part = part
         self._mode = mode
+        self._workers = workers
         self._offload = offload
         self._pipeline = pipeline
         self._rotary = Rotary(part.frozen_config, torch.device("cpu"))
@@ -60,7 +63,8 @@ class LocalForwards:
             return execute(self._program(hidden_BTD, context, requested), self._offload.execute)
         past = 0 if cache is None else cache.get_seq_length()
         programs = [self._program(hidden_BTD[:, one], context.chunk(one, past), requested) for one in chunks]
-        return torch.cat(execute_in_turn(programs, self._offload.begin), dim=1)
+        results = execute_in_turn(programs, self._offload.begin, self._workers.of, self._pipeline)
+        return torch.cat(results, dim=1)
 
     def batch(self, tokens: ForwardInput, mask: torch.Tensor | None, cache: PagedCache) -> torch.Tensor:
         """All decoder layers for the tokens of several requests in one row: hidden states before the final norm.
@@ -87,7 +91,8 @@ class LocalForwards:
         """
         prepared = tokens.mask is not None and tokens.mask.dim() == 4
         whole = requested.anything or prepared or not isinstance(cache, GrowingCache)
-        return split_prompt(tokens.source.shape[1], 1 if whole else self._pipeline)
+        chunks = 1 if whole or self._pipeline == 1 else self._pipeline * len(self._workers)
+        return split_prompt(tokens.source.shape[1], chunks)
 
     def _context(
         self,
@@ -122,4 +127,4 @@ class LocalForwards:
 
     def _program(self, hidden_BTD: torch.Tensor, context: AttentionContext, requested: RequestedOutputs) -> Program:
         layers = cast("Sequence[DecoderLayer]", self._part.layers)
-        return decoder(layers, hidden_BTD, context, self._offload.workspace, lambda hidden: requested.add([hidden]))
+        return decoder(layers, hidden_BTD, context, self._offload.workspaces, lambda hidden: requested.add([hidden]))

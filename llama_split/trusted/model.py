@@ -12,7 +12,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -46,6 +46,7 @@ from .session_forwards import SessionForwards
 from .transformers_versions import CACHE_NAME, CACHE_NAMES, keep_logits, only_cache
 from .unsupported import SameWeights, check_attention, refuse_gradients, refusing
 from .worker_client import WorkerClient
+from .workers import Workers
 
 
 @refusing
@@ -58,34 +59,32 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
     Args:
         config: the model's configuration; its dtype is that of weights and arithmetic.
         mode: the split.
-        worker: the connected worker.
-        arena_bytes: size of each direction's arena.
-        pipeline: the most chunks of a prompt in flight at once.
+        workers: the connected workers.
+        arena_bytes: size of each direction's arena, of each worker.
+        pipeline: the most chunks of a prompt in flight at once at a worker.
     """
 
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def __init__(
-        self, config: LlamaConfig, mode: Mode, worker: WorkerClient, arena_bytes: int, pipeline: int = 1
-    ) -> None:
+    def __init__(self, config: LlamaConfig, mode: Mode, workers: Workers, arena_bytes: int, pipeline: int = 1) -> None:
         super(LlamaForCausalLM, self).__init__(config)
-        self._offload = Offload(worker, arena_bytes, pipeline)
+        self._offload = Offload(workers, arena_bytes, pipeline)
         self.model = TrustedPart(config, mode, self._offload)
         self.lm_head = RemoteHead(self._offload, config.dtype)
         self.vocab_size = config.vocab_size
         self.mode = mode
-        self.worker = worker
+        self.workers = workers
         self._text_lengths = TextLengths(self.model.frozen_config)
-        self._local = LocalForwards(self.model, mode, self._offload, pipeline)
-        self._sessions = SessionForwards(worker, self._offload, self.model.embed)
+        self._local = LocalForwards(self.model, mode, workers, self._offload, pipeline)
+        self._sessions = SessionForwards(workers, self._offload, self.model.embed, pipeline)
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_hub_id: str | os.PathLike[str] | Checkpoint,
         *,
-        worker: str,
+        worker: str | Sequence[str],
         mode: str | Mode = Mode.FUSED,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
@@ -102,45 +101,50 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         spin_us: float | None = None,
         progress: Progress | None = None,
     ) -> SplitLlamaForCausalLM:
-        """Load this side's weights and connect to the worker, which must serve the same model.
+        """Load this side's weights and connect to the worker, or to several; they must serve the same model.
 
         Args:
             path_or_hub_id: a model's directory, a GGUF file, a hub id, or an open ``Checkpoint``.
-            worker: the worker's address, for example ``ipc:///tmp/worker.ipc``.
+            worker: the worker's address, for example ``ipc:///tmp/worker.ipc``; or the addresses of the workers that
+                share the layers, in the order of these.
             mode: the split: op, fused, layer or stack.
             dtype: of weights and arithmetic. None and "auto": the checkpoint's, which is float32 for GGUF.
             torch_dtype: former name of ``dtype``.
             wire_dtype: of the activations that cross. None: as ``dtype``.
             gguf_file: the GGUF file to open in a directory that holds several.
-            arena_bytes: size of each direction's arena. None: derived from the model's shape.
+            arena_bytes: size of each direction's arena, of each worker. None: derived from the model's shape.
             timeout_s: the longest that one call may take, in seconds.
-            connect_timeout_s: how long to wait for the worker, in seconds.
-            reconnect: connect again when the worker dies, a bounded number of times; a generation continues with the
+            connect_timeout_s: how long to wait for each worker, in seconds.
+            reconnect: connect again when a worker dies, a bounded number of times; a generation continues with the
                 same tokens.
             revive: called before each such try; may start the worker again.
             snapshot: as in ``shmtransport.Client``.
-            pipeline: in op and fused, split a prompt into up to this many chunks in flight at once, so that both sides
-                compute at the same time; the number of calls grows by the same factor.
+            pipeline: split a prompt so that up to this many chunks are in flight at once at each worker, and all sides
+                compute at the same time; the number of calls grows by this factor and by the number of workers. In
+                layer and stack only with several workers.
             channel: as in ``shmtransport.Client``: "zmq" or "doorbell".
             spin_us: as in ``shmtransport.Client``, in microseconds.
             progress: called with how many tensors are loaded, of how many.
 
         Raises:
             CheckpointError: there is no model, or none that can be split.
-            WorkerMismatch: the worker serves another model or dtype, or can't serve this mode.
+            WorkerMismatch: a worker serves another model or dtype, or can't serve this mode; or several don't hold each
+                layer once.
             shmtransport.TransportError: no worker answers, or shared memory is short.
         """
         checkpoint = open_checkpoint(path_or_hub_id, gguf_file)
         mode = parse_mode(mode)
-        check_pipeline(pipeline, mode)
+        addresses = [worker] if isinstance(worker, str) else list(worker)
+        check_pipeline(pipeline, mode, len(addresses))
         dtype = torch_dtype if dtype is None else dtype
         compute = parse_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
         with contextlib.ExitStack() as undo:
-            client = undo.enter_context(
-                Client(
-                    worker,
+            connected = []
+            for address in addresses:
+                client = Client(
+                    address,
                     arena_bytes=arena_bytes,
                     timeout_s=timeout_s,
                     connect_timeout_s=connect_timeout_s,
@@ -148,15 +152,18 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                     channel=channel,
                     spin_us=spin_us,
                 )
-            )
-            connected = WorkerClient(
-                client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive
-            )
-            undo.callback(connected.close)
+                undo.callback(client.close)
+                connected.append(
+                    WorkerClient(
+                        client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive
+                    )
+                )
+            workers = Workers(connected, mode)
+            undo.callback(workers.close)
             config = copy.deepcopy(checkpoint.config)
             config.dtype = compute
             with torch.device("meta"):
-                model = cls(config, mode, connected, arena_bytes, pipeline)
+                model = cls(config, mode, workers, arena_bytes, pipeline)
             model._load(checkpoint, compute, progress)
             undo.pop_all()
         return model
@@ -189,7 +196,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         """An empty KV cache as this split needs it, with room for about ``reserved`` tokens per row."""
         if self.mode.worker_keeps_kv:
             return self._sessions.new_cache(reserved)
-        return GrowingCache(self.worker.geometry.layers, reserved)
+        return GrowingCache(self.workers.geometry.layers, reserved)
 
     def _prepare_cache_for_generation(
         self,
@@ -312,12 +319,12 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         super().set_attn_implementation(attn_implementation, *arguments, **kwargs)
 
     def statistics(self) -> Statistics:
-        """The transport's counters for this model's connection."""
-        return self.worker.client.statistics()
+        """The transport's counters for this model's connections, added up."""
+        return Statistics.total([worker.client.statistics() for worker in self.workers])
 
     def close(self) -> None:
-        """End the connection; the worker frees everything that it holds for it."""
-        self.worker.close()
+        """End the connections; the workers free everything that they hold for them."""
+        self.workers.close()
 
     def __enter__(self) -> SplitLlamaForCausalLM:
         return self
@@ -326,11 +333,11 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         self.close()
 
     def __del__(self) -> None:
-        worker: WorkerClient | None = self.__dict__.get("worker")
-        if worker is not None and not worker.closed:
-            address = worker.client.address
-            worker.close()
-            warnings.warn(f"a split model of the worker at {address} was dropped: close() it", ResourceWarning, 2, self)
+        workers: Workers | None = self.__dict__.get("workers")
+        if workers is not None and not workers.closed:
+            workers.close()
+            where = " and ".join(workers.addresses)
+            warnings.warn(f"a split model of the worker at {where} was dropped: close() it", ResourceWarning, 2, self)
 
     def _forward_batch(
         self,
@@ -348,7 +355,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         hidden_BTD = self._local.batch(tokens, mask, cache)
         requested = RequestedOutputs(hidden_states=False, attentions=False)
         logits = self._logits(hidden_BTD, logits_to_keep, requested)
-        return CausalLMOutputWithPast(logits=private_logits(logits, self.dtype, self.worker.client.address))
+        return CausalLMOutputWithPast(logits=private_logits(logits, self.dtype, self.workers.last.client.address))
 
     def _run(
         self,
@@ -364,7 +371,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                 logits = self._run_on_worker(tokens, cache, logits_to_keep, requested)
             else:
                 logits = self._logits(self._local.layers(tokens, cache, requested), logits_to_keep, requested)
-            return private_logits(logits, self.dtype, self.worker.client.address)
+            return private_logits(logits, self.dtype, self.workers.last.client.address)
         except BaseException:
             if isinstance(cache, (GrowingCache, RemoteCache)) and cache.get_seq_length() != past:
                 cache.rewind(past)
@@ -409,7 +416,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         if requested.wants_hidden:
             requested.replace_last(norm(hidden_BTD, HeapWorkspace(hidden_BTD.device, self.dtype)))
         kept = norm(
-            keep_logits(hidden_BTD, logits_to_keep), self._offload.workspace
+            keep_logits(hidden_BTD, logits_to_keep), self._offload.last_workspace
         )  # any shape, by a tensor's indices
         logits = self._offload.lm_head(kept if kept.dim() == 3 else kept.view(1, -1, kept.shape[-1]))
         return logits.view(*kept.shape[:-1], -1)

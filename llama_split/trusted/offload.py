@@ -1,4 +1,4 @@
-"""Sends the operations of a program to the worker, in chunks where a tensor is too large for the arenas.
+"""Sends the operations of a program to the workers, in chunks where a tensor is too large for the arenas.
 
 Shape suffixes: B batch, T tokens, N tokens whose logits are asked for, D hidden, V vocabulary.
 """
@@ -20,6 +20,7 @@ from ..boundary.geometry import Geometry
 from ..boundary.operations import EMBED, LM_HEAD, Operation, sizes_of
 from ..model.program import WorkerOp
 from .worker_client import CheckedReply, WorkerClient
+from .workers import Workers
 
 not_compiled: Any = torch.compiler.disable(reason="it asks another process")  # type: ignore[no-untyped-call]
 """Decorates what torch.compile leaves alone: it breaks its graph there."""
@@ -66,28 +67,30 @@ def _extent_of(operation: Operation, shapes: tuple[tuple[int, ...], ...], geomet
 
 
 class Offload:
-    """Executes operations on the worker.
+    """Executes each operation on the worker that holds its weights.
 
     Where tensors are too large for the arenas, an operation is split into several calls: rows of the first two
     dimensions, tokens or heads, are independent of each other.
 
     Args:
-        worker: who computes.
-        arena_bytes: the size of each direction's arena.
-        in_flight: how many operations may be in flight at once; they share the arenas.
+        workers: who computes.
+        arena_bytes: the size of each direction's arena, of each worker.
+        in_flight: how many operations may be in flight at once at a worker; they share its arenas.
     """
 
-    def __init__(self, worker: WorkerClient, arena_bytes: int, in_flight: int = 1) -> None:
-        self._worker = worker
-        self._limit = arena_bytes // (_ARENA_SHARE * in_flight * worker.wire.itemsize)
-        self.workspace = ArenaWorkspace(worker, self._limit)
+    def __init__(self, workers: Workers, arena_bytes: int, in_flight: int = 1) -> None:
+        self._workers = workers
+        self._limit = arena_bytes // (_ARENA_SHARE * in_flight * workers.wire.itemsize)
+        spaces = {worker: ArenaWorkspace(worker, self._limit) for worker in workers}
+        self.workspaces = [spaces[workers.of_layer(index)] for index in range(workers.geometry.layers)]
+        self.last_workspace = spaces[workers.last]
 
     def execute(self, op: WorkerOp) -> torch.Tensor:
         """Execute one operation, in one call or several."""
         extent = self._extent(op)
         if extent.rows * extent.width > self._limit:
             return self._execute_in_chunks(op, extent)
-        return self._worker.execute(op.operation, op.arguments, extent.result, **self._keywords(op))
+        return self._workers.of(op).execute(op.operation, op.arguments, extent.result, **self._keywords(op))
 
     def begin(self, op: WorkerOp) -> Callable[[], torch.Tensor]:
         """Begin an operation, and return the function that waits for its result.
@@ -98,7 +101,8 @@ class Offload:
         extent = self._extent(op)
         if extent.rows * extent.width <= self._limit:
             with contextlib.suppress(PeerDied, Closed):
-                begun.append(self._worker.submit(op.operation, op.arguments, extent.result, **self._keywords(op)))
+                worker = self._workers.of(op)
+                begun.append(worker.submit(op.operation, op.arguments, extent.result, **self._keywords(op)))
 
         def finish() -> torch.Tensor:
             if begun:
@@ -121,7 +125,8 @@ class Offload:
         return max(self._limit // width, 1)
 
     def _execute_in_chunks(self, op: WorkerOp, extent: _Extent) -> torch.Tensor:
-        result = torch.empty(extent.result, dtype=self._worker.wire)
+        worker = self._workers.of(op)
+        result = torch.empty(extent.result, dtype=worker.wire)
         whole = result.view(1, extent.rows, *extent.result[2:])
         first, *others = (argument.reshape(1, extent.rows, *argument.shape[2:]) for argument in op.arguments)
         rows_a_call = self.rows_per_call(extent.width)
@@ -136,14 +141,14 @@ class Offload:
                 argument = first[:, rows, some] if first.dim() > 3 else first[:, rows]
                 target = whole[:, rows, some] if whole.dim() > 3 else whole[:, rows]
                 arguments = (argument, *(other[:, rows] for other in others))
-                target.copy_(self._worker.execute(op.operation, arguments, target.shape, **keywords))
+                target.copy_(worker.execute(op.operation, arguments, target.shape, **keywords))
         return result
 
     def _extent(self, op: WorkerOp) -> _Extent:
-        return _extent_of(op.operation, tuple([argument.shape for argument in op.arguments]), self._worker.geometry)
+        return _extent_of(op.operation, tuple([argument.shape for argument in op.arguments]), self._workers.geometry)
 
     def _keywords(self, op: WorkerOp) -> dict[str, Any]:
         """What goes along with the tensors."""
         if op.operation is EMBED:
-            return {"dtype": DTYPE_NAMES[self._worker.wire]}
+            return {"dtype": DTYPE_NAMES[self._workers.wire]}
         return {"layer": op.layer} if op.operation.per_layer else {}

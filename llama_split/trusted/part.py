@@ -51,7 +51,7 @@ class RemoteHead(RemoteMatrix):
         if torch.is_grad_enabled() and hidden_D.requires_grad:
             raise UnsupportedBySplit("lm_head is asked for a gradient, and none crosses to the worker")
         rows_1ND = hidden_D.reshape(1, -1, hidden_D.shape[-1])
-        logits_1NV = self._offload.lm_head(self._offload.workspace.place(rows_1ND)).to(self._dtype, copy=True)
+        logits_1NV = self._offload.lm_head(self._offload.last_workspace.place(rows_1ND)).to(self._dtype, copy=True)
         return logits_1NV.view(*hidden_D.shape[:-1], -1)
 
 

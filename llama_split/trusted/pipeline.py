@@ -1,6 +1,6 @@
-"""Executes several chunks of a prompt in turn, so that this side and the worker compute at the same time.
+"""Executes several chunks of a prompt in turn, so that this side and all workers compute at the same time.
 
-While the worker runs one chunk's operation, this side continues with the next chunk. Tokens attend only to earlier
+While a worker runs one chunk's operation, this side continues with the next chunk. Tokens attend only to earlier
 ones, so all that a chunk needs from the others are the keys and values of the chunks before it, layer by layer. Chunks
 take turns in their order, one operation each; so a chunk has cached its keys and values in a layer before the next one
 attends there.
@@ -8,12 +8,13 @@ attends there.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator, Hashable, Sequence
+from typing import Generic
 
 import torch
 
-from ..model.program import Program, WorkerOp
+from ..model.program import Op
 
 FEWEST_TOKENS = 16
 """The fewest tokens of a chunk: with fewer, the calls cost more than the overlap gains."""
@@ -28,19 +29,68 @@ def split_prompt(tokens: int, chunks: int) -> list[slice]:
     return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
 
-def execute_in_turn(programs: Sequence[Program], begin: Callable[[WorkerOp], Finish]) -> list[torch.Tensor]:
+def execute_in_turn(
+    programs: Sequence[Generator[Op, torch.Tensor, torch.Tensor]],
+    begin: Callable[[Op], Finish],
+    place: Callable[[Op], Hashable],
+    at_once: int,
+) -> list[torch.Tensor]:
     """Execute several programs to their ends, one operation each in turn.
 
-    ``begin`` starts an operation and returns the function that waits for its result.
+    Args:
+        programs: all go through the same places in the same order.
+        begin: starts an operation and returns the function that waits for its result.
+        place: where an operation is executed.
+        at_once: the most programs at a place. Others wait until one has moved on, so that all places are busy.
     """
-    results: dict[int, torch.Tensor] = {}
-    in_flight = deque((index, begin(next(program))) for index, program in enumerate(programs))
-    while in_flight:
-        index, finish = in_flight.popleft()
-        try:
-            op = programs[index].send(finish())
-        except StopIteration as end:
-            results[index] = end.value
+    return _Turns(programs, begin, place, at_once).execute()
+
+
+class _Turns(Generic[Op]):
+    def __init__(
+        self,
+        programs: Sequence[Generator[Op, torch.Tensor, torch.Tensor]],
+        begin: Callable[[Op], Finish],
+        place: Callable[[Op], Hashable],
+        at_once: int,
+    ) -> None:
+        self._programs = programs
+        self._begin = begin
+        self._place = place
+        self._at_once = at_once
+        self._in_flight: deque[tuple[int, Hashable, Finish]] = deque()
+        self._present: Counter[Hashable] = Counter()
+        self._waiting: defaultdict[Hashable, deque[tuple[int, Op]]] = defaultdict(deque)
+        self._results: dict[int, torch.Tensor] = {}
+
+    def execute(self) -> list[torch.Tensor]:
+        for index, program in enumerate(self._programs):
+            self._arrive(index, next(program))
+        while self._in_flight:
+            index, where, finish = self._in_flight.popleft()
+            try:
+                op = self._programs[index].send(finish())
+            except StopIteration as end:
+                self._results[index] = end.value
+                self._leave(where)
+            else:
+                if self._place(op) == where:
+                    self._in_flight.append((index, where, self._begin(op)))
+                else:
+                    self._leave(where)
+                    self._arrive(index, op)
+            del finish
+        return [self._results[index] for index in range(len(self._programs))]
+
+    def _arrive(self, index: int, op: Op) -> None:
+        where = self._place(op)
+        if self._present[where] < self._at_once:
+            self._present[where] += 1
+            self._in_flight.append((index, where, self._begin(op)))
         else:
-            in_flight.append((index, begin(op)))
-    return [results[index] for index in range(len(programs))]
+            self._waiting[where].append((index, op))
+
+    def _leave(self, where: Hashable) -> None:
+        self._present[where] -= 1
+        if self._waiting[where]:
+            self._arrive(*self._waiting[where].popleft())

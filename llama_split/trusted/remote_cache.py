@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,17 +21,17 @@ _NOWHERE = -1  # no connection's epoch
 
 
 class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
-    """The length and batch of the worker's cache, and the rows to select there before the next forward."""
+    """The length and batch of the workers' cache, and for each worker the rows to select before its next forward."""
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, workers: int) -> None:
         super().__init__()
         self.history = history
         self.length = 0
         self.batch = 0
-        self.select: torch.Tensor | None = None
+        self.selects: list[torch.Tensor | None] = [None] * workers
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise UnsupportedBySplit("this cache lives on the worker: keys and values can't be added to it from this side")
@@ -72,20 +71,24 @@ class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
             self.history.crop(length)
         self.length = length
         if length == 0:  # the next forward starts over, with a batch of any size
-            self.select = None
+            self.selects = [None] * len(self.selects)
 
     def _select(self, rows: torch.Tensor) -> None:
         rows = rows.to(torch.int64)
         if self.length:
             self.history.select(rows)
-            self.select = rows if self.select is None else self.select[rows]
+            self.selects = [rows if earlier is None else earlier[rows] for earlier in self.selects]
             self.batch = rows.shape[0]
 
 
 class SessionIds:
-    """Gives out the ids of one model's sessions, and collects in ``ended`` those whose cache was dropped."""
+    """Gives out the ids of one model's sessions, and collects in ``ended`` those whose cache was dropped.
 
-    def __init__(self) -> None:
+    A session has the same id at all ``workers`` workers.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
         self.ended: deque[int] = deque()
         self._counter = itertools.count(1)
 
@@ -95,10 +98,13 @@ class SessionIds:
 
 
 class RemoteCache(Cache):  # type: ignore[misc]
-    """A session's KV on the worker, with the interface of a transformers ``Cache``.
+    """A session's KV on the workers, with the interface of a transformers ``Cache``.
 
     When this object dies, the model's next forward ends the session. A copy is a session of its own, which is built on
-    the worker when it is first used.
+    the workers when it is first used.
+
+    A worker may hold more tokens than this cache stands for, after a forward that failed at a later worker: each
+    forward tells how many to continue.
 
     Args:
         ids: gives out the session's id.
@@ -107,59 +113,64 @@ class RemoteCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, ids: SessionIds, reserved: int = 0, history: History | None = None) -> None:
-        self._state = _RemoteLayer(History() if history is None else history)
+        self._state = _RemoteLayer(History() if history is None else history, ids.workers)
         super().__init__(layers=[self._state])
         self.session_id = ids.new()
         self.reserved = reserved
         self._ids = ids
-        self._epoch = _NOWHERE  # of the connection over which the worker's KV is what this cache stands for
+        # For each worker, that of the connection over which its KV is what this cache stands for.
+        self._epochs = [_NOWHERE] * ids.workers
         weakref.finalize(self, ids.ended.append, self.session_id).atexit = False
 
     @property
     def history(self) -> History:
-        """What the worker's KV can be rebuilt from."""
+        """What the workers' KV can be rebuilt from."""
         return self._state.history
 
     def is_of(self, ids: SessionIds) -> bool:
         """True if ``ids`` gave out the id of this session."""
         return self._ids is ids
 
-    def must_be_rebuilt(self, epoch: int) -> bool:
-        """True if the worker behind the connection of this epoch lacks what this cache stands for."""
-        return self._state.length > 0 and self._epoch != epoch
+    def to_rebuild(self, epochs: Sequence[int]) -> int:
+        """How many workers, from the first, must go through all tokens again: up to the last that lacks them.
 
-    def rebuilt(self, epoch: int) -> None:
-        """Note that the worker has what this cache stands for, selected rows included."""
-        self._epoch = epoch
-        self._state.select = None
-
-    def start(self, tokens: ForwardInput) -> dict[str, Any]:
-        """What the worker must know to continue the session with these tokens."""
-        return {
-            **tokens.start(),
-            "past": self._state.length,
-            "select": self._state.select,
-            "reserve": self.reserved,
-        }
-
-    @contextlib.contextmanager
-    def forward(self, tokens: ForwardInput, epoch: int) -> Iterator[None]:
-        """Within the block the worker continues the session with these tokens.
-
-        If the block fails, what the worker holds is unknown: the cache keeps its length and is rebuilt by the next
-        forward.
+        ``epochs`` are those of the connections.
         """
-        self._epoch = _NOWHERE
-        yield
+        if self._state.length == 0:
+            return 0
+        lacking = [index for index, epoch in enumerate(epochs) if self._epochs[index] != epoch]
+        return max(lacking, default=-1) + 1
+
+    def unknown(self, worker: int) -> None:
+        """Note that a worker is about to change its KV: unless ``known`` follows, the next forward rebuilds it."""
+        self._epochs[worker] = _NOWHERE
+
+    def known(self, worker: int, epoch: int) -> None:
+        """Note that a worker has what this cache stands for, selected rows included."""
+        self._epochs[worker] = epoch
+        self._state.selects[worker] = None
+
+    def start(self, tokens: ForwardInput, past: int, worker: int) -> dict[str, Any]:
+        """What a worker must know to continue the session with these tokens.
+
+        Args:
+            tokens: a chunk of a forward.
+            past: how many tokens precede the chunk.
+            worker: its index; rows are selected before a forward's first chunk.
+        """
+        select = self._state.selects[worker] if past == self._state.length else None
+        return {**tokens.start(), "past": past, "select": select, "reserve": self.reserved}
+
+    def append(self, tokens: ForwardInput) -> None:
+        """Note that the workers have continued the session with these tokens."""
         self.history.append(tokens)
         self._state.batch, count = tokens.source.shape[:2]
         self._state.length += count
-        self.rebuilt(epoch)
 
     def rewind(self, length: int) -> None:
         """Keep the first ``length`` tokens, after a forward that failed."""
         self._state.forget_after(length)
-        self._epoch = _NOWHERE
+        self._epochs = [_NOWHERE] * len(self._epochs)
 
     def __copy__(self) -> RemoteCache:
         copied = RemoteCache(self._ids, self.reserved, self.history.copy())

@@ -1,4 +1,4 @@
-"""Forwards of the splits where the worker keeps the KV, and how it is rebuilt after a worker has lost it.
+"""Forwards of the splits where the workers keep the KV, and how it is rebuilt after a worker has lost it.
 
 Shape suffixes: B batch, T tokens, S all cached tokens, N tokens whose logits are asked for, D hidden, V vocabulary.
 """
@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from shmtransport import TransportError
 
-from ..boundary.operations import LAYER, STACK
+from ..boundary.choices import MOST_PIPELINED
+from ..boundary.operations import LAYER, LAYERS, STACK, Operation
 from ..errors import UnsupportedBySplit
+from ..model.program import execute
 from .history import ForwardInput
 from .offload import Offload
+from .pipeline import Finish, execute_in_turn, split_prompt
 from .remote_cache import RemoteCache, SessionIds
-from .worker_client import WorkerClient
+from .workers import Workers
 
 _END_TIMEOUT_S = 5.0
 
@@ -30,20 +33,39 @@ OnLayers = Callable[[list[torch.Tensor]], None]
 class Chunk(NamedTuple):
     """The tokens of a forward that cross together.
 
-    ``hidden_BTD`` are their embeddings, ``start`` is what the worker must know first, and ``keep`` is the number of
+    ``hidden_BTD`` are their embeddings, ``starts`` is what each worker must know first, and ``keep`` is the number of
     last tokens whose result is wanted.
     """
 
     hidden_BTD: torch.Tensor
-    start: dict[str, Any]
+    starts: Sequence[dict[str, Any]]
     keep: int
 
 
-class ChunkExecutor(ABC):
-    """How a forward is split into chunks, and a chunk into calls."""
+class SessionCall(NamedTuple):
+    """One call of a forward: the worker's index, the operation, its argument, the result's shape, and keywords."""
 
-    def __init__(self, worker: WorkerClient, offload: Offload) -> None:
-        self._worker = worker
+    worker: int
+    operation: Operation
+    argument: torch.Tensor
+    shape: tuple[int, ...]
+    keywords: dict[str, Any]
+
+
+SessionProgram = Generator[SessionCall, torch.Tensor, torch.Tensor]
+"""Yields the calls of a chunk, is sent the result of each, and returns the chunk's."""
+
+
+class ChunkExecutor(ABC):
+    """How a forward is split into chunks, and a chunk into calls.
+
+    A worker takes the calls of up to ``most_at_once`` chunks of a session in turn.
+    """
+
+    most_at_once: int
+
+    def __init__(self, workers: Workers, offload: Offload) -> None:
+        self._workers = workers
         self._offload = offload
 
     @abstractmethod
@@ -57,39 +79,58 @@ class ChunkExecutor(ABC):
         """
 
     @abstractmethod
-    def execute(self, chunk: Chunk, session_id: int) -> torch.Tensor:
-        """The result for the chunk's last ``keep`` tokens; the session's KV then holds all of its tokens."""
+    def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
+        """The calls of a chunk; the session's KV then holds all of its tokens.
+
+        Args:
+            chunk: the tokens.
+            session_id: the session, at all workers.
+            workers: how many workers the chunk goes through, from the first.
+
+        Returns:
+            The result for the chunk's last ``keep`` tokens, if it goes through all workers.
+        """
+
+    def _hidden_shape(self, operation: Operation, hidden_BTD: torch.Tensor) -> tuple[int, ...]:
+        return operation.result.shape(operation.bind((hidden_BTD,), self._workers.geometry))
 
 
 class LayerExecutor(ChunkExecutor):
     """One call per layer; the results are hidden states. ``on_layers`` gets a chunk's, if its results are wanted."""
 
-    def __init__(self, worker: WorkerClient, offload: Offload, on_layers: OnLayers | None = None) -> None:
-        super().__init__(worker, offload)
+    most_at_once = 1  # a session is in the middle of one forward
+
+    def __init__(self, workers: Workers, offload: Offload, on_layers: OnLayers | None = None) -> None:
+        super().__init__(workers, offload)
         self._on_layers = on_layers
 
     def chunks(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
-        return _ranges(0, tokens, self._offload.rows_per_call(self._worker.geometry.hidden) // batch)
+        return _ranges(0, tokens, self._offload.rows_per_call(self._workers.geometry.hidden) // batch)
 
-    def execute(self, chunk: Chunk, session_id: int) -> torch.Tensor:
-        hidden_BTD, start = chunk.hidden_BTD, {"start": chunk.start}
-        shape = LAYER.result.shape(LAYER.bind((hidden_BTD,), self._worker.geometry))
+    def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
+        hidden_BTD = chunk.hidden_BTD
+        shape = self._hidden_shape(LAYER, hidden_BTD)
         seen = []
-        for index in range(self._worker.geometry.layers):
-            hidden_BTD = self._worker.call(LAYER, (hidden_BTD,), shape, layer=index, session=session_id, **start)
-            start = {}
-            if self._on_layers is not None:
-                seen.append(hidden_BTD.clone())
+        for number, worker in enumerate(self._workers[:workers]):
+            start = {"start": chunk.starts[number]}
+            for index in worker.layers:
+                keywords = {"layer": index, "session": session_id, **start}
+                hidden_BTD = yield SessionCall(number, LAYER, hidden_BTD, shape, keywords)
+                start = {}
+                if self._on_layers is not None:
+                    seen.append(hidden_BTD.clone())
         if self._on_layers is not None and chunk.keep:
             self._on_layers(seen)
         return hidden_BTD[:, hidden_BTD.shape[1] - chunk.keep :]
 
 
 class StackExecutor(ChunkExecutor):
-    """One call for all layers; the results are logits."""
+    """One call per worker for all of its layers; the results are logits."""
+
+    most_at_once = MOST_PIPELINED
 
     def chunks(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
-        geometry = self._worker.geometry
+        geometry = self._workers.geometry
         rows = self._offload.rows_per_call(geometry.hidden)
         if batch * wanted <= self._offload.rows_per_call(geometry.vocab):
             yield from _ranges(0, tokens, rows // batch)
@@ -98,11 +139,18 @@ class StackExecutor(ChunkExecutor):
             widest = max(geometry.hidden, geometry.vocab)
             yield from _ranges(tokens - wanted, tokens, self._offload.rows_per_call(widest) // batch)
 
-    def execute(self, chunk: Chunk, session_id: int) -> torch.Tensor:
-        shape = STACK.result.shape(STACK.bind((chunk.hidden_BTD,), self._worker.geometry, N=chunk.keep))
-        return self._worker.call(
-            STACK, (chunk.hidden_BTD,), shape, session=session_id, start=chunk.start, keep=chunk.keep
-        )
+    def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
+        hidden_BTD = chunk.hidden_BTD
+        last = len(self._workers) - 1
+        shape = self._hidden_shape(LAYERS, hidden_BTD)
+        for number in range(min(workers, last)):
+            keywords = {"session": session_id, "start": chunk.starts[number]}
+            hidden_BTD = yield SessionCall(number, LAYERS, hidden_BTD, shape, keywords)
+        if workers <= last:
+            return hidden_BTD
+        sizes = STACK.bind((hidden_BTD,), self._workers.geometry, N=chunk.keep)
+        keywords = {"session": session_id, "start": chunk.starts[last], "keep": chunk.keep}
+        return (yield SessionCall(last, STACK, hidden_BTD, STACK.result.shape(sizes), keywords))
 
 
 def _ranges(first: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
@@ -112,21 +160,25 @@ def _ranges(first: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
 
 
 class SessionForwards:
-    """Runs forwards over sessions whose KV the worker keeps.
+    """Runs forwards over sessions whose KV the workers keep.
 
     A forward that fails leaves its cache to be rebuilt by the next one, from the tokens that went into it.
 
     Args:
-        worker: who keeps the KV.
+        workers: who keeps the KV.
         offload: knows how much one call may carry.
         embed: returns the embeddings [B, T, D] of token ids [B, T]; embeddings as they are.
+        pipeline: the most chunks of a prompt in flight at once at a worker, where several share the layers.
     """
 
-    def __init__(self, worker: WorkerClient, offload: Offload, embed: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._worker = worker
+    def __init__(
+        self, workers: Workers, offload: Offload, embed: Callable[[torch.Tensor], torch.Tensor], pipeline: int
+    ) -> None:
+        self._workers = workers
         self._offload = offload
         self._embed = embed
-        self._ids = SessionIds()
+        self._pipeline = pipeline
+        self._ids = SessionIds(len(workers))
 
     def new_cache(self, reserved: int = 0) -> RemoteCache:
         """The cache of a new session, which ends when the cache is dropped."""
@@ -143,11 +195,11 @@ class SessionForwards:
         Raises:
             UnsupportedBySplit: the cache belongs to another model.
         """
-        executor = LayerExecutor(self._worker, self._offload, on_layers)
+        executor = LayerExecutor(self._workers, self._offload, on_layers)
         return self._execute(executor, tokens, cache, tokens.source.shape[1])
 
     def stack(self, tokens: ForwardInput, cache: RemoteCache, wanted: int) -> torch.Tensor:
-        """All layers, final norm and output matrix in one call: logits [B, N, V] in the wire's dtype.
+        """All layers, final norm and output matrix in one call per worker: logits [B, N, V] in the wire's dtype.
 
         Args:
             tokens: the input.
@@ -157,15 +209,17 @@ class SessionForwards:
         Raises:
             UnsupportedBySplit: the cache belongs to another model.
         """
-        return self._execute(StackExecutor(self._worker, self._offload), tokens, cache, wanted)
+        return self._execute(StackExecutor(self._workers, self._offload), tokens, cache, wanted)
 
     def end_sessions(self) -> None:
-        """Free the KV of sessions whose cache was dropped. If the worker can't be asked, it drops them in the end."""
+        """Free the KV of sessions whose cache was dropped. A worker that can't be asked drops them in the end."""
         ended = self._ids.ended
-        with contextlib.suppress(TransportError, IndexError):
+        with contextlib.suppress(IndexError):
             while ended:
-                pending = self._worker.client.submit("end_session", ended.popleft())
-                pending.result(timeout_s=_END_TIMEOUT_S)
+                session_id = ended.popleft()
+                for worker in self._workers:
+                    with contextlib.suppress(TransportError):
+                        worker.client.submit("end_session", session_id).result(timeout_s=_END_TIMEOUT_S)
 
     def _execute(self, executor: ChunkExecutor, tokens: ForwardInput, cache: RemoteCache, wanted: int) -> torch.Tensor:
         """A forward in as many chunks as the arenas need: the results of its last ``wanted`` tokens."""
@@ -186,27 +240,82 @@ class SessionForwards:
     def _execute_chunk(
         self, executor: ChunkExecutor, tokens: ForwardInput, cache: RemoteCache, keep: int
     ) -> torch.Tensor:
+        """As many tokens as the arenas hold, in smaller chunks if that keeps several workers busy."""
+        length, past = tokens.source.shape[1], cache.get_seq_length()
+        pieces = split_prompt(length, self._pipeline * len(self._workers) if self._pipeline > 1 else 1)
+
         def attempt() -> torch.Tensor:
-            epoch = self._worker.epoch
-            if cache.must_be_rebuilt(epoch):
-                self._rebuild(executor, cache, epoch)
-            chunk = Chunk(self._sendable(tokens.source), cache.start(tokens), keep)
-            with cache.forward(tokens, epoch):
-                return executor.execute(chunk, cache.session_id)
+            epochs = self._workers.epochs
+            self._rebuild(executor, cache, epochs)
+            programs = []
+            for piece in pieces:
+                some = tokens.chunk(piece.start, piece.stop, past)
+                starts = [cache.start(some, past + piece.start, worker) for worker in range(len(epochs))]
+                kept = max(piece.stop - max(piece.start, length - keep), 0)
+                program = executor.program(
+                    Chunk(self._sendable(some.source), starts, kept), cache.session_id, len(epochs)
+                )
+                programs.append(_noted(program, cache, epochs, is_last=piece is pieces[-1]))
+            if len(programs) == 1:
+                return execute(programs[0], self._call)
+            at_once = min(self._pipeline, executor.most_at_once)
+            results = execute_in_turn(programs, self._begin, lambda call: call.worker, at_once)
+            return torch.cat(results, dim=1)
 
-        return self._worker.persist(attempt)
+        result = self._workers.persist(attempt)
+        cache.append(tokens)
+        return result
 
-    def _rebuild(self, executor: ChunkExecutor, cache: RemoteCache, epoch: int) -> None:
-        """Send everything that the cache stands for through the worker again."""
+    def _rebuild(self, executor: ChunkExecutor, cache: RemoteCache, epochs: Sequence[int]) -> None:
+        """Send everything that the cache stands for through the workers again, up to the last that lacks it."""
+        workers = cache.to_rebuild(epochs)
+        if workers == 0:
+            return
         hidden_BSD = torch.cat([self._embed(source) for source in cache.history.sources()], dim=1)
         for before, run in cache.history.runs(hidden_BSD):
             for first, last in executor.chunks(run.source.shape[1], run.source.shape[0], 0):
                 tokens = run.chunk(first, last, before)
                 start = {**tokens.start(), "past": before + first, "select": None, "reserve": cache.reserved}
-                executor.execute(Chunk(self._sendable(tokens.source), start, 0), cache.session_id)
-        cache.rebuilt(epoch)
+                chunk = Chunk(self._sendable(tokens.source), [start] * workers, 0)
+                is_last = before + last == cache.get_seq_length()
+                program = executor.program(chunk, cache.session_id, workers)
+                execute(_noted(program, cache, epochs, is_last=is_last), self._call)
+
+    def _call(self, call: SessionCall) -> torch.Tensor:
+        worker = self._workers[call.worker]
+        return worker.call(call.operation, (call.argument,), call.shape, **call.keywords)
+
+    def _begin(self, call: SessionCall) -> Finish:
+        worker = self._workers[call.worker]
+        return worker.submit(call.operation, (call.argument,), call.shape, **call.keywords).result
 
     def _sendable(self, source: torch.Tensor) -> torch.Tensor:
-        """The embeddings of a source, in the request arena."""
+        """The embeddings of a source, in the first worker's request arena."""
         embedded = self._embed(source)
-        return self._worker.loan(embedded.shape).copy_(embedded)
+        return self._workers[0].loan(embedded.shape).copy_(embedded)
+
+
+def _noted(program: SessionProgram, cache: RemoteCache, epochs: Sequence[int], *, is_last: bool) -> SessionProgram:
+    """The same program; ``cache`` learns which workers have what it stands for once the last chunk went through them.
+
+    Args:
+        program: of one chunk of several.
+        cache: the session's.
+        epochs: those of the connections when the first chunk began.
+        is_last: no chunk follows.
+    """
+    call = next(program)
+    while True:
+        cache.unknown(call.worker)
+        result = yield call
+        try:
+            following = program.send(result)
+        except StopIteration as end:
+            if is_last:
+                cache.known(call.worker, epochs[call.worker])
+            final: torch.Tensor = end.value
+            return final
+        del result
+        if is_last and following.worker != call.worker:
+            cache.known(call.worker, epochs[call.worker])
+        call = following

@@ -31,10 +31,11 @@ from shmtransport import (
 from shmtransport.text import printable
 
 from ..boundary.compute import DTYPE_NAMES
+from ..boundary.division import layers_text, parse_layers
 from ..boundary.geometry import Geometry
 from ..boundary.operations import Mode, Operation
 from ..checkpoint import Checkpoint
-from ..errors import SessionLost, WorkerMismatch
+from ..errors import LlamaSplitError, SessionLost, WorkerMismatch
 
 logger = logging.getLogger("llama_split")
 
@@ -44,17 +45,24 @@ Shape = tuple[int, ...]
 RECONNECT_TRIES = 6
 """Tries to connect again in a row; each waits as long as connecting may take."""
 
+LOSSES = (PeerDied, Closed)
+"""What a call raises if its connection has ended."""
+
 _ATTEMPTS = 4
 _REFUSED_PAUSE_S = 1.0
 _SHOWN_CHARACTERS = 400
+_DESCRIBED = {"geometry", "fingerprint", "dtype", "embedding", "layers"}
 
 
 class CheckedReply:
     """A call in flight; its result is checked before it is handed out."""
 
-    def __init__(self, pending: PendingReply, check: Callable[[Any], torch.Tensor]) -> None:
+    def __init__(
+        self, pending: PendingReply, check: Callable[[Any], torch.Tensor], on_loss: Callable[[], None]
+    ) -> None:
         self._pending = pending
         self._check = check
+        self._on_loss = on_loss
 
     def result(self) -> torch.Tensor:
         """Wait for the result.
@@ -65,6 +73,9 @@ class CheckedReply:
         """
         try:
             return self._check(self._pending.result())
+        except LOSSES:
+            self._on_loss()
+            raise
         finally:
             del self  # an error's traceback holds this frame: a cycle, and with it borrowed results
 
@@ -101,6 +112,7 @@ class WorkerClient:
         self.wire = wire
         self.geometry: Geometry = checkpoint.geometry
         self.epoch = 0  # counts the connections that have replaced the first one
+        self._lost_epoch = -1  # of the last connection that a call has found ended
         self._mode = mode
         self._compute = compute
         self._fingerprint = checkpoint.fingerprint()
@@ -113,41 +125,28 @@ class WorkerClient:
         # the result of a call that began just before is refused.
         self._settled = threading.Event()
         self._settled.set()
-        self._check_worker()
+        described = self._checked_description()
+        self.layers = _layers_of(described, client.address, self.geometry.layers)
+        self.has_embedding = described["embedding"] is True
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """As ``loan``, over a new connection if the worker has died."""
-        return self.persist(lambda: self.loan(shape))
+        return persist((self,), lambda: self.loan(shape))
 
     def execute(
         self, operation: Operation, arguments: Sequence[torch.Tensor], shape: Shape, **keywords: Any
     ) -> torch.Tensor:
         """As ``call``, repeated over a new connection if the worker dies."""
-        return self.persist(lambda: self.call(operation, arguments, shape, **keywords))
-
-    def persist(self, attempt: Callable[[], T]) -> T:
-        """Return what ``attempt`` returns; repeat it if the worker dies, or has dropped a session's KV.
-
-        Raises:
-            shmtransport.PeerDied: no worker took over in time, or several died in a row.
-        """
-        for _ in range(_ATTEMPTS - 1):
-            epoch = self.epoch
-            try:
-                return attempt()
-            except (PeerDied, Closed) as error:
-                if self._closed or not self._reconnect:
-                    raise
-                self._replace_connection(epoch, error)
-            except RemoteError as error:
-                if error.type_name != SessionLost.__name__:
-                    raise
-                logger.info("the worker has dropped this session's KV, which is built again: %s", error.message)
-        return attempt()
+        return persist((self,), lambda: self.call(operation, arguments, shape, **keywords))
 
     def loan(self, shape: Sequence[int]) -> torch.Tensor:
         """Uninitialised memory in the request arena, in the wire's dtype."""
-        return self.client.empty(shape, self.wire)
+        epoch = self.epoch
+        try:
+            return self.client.empty(shape, self.wire)
+        except LOSSES:
+            self._note_loss(epoch)
+            raise
 
     def call(
         self, operation: Operation, arguments: Sequence[torch.Tensor], shape: Shape, **keywords: Any
@@ -177,8 +176,33 @@ class WorkerClient:
         if not self._settled.is_set():
             self._settled.wait()
         epoch = self.epoch
-        pending = self.client.submit(operation.name, *arguments, **keywords)
-        return CheckedReply(pending, lambda result: self._checked(result, operation, shape, epoch))
+        try:
+            pending = self.client.submit(operation.name, *arguments, **keywords)
+        except LOSSES:
+            self._note_loss(epoch)
+            raise
+        return CheckedReply(
+            pending,
+            lambda result: self._checked(result, operation, shape, epoch),
+            lambda: self._note_loss(epoch),
+        )
+
+    def recover(self, epoch: int, cause: Exception) -> bool:
+        """Replace the connection of that epoch, if a call has found it ended; otherwise return False.
+
+        Raises:
+            Exception: ``cause``, if this client does not reconnect or was closed.
+            shmtransport.PeerDied: no worker took over.
+        """
+        if self._lost_epoch < epoch:
+            return False
+        if self._closed or not self._reconnect:
+            raise cause
+        self._replace_connection(epoch, cause)
+        return True
+
+    def _note_loss(self, epoch: int) -> None:
+        self._lost_epoch = max(self._lost_epoch, epoch)
 
     def _checked(self, result: Any, operation: Operation, shape: Shape, epoch: int) -> torch.Tensor:
         """The result of a call, if it came over the connection of that epoch and is what the boundary describes."""
@@ -193,6 +217,22 @@ class WorkerClient:
                 f"{self.wire} is expected: it is broken or hostile"
             )
         return result
+
+    def ping(self) -> None:
+        """Ask whether the worker answers; connect again if it has died.
+
+        Raises:
+            shmtransport.PeerDied: no worker took over.
+        """
+        persist((self,), self._ping)
+
+    def _ping(self) -> None:
+        epoch = self.epoch
+        try:
+            self.client.ping()
+        except LOSSES:
+            self._note_loss(epoch)
+            raise
 
     @property
     def closed(self) -> bool:
@@ -241,7 +281,15 @@ class WorkerClient:
         self.client.reconnect()
         try:
             self._refuse_closed()
-            self._check_worker()
+            described = self._checked_description()
+            address = self.client.address
+            if (found := _layers_of(described, address, self.geometry.layers)) != self.layers:
+                raise WorkerMismatch(
+                    f"the worker at {address} now holds layers {layers_text(found)}; the one before held "
+                    f"{layers_text(self.layers)}: start it with --layers {layers_text(self.layers)}"
+                )
+            if self.has_embedding and self._mode is Mode.OP:
+                check_embedding([described["embedding"] is True], [address])
         except BaseException:
             self.client.close()
             raise
@@ -250,8 +298,8 @@ class WorkerClient:
         if self._closed:
             raise Closed("this model was closed")
 
-    def _check_worker(self) -> None:
-        """Compare the worker's description of itself with this side's model.
+    def _checked_description(self) -> dict[str, Any]:
+        """The worker's description of itself, once it was compared with this side's model.
 
         Raises:
             WorkerMismatch: they differ.
@@ -261,7 +309,7 @@ class WorkerClient:
             found = self.client.call("describe")
         except (LocalProtocolError, RemoteError) as error:
             raise WorkerMismatch(f"the server at {address} is no worker of llama-split: {error}") from error
-        if not isinstance(found, dict) or not {"geometry", "fingerprint", "dtype", "embedding"} <= found.keys():
+        if not isinstance(found, dict) or not found.keys() >= _DESCRIBED:
             raise WorkerMismatch(f"the server at {address} does not describe itself as a worker of llama-split does")
         if found["geometry"] != repr(self.geometry):
             raise WorkerMismatch(
@@ -278,10 +326,49 @@ class WorkerClient:
                 f"the worker at {address} computes in {_shown(found['dtype'])}, this side in {wanted}: "
                 "use one dtype on both"
             )
-        if self._mode is Mode.OP and found["embedding"] is not True:
-            raise WorkerMismatch(
-                f"the worker at {address} holds no embedding, which mode op needs: start it with --embedding"
-            )
+        return found
+
+
+def persist(workers: Sequence[WorkerClient], attempt: Callable[[], T]) -> T:
+    """Return what ``attempt`` returns; repeat it if one of the workers dies, or has dropped a session's KV.
+
+    Raises:
+        shmtransport.PeerDied: no worker took over in time, or several died in a row.
+    """
+    for _ in range(_ATTEMPTS - 1):
+        epochs = [worker.epoch for worker in workers]
+        try:
+            return attempt()
+        except LOSSES as error:
+            recovered = [worker.recover(epoch, error) for worker, epoch in zip(workers, epochs, strict=True)]
+            if not any(recovered):
+                raise
+        except RemoteError as error:
+            if error.type_name != SessionLost.__name__:
+                raise
+            logger.info("a worker has dropped this session's KV, which is built again: %s", error.message)
+    return attempt()
+
+
+def check_embedding(held: Sequence[bool], addresses: Sequence[str]) -> None:
+    """Check that one of the workers at these addresses holds the embedding, as mode op needs.
+
+    Raises:
+        WorkerMismatch: none does.
+    """
+    if not any(held):
+        raise WorkerMismatch(
+            f"the worker at {' or '.join(addresses)} holds no embedding, which mode op needs: start it with --embedding"
+        )
+
+
+def _layers_of(described: dict[str, Any], address: str, layers: int) -> range:
+    """The layers that a worker says it holds."""
+    text = described["layers"]
+    try:
+        return parse_layers(text if isinstance(text, str) else "", layers)
+    except LlamaSplitError as error:
+        raise WorkerMismatch(f"the worker at {address} says of itself: {_shown(error)}") from None
 
 
 def _shown(text: object) -> str:

@@ -16,10 +16,11 @@ import torch
 from shmtransport import Server
 
 from ..boundary.compute import DTYPE_NAMES, parse_dtype
-from ..boundary.operations import EMBED, LAYER, LINEARS, MIX, SCORES, STACK, Operation
+from ..boundary.division import layers_text
+from ..boundary.operations import EMBED, LAYER, LAYERS, LINEARS, MIX, SCORES, STACK, Operation
 from ..checkpoint import Checkpoint
 from ..model.program import HeapWorkspace, execute
-from .sessions import SessionLimits, Sessions
+from .sessions import Session, SessionLimits, Sessions
 from .weights import Weights, multiply
 
 
@@ -46,6 +47,7 @@ class Service:
             "dtype": DTYPE_NAMES[weights.dtype],
             "device": str(weights.device),
             "embedding": weights.embedding is not None,
+            "layers": layers_text(weights.held),
         }
         for operation in LINEARS:
             server.register(operation.name, self._linear_handler(operation))
@@ -53,6 +55,7 @@ class Service:
         server.register(SCORES.name, self._scores)
         server.register(MIX.name, self._mix)
         server.register(LAYER.name, self._layer)
+        server.register(LAYERS.name, self._layers)
         server.register(STACK.name, self._stack)
         server.register("describe", lambda: self._description)
         server.register("end_session", self._end_session)
@@ -102,26 +105,44 @@ class Service:
     ) -> torch.Tensor:
         """One decoder layer; ``start``, the arguments of ``Session.begin``, comes with a forward's first layer."""
         (mine_BTD,), result_BTD = self._bind(LAYER, hidden_BTD)
+        position = self._weights.position(layer)
         opened = self.sessions.open(self._server.connection_id, session)
         if start is not None:
             opened.begin(mine_BTD, **start)
-        context = opened.enter(layer)
-        return execute(
-            self._weights.layers[layer].program(mine_BTD, context, self._workspace, result_BTD), self._weights.execute
-        )
+        return self._through(position, mine_BTD, opened, result_BTD)
+
+    @torch.inference_mode()
+    def _layers(self, hidden_BTD: torch.Tensor, *, session: int, start: dict[str, Any]) -> torch.Tensor:
+        """All decoder layers of this worker, for the next worker's."""
+        (mine_BTD,), result_BTD = self._bind(LAYERS, hidden_BTD)
+        opened = self.sessions.open(self._server.connection_id, session)
+        opened.begin(mine_BTD, **start)
+        *first, last = range(len(self._weights.layers))
+        for position in first:
+            mine_BTD = self._through(position, mine_BTD, opened)
+        return self._through(last, mine_BTD, opened, result_BTD)
 
     @torch.inference_mode()
     def _stack(self, hidden_BTD: torch.Tensor, *, session: int, start: dict[str, Any], keep: int) -> torch.Tensor:
         """All decoder layers, the final norm, and the logits of the last ``keep`` tokens of each row."""
         if type(keep) is not int or not 0 <= keep <= hidden_BTD.shape[1]:
             raise ValueError(f"keep is {keep}; it must be a whole number from 0 to the {hidden_BTD.shape[1]} tokens")
+        head = self._weights.head
         (mine_BTD,), logits_BNV = self._bind(STACK, hidden_BTD, N=keep)
         opened = self.sessions.open(self._server.connection_id, session)
         opened.begin(mine_BTD, **start)
-        for index, layer in enumerate(self._weights.layers):
-            mine_BTD = execute(layer.program(mine_BTD, opened.enter(index), self._workspace), self._weights.execute)
+        for position in range(len(self._weights.layers)):
+            mine_BTD = self._through(position, mine_BTD, opened)
         kept_BND = mine_BTD[:, mine_BTD.shape[1] - keep :]
-        return self._weights.lm_head(self._weights.norm(kept_BND, self._workspace), logits_BNV)
+        return head.linear(head.norm(kept_BND, self._workspace), logits_BNV)
+
+    def _through(
+        self, position: int, hidden_BTD: torch.Tensor, session: Session, result_BTD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One decoder layer of a session's forward: [B, T, D] to [B, T, D]."""
+        layer = self._weights.layers[position]
+        program = layer.program(hidden_BTD, session.enter(position), self._workspace, result_BTD)
+        return execute(program, self._weights.execute)
 
     def _bind(
         self, operation: Operation, *arguments: torch.Tensor, **known: int

@@ -69,7 +69,7 @@ class Session:
         self._weights = weights
         self._rotary = rotary
         self._make_room = make_room
-        self.cache = GrowingCache(weights.geometry.layers)
+        self.cache = GrowingCache(len(weights.layers))
         self.kv_bytes = 0
         self.last_used = time.monotonic()
         self._context: AttentionContext | None = None
@@ -137,7 +137,10 @@ class Session:
         self._next_layer = 0
 
     def enter(self, index: int) -> AttentionContext:
-        """Return the context for layer ``index``, which must be the next one of the forward in progress.
+        """Return the context for a layer, which must be the next one of the forward in progress.
+
+        Args:
+            index: the layer's position among those that this worker holds.
 
         Raises:
             SessionLost: no forward is in progress.
@@ -158,7 +161,7 @@ class Session:
             SessionLimit: there is no room even for ``length`` tokens.
         """
         geometry = self._weights.geometry
-        token_bytes = 2 * geometry.layers * geometry.kv_width * self._weights.dtype.itemsize
+        token_bytes = 2 * len(self.cache.layers) * geometry.kv_width * self._weights.dtype.itemsize
         for wanted in (reserve, 0) if reserve > length else (0,):
             self.cache.reserve(wanted)
             nbytes = batch * self.cache.layers[0].capacity_for(batch, length) * token_bytes

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from ..boundary.division import layers_text
 from ..boundary.operations import Operation
 from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name
 from ..checkpoint.outline import STACKED
@@ -44,15 +47,27 @@ class Linear:
         return out
 
 
+class Head(NamedTuple):
+    """What follows the last layer: the final norm and the output matrix."""
+
+    norm: RMSNorm
+    linear: Linear
+
+
 class Weights:
-    """The weights that a worker holds: the matrices of the layers, the output matrix and the norms.
+    """The weights that a worker holds: the matrices and norms of its layers.
+
+    The worker of the last layer also holds the final norm and the output matrix. Within this class and ``Sessions``, a
+    layer's position is its index among those that are held.
 
     Args:
         checkpoint: where they are read.
         dtype: of weights and arithmetic.
         device: where they are held.
         progress: called with how many tensors are loaded, of how many.
-        embedding: hold the embedding too, to serve mode op; if it is tied to the output matrix, it is held anyway.
+        embedding: hold the embedding too, to serve mode op; a worker with an output matrix that is tied to it holds it
+            anyway.
+        layers: the layers to hold, where several workers share them. None: all.
     """
 
     def __init__(
@@ -63,25 +78,28 @@ class Weights:
         progress: Progress | None = None,
         *,
         embedding: bool = False,
+        layers: range | None = None,
     ) -> None:
         self.geometry = checkpoint.geometry
+        self.held = range(self.geometry.layers) if layers is None else layers
         self.config = copy.deepcopy(checkpoint.config)  # callers may change the checkpoint's
         self.dtype = dtype
         self.device = device
-        head = checkpoint.lm_head_name()
-        loaded = checkpoint.load_stacked(checkpoint.outline.worker_groups(embedding=embedding), dtype, device, progress)
+        groups = checkpoint.outline.worker_groups(embedding=embedding, layers=self.held)
+        loaded = checkpoint.load_stacked(groups, dtype, device, progress)
         self.embedding = loaded.get(EMBEDDING)
-        self.lm_head = Linear(loaded[head], None)
-        self.norm = RMSNorm(self.geometry.hidden, self.config.rms_norm_eps)
-        self.norm.load_state_dict({"weight": loaded[FINAL_NORM]}, assign=True)
-        self.norm.requires_grad_(False)
+        self._head: Head | None = None
+        if self.held.stop == self.geometry.layers:
+            norm = RMSNorm(self.geometry.hidden, self.config.rms_norm_eps)
+            norm.load_state_dict({"weight": loaded[FINAL_NORM]}, assign=True)
+            self._head = Head(norm.requires_grad_(False), Linear(loaded[checkpoint.lm_head_name()], None))
         self._linears: list[dict[Operation, Linear]] = []
         self.layers: list[DecoderLayer] = []
-        for index in range(self.geometry.layers):
+        for position, index in enumerate(self.held):
             self._linears.append(
                 {op: Linear(loaded[index, op, "weight"], loaded.get((index, op, "bias"))) for op in STACKED}
             )
-            layer = DecoderLayer(self.config, index)
+            layer = DecoderLayer(self.config, position)
             layer.load_state_dict({norm: loaded[layer_name(index, norm)] for norm in LAYER_NORMS}, assign=True)
             self.layers.append(layer.requires_grad_(False))
 
@@ -89,28 +107,47 @@ class Weights:
     def nbytes(self) -> int:
         """Bytes of all weights."""
         linears = [linear for by_operation in self._linears for linear in by_operation.values()]
-        held = [
-            each for linear in (*linears, self.lm_head) for each in (linear.weight, linear.bias) if each is not None
-        ]
-        if self.embedding is not None and self.embedding is not self.lm_head.weight:
+        modules: list[nn.Module] = [*self.layers]
+        if self._head is not None:
+            linears.append(self._head.linear)
+            modules.append(self._head.norm)
+        held = [each for linear in linears for each in (linear.weight, linear.bias) if each is not None]
+        if self.embedding is not None and all(self.embedding is not each for each in held):
             held.append(self.embedding)
-        norms = [parameter for module in (self.norm, *self.layers) for parameter in module.parameters()]
+        norms = [parameter for module in modules for parameter in module.parameters()]
         return sum(tensor.nbytes for tensor in (*held, *norms))
 
-    def linear(self, operation: Operation, layer: int) -> Linear:
-        """The matrix of an operation in a layer.
+    @property
+    def head(self) -> Head:
+        """The final norm and the output matrix.
 
         Raises:
-            ValueError: there is no such layer.
+            ValueError: another worker holds them.
         """
-        if not operation.per_layer:
-            return self.lm_head
-        if not 0 <= layer < len(self._linears):
-            raise ValueError(f"layer {layer} is asked for; the model has {len(self._linears)}")
-        return self._linears[layer][operation]
+        if self._head is None:
+            raise ValueError(f"this worker holds layers {layers_text(self.held)} and no output matrix")
+        return self._head
+
+    def position(self, layer: int) -> int:
+        """Where a layer is among those that are held.
+
+        Raises:
+            ValueError: this worker does not hold it.
+        """
+        if layer not in self.held:
+            raise ValueError(f"layer {layer} is asked for; this worker holds {layers_text(self.held)}")
+        return layer - self.held.start
+
+    def linear(self, operation: Operation, layer: int) -> Linear:
+        """The matrix of an operation in a layer, or the output matrix.
+
+        Raises:
+            ValueError: this worker does not hold it.
+        """
+        return self._linears[self.position(layer)][operation] if operation.per_layer else self.head.linear
 
     def execute(self, op: WorkerOp) -> torch.Tensor:
-        """Execute one operation of a layer's program, into ordinary memory."""
+        """Execute one operation of a layer's program, which has the layer's position, into ordinary memory."""
         (argument,) = op.arguments
-        linear = self.linear(op.operation, op.layer)
+        linear = self._linears[op.layer][op.operation]
         return linear(argument, argument.new_empty((*argument.shape[:-1], linear.weight.shape[0])))

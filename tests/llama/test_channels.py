@@ -22,5 +22,5 @@ def test_greedy_tokens_do_not_depend_on_the_channel(
     with SplitLlamaForCausalLM.from_pretrained(
         plain.path, worker=plain_worker.address, mode=mode, channel=channel
     ) as split:
-        assert split.worker.client.channel == channel
+        assert split.workers[0].client.channel == channel
         assert torch.equal(split.generate(**single_prompt(), **SHARED, do_sample=False), expected)

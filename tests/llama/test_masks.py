@@ -279,7 +279,7 @@ def test_packed_texts_stay_apart_when_their_kv_is_built_again(plain: Small, mode
         worker_in_thread(plain.path) as worker,
         SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode, arena_bytes=32768) as split,
     ):
-        submit, sent = split.worker.client.submit, 0
+        submit, sent = split.workers[0].client.submit, 0
 
         def losing(method: str, *arguments: Any, **keywords: Any) -> Any:
             nonlocal sent
@@ -289,7 +289,7 @@ def test_packed_texts_stay_apart_when_their_kv_is_built_again(plain: Small, mode
                 worker.service.sessions.end_connection(client)
             return submit(method, *arguments, **keywords)
 
-        split.worker.client.submit = losing  # type: ignore[method-assign]
+        split.workers[0].client.submit = losing  # type: ignore[method-assign]
         inputs = {"position_ids": POSITIONS["packed-otherwise-in-each-row"], "use_cache": False}
         assert_same(outcome(split, **inputs), outcome(plain.unsplit, **inputs))
         assert sent == 1

@@ -31,7 +31,7 @@ def test_a_closed_model_is_in_no_cycle(
     model = SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode)
     model.generate(**single_prompt(), **SHARED)
     model.close()
-    dying = [weakref.ref(model), weakref.ref(model.worker), weakref.ref(model.model)]
+    dying = [weakref.ref(model), weakref.ref(model.workers), weakref.ref(model.model)]
     del model
     assert [each() for each in dying] == [None, None, None]
 
@@ -42,7 +42,7 @@ def test_a_dropped_model_ends_its_connection_and_warns(
     """As when a notebook's cell replaces its model; the worker frees what it kept."""
     model = SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode)
     model.generate(**single_prompt(), **SHARED)
-    link = model.worker
+    link = model.workers
     with pytest.warns(ResourceWarning, match=f"worker at {plain_worker.address} was dropped: close"):
         del model
     assert link.closed

@@ -68,7 +68,7 @@ def test_parts_are_under_way_together(plain: Small, worker: Worker, pipelined: S
     with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=pipelined.mode) as whole:
         outside = 1 + (pipelined.mode is Mode.OP)  # lm_head, and in op the embedding, see the whole prompt
         for split in (pipelined, whole):
-            split.worker.client.call("describe")
+            split.workers[0].client.call("describe")
         before = pipelined.statistics(), whole.statistics()
         pipelined(ids)
         whole(ids)
@@ -125,7 +125,7 @@ def test_a_worker_killed_with_parts_under_way_costs_no_token(
         kills = killing(split, workers.kill, every=10)
         torch.testing.assert_close(split(ids).logits, expected, atol=1e-4, rtol=1e-4)
         assert kills
-        assert split.worker.epoch == len(kills)
+        assert split.workers[0].epoch == len(kills)
         workers.kill()
 
 

@@ -194,5 +194,5 @@ def test_a_worker_refuses_what_fits_no_forward(save_small: Callable[..., Small],
         start = {"positions": torch.arange(4)[None], "padding": None, "past": 0, "select": None}
         right = {**start, "lengths": torch.full((4,), 4), "sequences": None}
         with pytest.raises(RemoteError, match=name if wrong is not None else "length of the text"):
-            split.worker.client.call("layer", hidden, layer=0, session=1, start={**right, name: wrong})
-        split.worker.client.call("layer", hidden, layer=0, session=1, start=right)
+            split.workers[0].client.call("layer", hidden, layer=0, session=1, start={**right, name: wrong})
+        split.workers[0].client.call("layer", hidden, layer=0, session=1, start=right)

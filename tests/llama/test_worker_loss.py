@@ -43,7 +43,7 @@ def test_a_generation_survives_kills_at_any_call(plain: Small, workers: Workers,
         kills = killing(split, workers.kill, 3 * per_forward + per_forward // 2 + 1)
         tokens = split.generate(**padded_prompts(), **SHARED, **options, do_sample=False)
         assert len(kills) >= 3
-        assert split.worker.epoch == len(kills)
+        assert split.workers[0].epoch == len(kills)
         assert torch.equal(tokens, expected)
         workers.kill()
 
@@ -263,7 +263,7 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(plain: Small, plain_wor
         torch.inference_mode(),
     ):
         cache = split(text, use_cache=True).past_key_values
-        submit, calls = split.worker.client.submit, 0
+        submit, calls = split.workers[0].client.submit, 0
 
         def failing(*arguments: Any, **keywords: Any) -> Any:
             nonlocal calls
@@ -272,7 +272,7 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(plain: Small, plain_wor
                 raise CallTimeout("as a test wants it")
             return submit(*arguments, **keywords)
 
-        split.worker.client.submit = failing  # type: ignore[method-assign]
+        split.workers[0].client.submit = failing  # type: ignore[method-assign]
         with pytest.raises(CallTimeout):
             split(more, past_key_values=cache)
         assert cache.get_seq_length() == 40

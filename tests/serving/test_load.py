@@ -43,7 +43,7 @@ def test_many_clients_some_of_which_leave_while_the_worker_is_killed(speaking: S
         totals = Load(served, speaking, workers.kill).run(CLIENTS, SECONDS, KILLS)
         assert totals.wrong == []
         assert totals.answered > 5 * totals.left > 0
-        assert split.worker.epoch >= KILLS
+        assert split.workers[0].epoch >= KILLS
         engine = served.service.engine
         assert eventually(lambda: (engine.running, engine.waiting) == (0, 0))
         assert _free_room(served.service) == room

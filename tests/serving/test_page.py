@@ -58,6 +58,6 @@ def test_the_cost_of_a_token_is_shown(served: Served, directory: Path) -> None:
         browser.write("prompt", "w5 " * 1000)  # leaves room for few tokens
         browser.click("send")
         assert eventually(lambda: browser.text("tokens").isdigit(), within_s=60.0)
-        per_forward = calls_per_forward(Mode.FUSED, served.service.model.worker.geometry)
+        per_forward = calls_per_forward(Mode.FUSED, served.service.model.workers.geometry)
         assert float(browser.text("calls")) >= per_forward
         assert browser.text("time").endswith(" µs")

@@ -97,16 +97,20 @@ class Worker:
 
 @contextlib.contextmanager
 def worker_in_thread(
-    path: Path, dtype: torch.dtype = torch.float32, limits: SessionLimits | None = None
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    limits: SessionLimits | None = None,
+    layers: range | None = None,
+    *,
+    embedding: bool = True,
 ) -> Iterator[Worker]:
-    """Serve the model at ``path`` for the length of the block."""
+    """Serve the model at ``path``, or these of its layers, for the length of the block."""
     directory = tempfile.mkdtemp(prefix="split-test-")
     checkpoint = open_checkpoint(str(path))
     try:
         with Server(f"ipc://{directory}/worker.ipc") as server:
-            service = Service(
-                server, Weights(checkpoint, dtype, torch.device("cpu"), embedding=True), checkpoint, limits
-            )
+            weights = Weights(checkpoint, dtype, torch.device("cpu"), embedding=embedding, layers=layers)
+            service = Service(server, weights, checkpoint, limits)
 
             def serve() -> None:
                 torch.set_num_threads(1)  # a setting of each thread

@@ -19,13 +19,13 @@ SCRIPT = ROOT / "tests/support/processes/worker.py"
 class Workers:
     """Workers at one address, one after another, each a process that is there at once."""
 
-    def __init__(self, mother: Mother, model: Path, address: str) -> None:
+    def __init__(self, mother: Mother, model: Path, address: str, layers: str | None = None) -> None:
         self.address = address
         self.pid = 0
         reader, writer = os.pipe()
         self._said = os.fdopen(writer, "w")
         with os.fdopen(reader) as said:
-            self._loaded = Child(mother, SCRIPT, str(model), address, said=said)
+            self._loaded = Child(mother, SCRIPT, str(model), address, *([layers] if layers else []), said=said)
         assert self._loaded.readline() == "loaded"
 
     def start(self) -> None:
@@ -49,11 +49,15 @@ class Workers:
         self._loaded.end()
 
 
-def killing(split: SplitLlamaForCausalLM, kill: Callable[[], None], every: int) -> list[int]:
-    """Have ``kill`` called just before each ``every``-th call of an operation begins; the list grows with each."""
+def killing(split: SplitLlamaForCausalLM, kill: Callable[[], None], every: int, worker: int = 0) -> list[int]:
+    """Have ``kill`` called just before each ``every``-th call of an operation begins; the list grows with each.
+
+    Of several workers, the calls of the one with this index count.
+    """
     kills: list[int] = []
     calls = 0
-    submit = split.worker.client.submit
+    client = split.workers[worker].client
+    submit = client.submit
 
     def counted(method: str, *arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
@@ -64,5 +68,5 @@ def killing(split: SplitLlamaForCausalLM, kill: Callable[[], None], every: int) 
                 kills.append(calls)
         return submit(method, *arguments, **keywords)
 
-    split.worker.client.submit = counted  # type: ignore[method-assign]
+    client.submit = counted  # type: ignore[method-assign]
     return kills

@@ -50,6 +50,21 @@ def test_the_table_shows_them(command: Command) -> None:
     assert "stack" not in one.out
 
 
+def test_the_division_among_workers_is_shown(command: Command) -> None:
+    """As even as can be, or as the memory of each allows; a further call of stack for each further worker."""
+    even = by_mode(command(*SHAPE, "--workers", "2", "--json").out)["stack"]
+    assert [one["layers"] for one in even["workers"]] == ["0-9", "10-15"]
+    assert (even["prefill"]["calls"], even["decode"]["calls"]) == (2, 2)
+    limits = ("--max-weight-bytes", "1000000000", "--max-weight-bytes", "5000000000")
+    uneven = by_mode(command(*SHAPE, "--mode", "stack", *limits, "--json").out)["stack"]
+    assert [one["layers"] for one in uneven["workers"]] == ["0-3", "4-15"]
+    assert all(one["weight_bytes"] <= int(limit) for one, limit in zip(uneven["workers"], limits[1::2], strict=True))
+    assert sum(one["weight_bytes"] for one in uneven["workers"]) == uneven["worker_weight_bytes"]
+    table = command(*SHAPE, "--workers", "2").out
+    assert "worker 2" in table
+    assert "10-15" in table
+
+
 def test_dtypes_and_lengths_count(command: Command) -> None:
     """Half the bytes on the wire in bfloat16, whatever is computed in; twice the tokens, twice the hidden states."""
     whole, half, longer = (
@@ -71,6 +86,9 @@ def test_dtypes_and_lengths_count(command: Command) -> None:
         (("--mode", "magic"), "'magic' is not supported"),
         (("--dtype", "int8"), "int8 is not supported"),
         (("--wire-dtype", "int4"), "int4 is not supported"),
+        (("--workers", "17"), "17 workers can't share 16 layers"),
+        (("--workers", "2", "--max-weight-bytes", "2000000000"), "the limits leave no room for 16 layers"),
+        (("--workers", "3", "--max-weight-bytes", "1", "--max-weight-bytes", "2"), "is given 2 times for --workers 3"),
         (("--prefill", "131072"), "leaves no position for a decode step: the model has 131072"),
         (("--prefill", "0"), "Invalid value for '--prefill'"),
     ],

@@ -73,8 +73,46 @@ def test_a_worker_says_in_json_what_it_is(limited: Limited, tiny: Path) -> None:
         "dtype": "float32",
         "device": "cpu",
         "address": limited.address,
+        "layers": "0-1",
         "threads": 1,
     }
+
+
+def test_two_workers_share_the_layers(
+    command: Command, llama_mother: Mother, worker: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Each is told its layers; a command that names both gets the tokens of one worker, in one call to each."""
+    directory = tmp_path_factory.mktemp("shared")
+    addresses = [f"ipc://{directory}/{layers}.ipc" for layers in ("0-0", "1-1")]
+    workers = [
+        Running(llama_mother, "worker", "--bind", address, "--model", str(tiny), "--threads", "1", "--layers", layers)
+        for address, layers in zip(addresses, ("0-0", "1-1"), strict=True)
+    ]
+    try:
+        assert all("layers" in process.readline() for process in workers)
+        common = ("generate", "--prompt", "w5 w6", "--no-chat", "--json", "--max-new-tokens", "8", "--model", str(tiny))
+        named = [option for address in addresses for option in ("--worker", address)]
+        whole = json.loads(command(*common, "--worker", worker).out)
+        shared = json.loads(command(*common, *named, "--mode", "stack", "--pipeline", "2").out)
+        assert shared["token_ids"] == whole["token_ids"]
+        assert shared["transport"]["address"] == ", ".join(addresses)
+        assert shared["statistics"]["calls"] >= 2 * len(whole["token_ids"])
+        done = command(*common, "--worker", addresses[0])
+        assert is_one_line_error(done)
+        assert "the workers hold layers 0-0, and the model has 0-1" in done.err
+    finally:
+        for process in workers:
+            process.signal(signal.SIGTERM)
+            assert process.finish()[0] == 0
+            process.end()
+
+
+@pytest.mark.parametrize(("layers", "said"), [("1", "for example 0-1"), ("1-2", "this model, which has 0-1")])
+def test_layers_that_there_are_not_are_refused(command: Command, tiny: Path, layers: str, said: str) -> None:
+    """Before anything is loaded."""
+    finished = command("worker", "--bind", "ipc:///tmp/never.ipc", "--model", str(tiny), "--layers", layers)
+    assert is_one_line_error(finished)
+    assert said in finished.err
 
 
 def test_limits_of_sessions_are_in_force(limited: Limited, tiny: Path) -> None:
