@@ -10,6 +10,7 @@ from .engine import engine
 from .presets import engine_all, everything, quick
 from .report import report
 from .round_trips import latency, throughput
+from .sharing import sharing
 
 _PRESETS = "Presets"
 
@@ -21,7 +22,7 @@ def root() -> None:
     """Measure our transport beside others on this machine, all in one run."""
 
 
-for command in (latency, throughput, baseline, engine, check, report):
+for command in (latency, throughput, baseline, engine, sharing, check, report):
     app.command()(command)
 app.command("seed", hidden=True)(baseline)  # the former name
 app.command("all", rich_help_panel=_PRESETS)(everything)

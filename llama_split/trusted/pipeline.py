@@ -61,11 +61,12 @@ class _Turns(Generic[Op]):
         self._in_flight: deque[tuple[int, Hashable, Finish]] = deque()
         self._present: Counter[Hashable] = Counter()
         self._waiting: defaultdict[Hashable, deque[tuple[int, Op]]] = defaultdict(deque)
+        self._not_started = deque(range(len(programs)))
+        self._entrance: Hashable = None  # where the first operation of all programs is executed
         self._results: dict[int, torch.Tensor] = {}
 
     def execute(self) -> list[torch.Tensor]:
-        for index, program in enumerate(self._programs):
-            self._arrive(index, next(program))
+        self._start()
         while self._in_flight:
             index, where, finish = self._in_flight.popleft()
             try:
@@ -82,6 +83,14 @@ class _Turns(Generic[Op]):
             del finish
         return [self._results[index] for index in range(len(self._programs))]
 
+    def _start(self) -> None:
+        """Start as many programs as there is room for; until then, a program takes no memory."""
+        while self._not_started and (self._entrance is None or self._present[self._entrance] < self._at_once):
+            index = self._not_started.popleft()
+            op = next(self._programs[index])
+            self._entrance = self._place(op)
+            self._arrive(index, op)
+
     def _arrive(self, index: int, op: Op) -> None:
         where = self._place(op)
         if self._present[where] < self._at_once:
@@ -94,3 +103,5 @@ class _Turns(Generic[Op]):
         self._present[where] -= 1
         if self._waiting[where]:
             self._arrive(*self._waiting[where].popleft())
+        if where == self._entrance:
+            self._start()

@@ -69,13 +69,14 @@ class ChunkExecutor(ABC):
         self._offload = offload
 
     @abstractmethod
-    def chunks(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
+    def chunks(self, tokens: int, batch: int, wanted: int, most: int) -> Iterator[tuple[int, int]]:
         """Split a forward into chunks: the first token of each, and the one after its last.
 
         Args:
             tokens: tokens per row.
             batch: rows.
             wanted: the number of last tokens whose results are wanted.
+            most: the most tokens of a chunk, where the arenas don't limit them further.
         """
 
     @abstractmethod
@@ -104,8 +105,8 @@ class LayerExecutor(ChunkExecutor):
         super().__init__(workers, offload)
         self._on_layers = on_layers
 
-    def chunks(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
-        return _ranges(0, tokens, self._offload.rows_per_call(self._workers.geometry.hidden) // batch)
+    def chunks(self, tokens: int, batch: int, wanted: int, most: int) -> Iterator[tuple[int, int]]:
+        return _ranges(0, tokens, min(self._offload.rows_per_call(self._workers.geometry.hidden) // batch, most))
 
     def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
         hidden_BTD = chunk.hidden_BTD
@@ -129,15 +130,15 @@ class StackExecutor(ChunkExecutor):
 
     most_at_once = MOST_PIPELINED
 
-    def chunks(self, tokens: int, batch: int, wanted: int) -> Iterator[tuple[int, int]]:
+    def chunks(self, tokens: int, batch: int, wanted: int, most: int) -> Iterator[tuple[int, int]]:
         geometry = self._workers.geometry
-        rows = self._offload.rows_per_call(geometry.hidden)
+        limit = min(self._offload.rows_per_call(geometry.hidden) // batch, most)
         if batch * wanted <= self._offload.rows_per_call(geometry.vocab):
-            yield from _ranges(0, tokens, rows // batch)
+            yield from _ranges(0, tokens, limit)
         else:  # the logits are what is large: fewer tokens per call, but only of those whose logits are wanted
-            yield from _ranges(0, tokens - wanted, rows // batch)
+            yield from _ranges(0, tokens - wanted, limit)
             widest = max(geometry.hidden, geometry.vocab)
-            yield from _ranges(tokens - wanted, tokens, self._offload.rows_per_call(widest) // batch)
+            yield from _ranges(tokens - wanted, tokens, min(self._offload.rows_per_call(widest) // batch, most))
 
     def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
         hidden_BTD = chunk.hidden_BTD
@@ -228,34 +229,54 @@ class SessionForwards:
         self.end_sessions()
         batch, length = tokens.source.shape[:2]
         past = cache.get_seq_length()
+        chunks = list(executor.chunks(length, batch, wanted, self._most_tokens(length)))
+        # Causal: later tokens don't change earlier ones. So chunks may follow each other, or overlap.
+        overlap = self._pipeline > 1 and len(self._workers) > 1
         results = []
-        for first, last in executor.chunks(length, batch, wanted):  # causal: later tokens don't change earlier ones
+        for group in [chunks] if overlap else [[chunk] for chunk in chunks]:
+            first, last = group[0][0], group[-1][1]
+            within = [(start - first, end - first) for start, end in group]
             keep = max(last - max(first, length - wanted), 0)
-            result = self._execute_chunk(executor, tokens.chunk(first, last, past), cache, keep)
+            result = self._execute_chunks(executor, tokens.chunk(first, last, past), cache, within, keep)
             # All but the last are copied out of the arena: the next chunk's results need the room.
             results.append(result if last == length else result.clone())
             del result
         return results[0] if len(results) == 1 else torch.cat(results, dim=1)
 
-    def _execute_chunk(
-        self, executor: ChunkExecutor, tokens: ForwardInput, cache: RemoteCache, keep: int
+    def _most_tokens(self, tokens: int) -> int:
+        """The most tokens of a chunk, so that there are enough chunks to keep all workers busy."""
+        count = len(split_prompt(tokens, self._pipeline * len(self._workers) if self._pipeline > 1 else 1))
+        return -(-tokens // count)
+
+    def _execute_chunks(
+        self,
+        executor: ChunkExecutor,
+        tokens: ForwardInput,
+        cache: RemoteCache,
+        chunks: Sequence[tuple[int, int]],
+        keep: int,
     ) -> torch.Tensor:
-        """As many tokens as the arenas hold, in smaller chunks if that keeps several workers busy."""
+        """The chunks of these tokens, as one step: all of it is repeated if a worker dies.
+
+        Returns:
+            The results of the last ``keep`` tokens.
+        """
         length, past = tokens.source.shape[1], cache.get_seq_length()
-        pieces = split_prompt(length, self._pipeline * len(self._workers) if self._pipeline > 1 else 1)
+
+        def program(first: int, last: int, epochs: Sequence[int]) -> SessionProgram:
+            some = tokens.chunk(first, last, past)
+            starts = [cache.start(some, past + first, worker) for worker in range(len(epochs))]
+            kept = max(last - max(first, length - keep), 0)
+            chunk = Chunk(self._sendable(some.source), starts, kept)
+            calls = executor.program(chunk, cache.session_id, len(epochs))
+            del chunk
+            result = yield from _noted(calls, cache, epochs, is_last=last == length)
+            return result if last == length else result.clone()
 
         def attempt() -> torch.Tensor:
             epochs = self._workers.epochs
             self._rebuild(executor, cache, epochs)
-            programs = []
-            for piece in pieces:
-                some = tokens.chunk(piece.start, piece.stop, past)
-                starts = [cache.start(some, past + piece.start, worker) for worker in range(len(epochs))]
-                kept = max(piece.stop - max(piece.start, length - keep), 0)
-                program = executor.program(
-                    Chunk(self._sendable(some.source), starts, kept), cache.session_id, len(epochs)
-                )
-                programs.append(_noted(program, cache, epochs, is_last=piece is pieces[-1]))
+            programs = [program(first, last, epochs) for first, last in chunks]
             if len(programs) == 1:
                 return execute(programs[0], self._call)
             at_once = min(self._pipeline, executor.most_at_once)
@@ -273,7 +294,7 @@ class SessionForwards:
             return
         hidden_BSD = torch.cat([self._embed(source) for source in cache.history.sources()], dim=1)
         for before, run in cache.history.runs(hidden_BSD):
-            for first, last in executor.chunks(run.source.shape[1], run.source.shape[0], 0):
+            for first, last in executor.chunks(run.source.shape[1], run.source.shape[0], 0, run.source.shape[1]):
                 tokens = run.chunk(first, last, before)
                 start = {**tokens.start(), "past": before + first, "select": None, "reserve": cache.reserved}
                 chunk = Chunk(self._sendable(tokens.source), [start] * workers, 0)

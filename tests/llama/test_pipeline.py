@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -170,9 +171,37 @@ def test_parts_take_turns_in_their_order() -> None:
         events.append(("begun", int(argument) // 10, argument.item()))
         return lambda: argument
 
-    assert [int(result) for result in execute_in_turn([forward(0), forward(1)], begin)] == [0, 1]
+    results = execute_in_turn([forward(0), forward(1)], begin, lambda _op: "the worker", 2)
+    assert [int(result) for result in results] == [0, 1]
     for kind in ("begun", "used"):
         assert [(part, value) for one, part, value in events if one == kind] == [
             (part, 10 * part + number) for number in range(3) for part in range(2)
         ]
     assert events[:3] == [("begun", 0, 0), ("begun", 1, 10), ("used", 0, 0)]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_part_starts_when_there_is_room_and_all_places_get_busy(at_once: int) -> None:
+    """Never more parts at a place than allowed, in their order; the last place works while the first still does."""
+    events: list[tuple[int, int]] = []
+    present: Counter[int] = Counter()
+
+    def forward(part: int) -> Program:
+        for number in range(6):  # two operations at each of three places
+            yield WorkerOp(OUT_PROJ, number, (torch.tensor(part),))
+            present[number // 2] -= number % 2
+        return torch.tensor(part)
+
+    def begin(op: WorkerOp) -> Callable[[], torch.Tensor]:
+        part, where = int(op.arguments[0]), op.layer // 2
+        present[where] += op.layer % 2 == 0
+        assert present[where] <= at_once
+        events.append((part, op.layer))
+        return lambda: torch.tensor(0)
+
+    parts = 7
+    results = execute_in_turn([forward(part) for part in range(parts)], begin, lambda op: op.layer // 2, at_once)
+    assert [int(result) for result in results] == list(range(parts))
+    for layer in range(6):
+        assert [part for part, one in events if one == layer] == list(range(parts))
+    assert events.index((0, 5)) < events.index((3 * at_once, 0))
