@@ -14,7 +14,6 @@ from typing import Annotated
 
 import typer
 
-from ..boundary.choices import parse_mode
 from ..errors import LlamaSplitError
 from .console import notice
 from .opening import Opening
@@ -65,7 +64,6 @@ def serve(options: ServeOptions) -> None:
 
     Many requests are answered at once. SIGTERM or Ctrl-C ends it: no new requests are taken, and running ones finish.
     """
-    _check_mode(options.split.mode)
     with contextlib.ExitStack() as stack:
         api_key = options.api_key or os.environ.get(KEY_VARIABLE) or None
         _warn_if_open(options.host, api_key)
@@ -109,14 +107,6 @@ def _signals_end_it_once() -> Iterator[None]:
 
 def _heeded(_number: int, _frame: FrameType | None) -> None:
     """Do nothing."""
-
-
-def _check_mode(mode: str) -> None:
-    if parse_mode(mode).worker_keeps_kv:
-        raise LlamaSplitError(
-            f"--mode {mode} can't be served: the worker keeps the KV there, so that requests can't be batched; "
-            "use fused or op"
-        )
 
 
 def _default_kv_tokens(opening: Opening, itemsize: int) -> int:

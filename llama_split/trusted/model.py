@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -33,13 +33,14 @@ from ..model.decoder import RMSNorm
 from ..model.kv_cache import GrowingCache
 from ..model.program import HeapWorkspace
 from ..model.rotary import TextLengths
+from .batched_sessions import BatchedSessions
 from .history import ForwardInput
 from .inputs import fit_inputs
 from .keywords import check_keywords
 from .local_forwards import LocalForwards
 from .offload import Offload, not_compiled
 from .outputs import RequestedOutputs, private_logits
-from .paged import PagedCache, check_batching, take_paged
+from .paged import PagedCache, fit_batching, take_paged
 from .part import RemoteHead, TrustedPart
 from .remote_cache import RemoteCache, refuse_cache_implementation
 from .session_forwards import SessionForwards
@@ -78,6 +79,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         self._text_lengths = TextLengths(self.model.frozen_config)
         self._local = LocalForwards(self.model, mode, workers, self._offload, pipeline)
         self._sessions = SessionForwards(workers, self._offload, self.model.embed, pipeline)
+        self._batched = BatchedSessions(self._sessions)
 
     @classmethod
     def from_pretrained(
@@ -298,14 +300,21 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             **{CACHE_NAME: cache if use_cache else None},
         )
 
-    def init_continuous_batching(self, *arguments: Any, **kwargs: Any) -> Any:
-        """As transformers' ``init_continuous_batching``, which ``generate_batch`` uses as well; in op and fused.
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        *arguments: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' ``init_continuous_batching``, which ``generate_batch`` uses as well.
 
         Raises:
-            UnsupportedBySplit: the worker keeps the KV in this mode.
+            UnsupportedBySplit: what is asked for needs the KV on this side, and the worker keeps it in this mode.
         """
-        check_batching(self.mode)
-        return super().init_continuous_batching(*arguments, **kwargs)
+        most_sessions = min(worker.most_sessions for worker in self.workers)
+        config = fit_batching(continuous_batching_config, generation_config, self.mode, most_sessions)
+        return super().init_continuous_batching(generation_config, config, *arguments, **kwargs)
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, Any], *arguments: Any, **kwargs: Any
@@ -348,13 +357,17 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         logits_to_keep: int | torch.Tensor,
     ) -> CausalLMOutputWithPast:
         """A forward of continuous batching: the new tokens of several requests in one row [1, T]."""
-        check_batching(self.mode)
         if positions is None:
             raise InvalidInput("a forward over a paged cache needs position_ids")
-        tokens = ForwardInput(source, positions, lengths=self._text_lengths.of(positions))
-        hidden_BTD = self._local.batch(tokens, mask, cache)
         requested = RequestedOutputs(hidden_states=False, attentions=False)
-        logits = self._logits(hidden_BTD, logits_to_keep, requested)
+        tokens = ForwardInput(source, positions.to(torch.int64), lengths=self._text_lengths.of(positions))
+        if self.mode is Mode.STACK:
+            rows = keep_logits(torch.arange(source.shape[1])[None, :, None], logits_to_keep).flatten().tolist()
+            logits = self._batched.stack(tokens, cache, rows)
+        elif self.mode is Mode.LAYER:
+            logits = self._logits(self._batched.layers(tokens, cache).to(self.dtype), logits_to_keep, requested)
+        else:
+            logits = self._logits(self._local.batch(tokens, mask, cache), logits_to_keep, requested)
         return CausalLMOutputWithPast(logits=private_logits(logits, self.dtype, self.workers.last.client.address))
 
     def _run(

@@ -1,16 +1,21 @@
 """Forwards of transformers' continuous batching: one row that holds the new tokens of several requests.
 
-Each request's KV is in transformers' paged cache, which its scheduler fills and reads by indices that come with every
-forward. So these forwards are for the splits where this side attends: op and fused.
+Each request's KV has its place in transformers' paged cache, which is filled and read by indices that come with every
+forward. Where this side attends, in op and fused, it is there. In layer and stack the workers keep it, and the tables
+of the cache only tell which request a token belongs to.
 
 Shape suffixes: B batch, T tokens, G key/value heads, S tokens attended to, d head_dim.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Container, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from ..boundary.operations import Mode
@@ -31,6 +36,14 @@ _KEYWORDS = (
 """What the scheduler passes with every forward besides the usual arguments."""
 
 
+class BatchedRequest(NamedTuple):
+    """One request of a forward: its name, how many tokens of the row are its own, and how many came before."""
+
+    request_id: str
+    tokens: int
+    past: int
+
+
 class PagedCache:
     """The paged cache during one forward, as the layers of a split use a cache.
 
@@ -48,6 +61,44 @@ class PagedCache:
         keys, values = self._cache.update(key_BGTd, value_BGTd, layer, kwargs=dict(self._keywords))
         return keys, values
 
+    @property
+    def request_ids(self) -> Container[str]:
+        """The requests that have a place in the cache, in this forward or not."""
+        return self._allocator.block_table  # type: ignore[no-any-return]
+
+    @property
+    def _allocator(self) -> Any:
+        (allocator,) = self._cache.cache_allocators.values()  # one for each kind of attention
+        return allocator
+
+    def requests(self, cached: Mapping[str, int]) -> list[BatchedRequest]:
+        """The requests of this forward, in the order of their tokens.
+
+        A request is known by the place that its first token is written to, which no other request has.
+
+        Args:
+            cached: how many tokens of each request went before, by its name.
+
+        Raises:
+            UnsupportedBySplit: a request continues from tokens that did not go through this model.
+        """
+        allocator = self._allocator
+        owners = {}
+        for name, blocks in allocator.block_table.items():
+            for past in {0, cached.get(name, 0)}:
+                if past < len(blocks) * allocator.tokens_per_page:
+                    owners[allocator.get_write_indices(name, past, 1)[0]] = name
+        ends = self._keywords["cu_seq_lens_q"].tolist()
+        ends_of_keys = self._keywords["cu_seq_lens_k"][allocator.layer_type].tolist()
+        places = self._keywords["write_index"][allocator.index].tolist()
+        found = []
+        for (first, end), (first_key, end_key) in zip(pairwise(ends), pairwise(ends_of_keys), strict=True):
+            name, past = owners.get(places[first]), end_key - first_key - (end - first)
+            if name is None or past not in (0, cached.get(name, 0)):
+                raise UnsupportedBySplit("a request continues from tokens whose KV the worker does not have")
+            found.append(BatchedRequest(name, end - first, past))
+        return found
+
 
 def take_paged(cache: Any, keywords: dict[str, Any]) -> PagedCache | None:
     """The paged cache of a forward, with the scheduler's keywords, which are taken out; None if it is no such forward.
@@ -63,14 +114,32 @@ def take_paged(cache: Any, keywords: dict[str, Any]) -> PagedCache | None:
     return PagedCache(cache, taken)
 
 
-def check_batching(mode: Mode) -> None:
-    """Refuse continuous batching where the worker keeps the KV.
+def fit_batching(
+    config: ContinuousBatchingConfig | None, generation: GenerationConfig | None, mode: Mode, most_sessions: int
+) -> ContinuousBatchingConfig | None:
+    """What the scheduler is to do where the workers keep the KV: as told, but no request shares another's KV.
+
+    Args:
+        config: what the caller has passed; None: transformers' defaults.
+        generation: what the caller has passed.
+        mode: the split.
+        most_sessions: how many requests the workers have room for at once.
 
     Raises:
-        UnsupportedBySplit: this mode can't.
+        UnsupportedBySplit: what is asked for needs the KV on this side.
     """
-    if mode.worker_keeps_kv:
-        raise UnsupportedBySplit(
-            f"continuous batching in mode {mode.value}: the worker keeps the KV, but transformers' scheduler keeps it "
-            "on this side: use mode fused or op"
-        )
+    if not mode.worker_keeps_kv:
+        return config
+    config = ContinuousBatchingConfig() if config is None else copy.copy(config)
+    refused = {
+        "cpu_offload_space": config.cpu_offload_space,
+        "num_return_sequences": generation is not None and (generation.num_return_sequences or 1) > 1,
+    }
+    for name, value in refused.items():
+        if value:
+            raise UnsupportedBySplit(
+                f"{name} in continuous batching in mode {mode.value}: the worker keeps the KV; use mode fused or op"
+            )
+    config.allow_block_sharing = False
+    config.max_requests_per_batch = min(config.max_requests_per_batch or most_sessions, most_sessions)
+    return config

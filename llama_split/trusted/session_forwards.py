@@ -33,13 +33,17 @@ OnLayers = Callable[[list[torch.Tensor]], None]
 class Chunk(NamedTuple):
     """The tokens of a forward that cross together.
 
-    ``hidden_BTD`` are their embeddings, ``starts`` is what each worker must know first, and ``keep`` is the number of
-    last tokens whose result is wanted.
+    Attributes:
+        hidden_BTD: their embeddings.
+        starts: what each worker must know first.
+        keep: the number of last tokens whose result is wanted, or the indices of tokens whose logits are.
+        session: the session's id, or those of several that share the row.
     """
 
     hidden_BTD: torch.Tensor
     starts: Sequence[dict[str, Any]]
-    keep: int
+    keep: int | list[int]
+    session: int | list[int]
 
 
 class SessionCall(NamedTuple):
@@ -80,16 +84,19 @@ class ChunkExecutor(ABC):
         """
 
     @abstractmethod
-    def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
+    def most_rows(self) -> tuple[int, int]:
+        """The most tokens that one call may carry, and the most results, as the arenas have room."""
+
+    @abstractmethod
+    def program(self, chunk: Chunk, workers: int) -> SessionProgram:
         """The calls of a chunk; the session's KV then holds all of its tokens.
 
         Args:
             chunk: the tokens.
-            session_id: the session, at all workers.
             workers: how many workers the chunk goes through, from the first.
 
         Returns:
-            The result for the chunk's last ``keep`` tokens, if it goes through all workers.
+            The results that are wanted, if the chunk goes through all workers.
         """
 
     def _hidden_shape(self, operation: Operation, hidden_BTD: torch.Tensor) -> tuple[int, ...]:
@@ -106,23 +113,27 @@ class LayerExecutor(ChunkExecutor):
         self._on_layers = on_layers
 
     def chunks(self, tokens: int, batch: int, wanted: int, most: int) -> Iterator[tuple[int, int]]:
-        return _ranges(0, tokens, min(self._offload.rows_per_call(self._workers.geometry.hidden) // batch, most))
+        return _ranges(0, tokens, min(self.most_rows()[0] // batch, most))
 
-    def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
+    def most_rows(self) -> tuple[int, int]:
+        rows = self._offload.rows_per_call(self._workers.geometry.hidden)
+        return rows, rows
+
+    def program(self, chunk: Chunk, workers: int) -> SessionProgram:
         hidden_BTD = chunk.hidden_BTD
         shape = self._hidden_shape(LAYER, hidden_BTD)
         seen = []
         for number, worker in enumerate(self._workers[:workers]):
             start = {"start": chunk.starts[number]}
             for index in worker.layers:
-                keywords = {"layer": index, "session": session_id, **start}
+                keywords = {"layer": index, "session": chunk.session, **start}
                 hidden_BTD = yield SessionCall(number, LAYER, hidden_BTD, shape, keywords)
                 start = {}
                 if self._on_layers is not None:
                     seen.append(hidden_BTD.clone())
         if self._on_layers is not None and chunk.keep:
             self._on_layers(seen)
-        return hidden_BTD[:, hidden_BTD.shape[1] - chunk.keep :]
+        return hidden_BTD[:, hidden_BTD.shape[1] - chunk.keep :] if isinstance(chunk.keep, int) else hidden_BTD
 
 
 class StackExecutor(ChunkExecutor):
@@ -132,25 +143,31 @@ class StackExecutor(ChunkExecutor):
 
     def chunks(self, tokens: int, batch: int, wanted: int, most: int) -> Iterator[tuple[int, int]]:
         geometry = self._workers.geometry
-        limit = min(self._offload.rows_per_call(geometry.hidden) // batch, most)
-        if batch * wanted <= self._offload.rows_per_call(geometry.vocab):
+        rows, results = self.most_rows()
+        limit = min(rows // batch, most)
+        if batch * wanted <= results:
             yield from _ranges(0, tokens, limit)
         else:  # the logits are what is large: fewer tokens per call, but only of those whose logits are wanted
             yield from _ranges(0, tokens - wanted, limit)
             widest = max(geometry.hidden, geometry.vocab)
             yield from _ranges(tokens - wanted, tokens, min(self._offload.rows_per_call(widest) // batch, most))
 
-    def program(self, chunk: Chunk, session_id: int, workers: int) -> SessionProgram:
+    def most_rows(self) -> tuple[int, int]:
+        geometry = self._workers.geometry
+        return self._offload.rows_per_call(geometry.hidden), self._offload.rows_per_call(geometry.vocab)
+
+    def program(self, chunk: Chunk, workers: int) -> SessionProgram:
         hidden_BTD = chunk.hidden_BTD
         last = len(self._workers) - 1
         shape = self._hidden_shape(LAYERS, hidden_BTD)
         for number in range(min(workers, last)):
-            keywords = {"session": session_id, "start": chunk.starts[number]}
+            keywords = {"session": chunk.session, "start": chunk.starts[number]}
             hidden_BTD = yield SessionCall(number, LAYERS, hidden_BTD, shape, keywords)
         if workers <= last:
             return hidden_BTD
-        sizes = STACK.bind((hidden_BTD,), self._workers.geometry, N=chunk.keep)
-        keywords = {"session": session_id, "start": chunk.starts[last], "keep": chunk.keep}
+        kept = chunk.keep if isinstance(chunk.keep, int) else len(chunk.keep)
+        sizes = STACK.bind((hidden_BTD,), self._workers.geometry, N=kept)
+        keywords = {"session": chunk.session, "start": chunk.starts[last], "keep": chunk.keep}
         return (yield SessionCall(last, STACK, hidden_BTD, STACK.result.shape(sizes), keywords))
 
 
@@ -175,8 +192,8 @@ class SessionForwards:
     def __init__(
         self, workers: Workers, offload: Offload, embed: Callable[[torch.Tensor], torch.Tensor], pipeline: int
     ) -> None:
-        self._workers = workers
-        self._offload = offload
+        self.workers = workers
+        self.offload = offload
         self._embed = embed
         self._pipeline = pipeline
         self._ids = SessionIds(len(workers))
@@ -196,7 +213,7 @@ class SessionForwards:
         Raises:
             UnsupportedBySplit: the cache belongs to another model.
         """
-        executor = LayerExecutor(self._workers, self._offload, on_layers)
+        executor = LayerExecutor(self.workers, self.offload, on_layers)
         return self._execute(executor, tokens, cache, tokens.source.shape[1])
 
     def stack(self, tokens: ForwardInput, cache: RemoteCache, wanted: int) -> torch.Tensor:
@@ -210,7 +227,7 @@ class SessionForwards:
         Raises:
             UnsupportedBySplit: the cache belongs to another model.
         """
-        return self._execute(StackExecutor(self._workers, self._offload), tokens, cache, wanted)
+        return self._execute(StackExecutor(self.workers, self.offload), tokens, cache, wanted)
 
     def end_sessions(self) -> None:
         """Free the KV of sessions whose cache was dropped. A worker that can't be asked drops them in the end."""
@@ -218,7 +235,7 @@ class SessionForwards:
         with contextlib.suppress(IndexError):
             while ended:
                 session_id = ended.popleft()
-                for worker in self._workers:
+                for worker in self.workers:
                     with contextlib.suppress(TransportError):
                         worker.client.submit("end_session", session_id).result(timeout_s=_END_TIMEOUT_S)
 
@@ -231,7 +248,7 @@ class SessionForwards:
         past = cache.get_seq_length()
         chunks = list(executor.chunks(length, batch, wanted, self._most_tokens(length)))
         # Causal: later tokens don't change earlier ones. So chunks may follow each other, or overlap.
-        overlap = self._pipeline > 1 and len(self._workers) > 1
+        overlap = self._pipeline > 1 and len(self.workers) > 1
         results = []
         for group in [chunks] if overlap else [[chunk] for chunk in chunks]:
             first, last = group[0][0], group[-1][1]
@@ -245,7 +262,7 @@ class SessionForwards:
 
     def _most_tokens(self, tokens: int) -> int:
         """The most tokens of a chunk, so that there are enough chunks to keep all workers busy."""
-        count = len(split_prompt(tokens, self._pipeline * len(self._workers) if self._pipeline > 1 else 1))
+        count = len(split_prompt(tokens, self._pipeline * len(self.workers) if self._pipeline > 1 else 1))
         return -(-tokens // count)
 
     def _execute_chunks(
@@ -267,27 +284,27 @@ class SessionForwards:
             some = tokens.chunk(first, last, past)
             starts = [cache.start(some, past + first, worker) for worker in range(len(epochs))]
             kept = max(last - max(first, length - keep), 0)
-            chunk = Chunk(self._sendable(some.source), starts, kept)
-            calls = executor.program(chunk, cache.session_id, len(epochs))
+            chunk = Chunk(self.sendable(some.source), starts, kept, cache.session_id)
+            calls = executor.program(chunk, len(epochs))
             del chunk
-            result = yield from _noted(calls, cache, epochs, is_last=last == length)
+            result = yield from noted(calls, [cache], epochs, is_last=last == length)
             return result if last == length else result.clone()
 
         def attempt() -> torch.Tensor:
-            epochs = self._workers.epochs
-            self._rebuild(executor, cache, epochs)
+            epochs = self.workers.epochs
+            self.rebuild(executor, cache, epochs)
             programs = [program(first, last, epochs) for first, last in chunks]
             if len(programs) == 1:
-                return execute(programs[0], self._call)
+                return execute(programs[0], self.call)
             at_once = min(self._pipeline, executor.most_at_once)
             results = execute_in_turn(programs, self._begin, lambda call: call.worker, at_once)
             return torch.cat(results, dim=1)
 
-        result = self._workers.persist(attempt)
+        result = self.workers.persist(attempt)
         cache.append(tokens)
         return result
 
-    def _rebuild(self, executor: ChunkExecutor, cache: RemoteCache, epochs: Sequence[int]) -> None:
+    def rebuild(self, executor: ChunkExecutor, cache: RemoteCache, epochs: Sequence[int]) -> None:
         """Send everything that the cache stands for through the workers again, up to the last that lacks it."""
         workers = cache.to_rebuild(epochs)
         if workers == 0:
@@ -297,46 +314,55 @@ class SessionForwards:
             for first, last in executor.chunks(run.source.shape[1], run.source.shape[0], 0, run.source.shape[1]):
                 tokens = run.chunk(first, last, before)
                 start = {**tokens.start(), "past": before + first, "select": None, "reserve": cache.reserved}
-                chunk = Chunk(self._sendable(tokens.source), [start] * workers, 0)
+                chunk = Chunk(self.sendable(tokens.source), [start] * workers, 0, cache.session_id)
                 is_last = before + last == cache.get_seq_length()
-                program = executor.program(chunk, cache.session_id, workers)
-                execute(_noted(program, cache, epochs, is_last=is_last), self._call)
+                program = executor.program(chunk, workers)
+                execute(noted(program, [cache], epochs, is_last=is_last), self.call)
 
-    def _call(self, call: SessionCall) -> torch.Tensor:
-        worker = self._workers[call.worker]
+    def call(self, call: SessionCall) -> torch.Tensor:
+        """Make one call and wait for its result."""
+        worker = self.workers[call.worker]
         return worker.call(call.operation, (call.argument,), call.shape, **call.keywords)
 
     def _begin(self, call: SessionCall) -> Finish:
-        worker = self._workers[call.worker]
+        worker = self.workers[call.worker]
         return worker.submit(call.operation, (call.argument,), call.shape, **call.keywords).result
 
-    def _sendable(self, source: torch.Tensor) -> torch.Tensor:
+    def sendable(self, source: torch.Tensor) -> torch.Tensor:
         """The embeddings of a source, in the first worker's request arena."""
         embedded = self._embed(source)
-        return self._workers[0].loan(embedded.shape).copy_(embedded)
+        return self.workers[0].loan(embedded.shape).copy_(embedded)
 
 
-def _noted(program: SessionProgram, cache: RemoteCache, epochs: Sequence[int], *, is_last: bool) -> SessionProgram:
-    """The same program; ``cache`` learns which workers have what it stands for once the last chunk went through them.
+def noted(
+    program: SessionProgram, caches: Sequence[RemoteCache], epochs: Sequence[int], *, is_last: bool
+) -> SessionProgram:
+    """The same program; caches learn which workers have what they stand for once the last chunk went through them.
 
     Args:
         program: of one chunk of several.
-        cache: the session's.
+        caches: those of the chunk's sessions.
         epochs: those of the connections when the first chunk began.
         is_last: no chunk follows.
     """
     call = next(program)
     while True:
-        cache.unknown(call.worker)
+        for cache in caches:
+            cache.unknown(call.worker)
         result = yield call
         try:
             following = program.send(result)
         except StopIteration as end:
             if is_last:
-                cache.known(call.worker, epochs[call.worker])
+                _note(caches, call.worker, epochs)
             final: torch.Tensor = end.value
             return final
         del result
         if is_last and following.worker != call.worker:
-            cache.known(call.worker, epochs[call.worker])
+            _note(caches, call.worker, epochs)
         call = following
+
+
+def _note(caches: Sequence[RemoteCache], worker: int, epochs: Sequence[int]) -> None:
+    for cache in caches:
+        cache.known(worker, epochs[worker])

@@ -51,7 +51,7 @@ LOSSES = (PeerDied, Closed)
 _ATTEMPTS = 4
 _REFUSED_PAUSE_S = 1.0
 _SHOWN_CHARACTERS = 400
-_DESCRIBED = {"geometry", "fingerprint", "dtype", "embedding", "layers"}
+_DESCRIBED = {"geometry", "fingerprint", "dtype", "embedding", "layers", "sessions"}
 
 
 class CheckedReply:
@@ -128,6 +128,7 @@ class WorkerClient:
         described = self._checked_description()
         self.layers = _layers_of(described, client.address, self.geometry.layers)
         self.has_embedding = described["embedding"] is True
+        self.most_sessions = max(int(described["sessions"]), 1) if type(described["sessions"]) is int else 1
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """As ``loan``, over a new connection if the worker has died."""

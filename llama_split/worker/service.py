@@ -20,6 +20,7 @@ from ..boundary.division import layers_text
 from ..boundary.operations import EMBED, LAYER, LAYERS, LINEARS, MIX, SCORES, STACK, Operation
 from ..checkpoint import Checkpoint
 from ..model.program import HeapWorkspace, execute
+from .batches import Batch
 from .sessions import Session, SessionLimits, Sessions
 from .weights import Weights, multiply
 
@@ -48,6 +49,7 @@ class Service:
             "device": str(weights.device),
             "embedding": weights.embedding is not None,
             "layers": layers_text(weights.held),
+            "sessions": self.sessions.most_per_client,
         }
         for operation in LINEARS:
             server.register(operation.name, self._linear_handler(operation))
@@ -101,21 +103,24 @@ class Service:
 
     @torch.inference_mode()
     def _layer(
-        self, hidden_BTD: torch.Tensor, *, layer: int, session: int, start: dict[str, Any] | None = None
+        self, hidden_BTD: torch.Tensor, *, layer: int, session: int | list[int], start: dict[str, Any] | None = None
     ) -> torch.Tensor:
-        """One decoder layer; ``start``, the arguments of ``Session.begin``, comes with a forward's first layer."""
+        """One decoder layer, of one session or of several.
+
+        ``start``, the arguments of ``Session.begin`` or ``Batch.begin``, comes with a forward's first layer.
+        """
         (mine_BTD,), result_BTD = self._bind(LAYER, hidden_BTD)
         position = self._weights.position(layer)
-        opened = self.sessions.open(self._server.connection_id, session)
+        opened = self._opened(session)
         if start is not None:
             opened.begin(mine_BTD, **start)
         return self._through(position, mine_BTD, opened, result_BTD)
 
     @torch.inference_mode()
-    def _layers(self, hidden_BTD: torch.Tensor, *, session: int, start: dict[str, Any]) -> torch.Tensor:
+    def _layers(self, hidden_BTD: torch.Tensor, *, session: int | list[int], start: dict[str, Any]) -> torch.Tensor:
         """All decoder layers of this worker, for the next worker's."""
         (mine_BTD,), result_BTD = self._bind(LAYERS, hidden_BTD)
-        opened = self.sessions.open(self._server.connection_id, session)
+        opened = self._opened(session)
         opened.begin(mine_BTD, **start)
         *first, last = range(len(self._weights.layers))
         for position in first:
@@ -123,21 +128,32 @@ class Service:
         return self._through(last, mine_BTD, opened, result_BTD)
 
     @torch.inference_mode()
-    def _stack(self, hidden_BTD: torch.Tensor, *, session: int, start: dict[str, Any], keep: int) -> torch.Tensor:
-        """All decoder layers, the final norm, and the logits of the last ``keep`` tokens of each row."""
-        if type(keep) is not int or not 0 <= keep <= hidden_BTD.shape[1]:
-            raise ValueError(f"keep is {keep}; it must be a whole number from 0 to the {hidden_BTD.shape[1]} tokens")
+    def _stack(
+        self, hidden_BTD: torch.Tensor, *, session: int | list[int], start: dict[str, Any], keep: int | list[int]
+    ) -> torch.Tensor:
+        """All decoder layers, the final norm, and the logits of some tokens of each row.
+
+        ``keep`` is the number of last tokens, or a list of indices of tokens.
+        """
+        kept = _kept(keep, hidden_BTD.shape[1])
         head = self._weights.head
-        (mine_BTD,), logits_BNV = self._bind(STACK, hidden_BTD, N=keep)
-        opened = self.sessions.open(self._server.connection_id, session)
+        (mine_BTD,), logits_BNV = self._bind(STACK, hidden_BTD, N=len(kept))
+        opened = self._opened(session)
         opened.begin(mine_BTD, **start)
         for position in range(len(self._weights.layers)):
             mine_BTD = self._through(position, mine_BTD, opened)
-        kept_BND = mine_BTD[:, mine_BTD.shape[1] - keep :]
+        kept_BND = mine_BTD[:, kept.start : kept.stop] if isinstance(kept, range) else mine_BTD[:, kept]
         return head.linear(head.norm(kept_BND, self._workspace), logits_BNV)
 
+    def _opened(self, session: int | list[int]) -> Session | Batch:
+        """The client's session of this id, or those of a list of ids."""
+        connection_id = self._server.connection_id
+        if isinstance(session, list):
+            return Batch([self.sessions.open(connection_id, each) for each in session])
+        return self.sessions.open(connection_id, session)
+
     def _through(
-        self, position: int, hidden_BTD: torch.Tensor, session: Session, result_BTD: torch.Tensor | None = None
+        self, position: int, hidden_BTD: torch.Tensor, session: Session | Batch, result_BTD: torch.Tensor | None = None
     ) -> torch.Tensor:
         """One decoder layer of a session's forward: [B, T, D] to [B, T, D]."""
         layer = self._weights.layers[position]
@@ -173,3 +189,14 @@ class Service:
 
     def _end_session(self, session_id: int) -> None:
         self.sessions.end(self._server.connection_id, session_id)
+
+
+def _kept(keep: int | list[int], tokens: int) -> range | list[int]:
+    """The indices of the tokens whose logits are wanted."""
+    if type(keep) is int and 0 <= keep <= tokens:
+        return range(tokens - keep, tokens)
+    if isinstance(keep, list) and len(keep) <= tokens and all(type(row) is int and 0 <= row < tokens for row in keep):
+        return keep
+    raise ValueError(
+        f"keep must be a whole number from 0 to the {tokens} tokens, or a list of up to {tokens} of their indices"
+    )

@@ -231,6 +231,11 @@ class Sessions:
         return len(self._sessions)
 
     @property
+    def most_per_client(self) -> int:
+        """The most sessions of one client, if there are no others."""
+        return min(self._limits.max_sessions_per_client, self._limits.max_sessions)
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of KV granted to sessions."""
         return sum(session.kv_bytes for session in self._sessions.values())

@@ -21,6 +21,8 @@ def hollow_handlers(
         "fingerprint": checkpoint.fingerprint(),
         "dtype": DTYPE_NAMES[dtype],
         "embedding": True,
+        "layers": f"0-{checkpoint.geometry.layers - 1}",
+        "sessions": 64,
     }
 
     def handler(operation: Operation) -> Callable[..., Any]:
