@@ -1,8 +1,8 @@
 """Forwards of continuous batching where the workers keep the KV: layer and stack.
 
 transformers' scheduler keeps the tables of its paged cache on this side, as for any model. Each of its requests is a
-session at the workers, and one call carries the tokens of all requests of a step, in one row. When a request leaves the
-scheduler's tables, its session ends with the next step.
+session at the workers, and one call carries the tokens of all requests of a step, in one row. When the scheduler frees
+a request's place in the cache, its session ends.
 
 Shape suffixes: B batch (here 1), T tokens of all requests, N tokens whose logits are asked for, D hidden, V vocabulary.
 """
@@ -54,7 +54,7 @@ class BatchedSessions:
         self, executor: ChunkExecutor, tokens: ForwardInput, batch: PagedCache, rows: Sequence[int] | None
     ) -> torch.Tensor:
         """The results of these rows, in their order; None: of all."""
-        self._caches = {name: cache for name, cache in self._caches.items() if name in batch.request_ids}
+        batch.watch(self._freed)
         requests = batch.requests({name: cache.get_seq_length() for name, cache in self._caches.items()})
         self._forwards.end_sessions()
         results, order = [], []
@@ -68,6 +68,10 @@ class BatchedSessions:
             return results[0]
         joined = torch.cat(results, dim=1)
         return joined if rows is None else joined[:, torch.tensor(order).argsort()]
+
+    def _freed(self, request_id: str) -> None:
+        self._caches.pop(request_id, None)
+        self._forwards.end_sessions()
 
     def _groups(
         self, requests: Sequence[BatchedRequest], executor: ChunkExecutor, rows: Sequence[int] | None

@@ -10,7 +10,7 @@ Shape suffixes: B batch, T tokens, G key/value heads, S tokens attended to, d he
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -61,10 +61,10 @@ class PagedCache:
         keys, values = self._cache.update(key_BGTd, value_BGTd, layer, kwargs=dict(self._keywords))
         return keys, values
 
-    @property
-    def request_ids(self) -> Container[str]:
-        """The requests that have a place in the cache, in this forward or not."""
-        return self._allocator.block_table  # type: ignore[no-any-return]
+    def watch(self, freed: Callable[[str], None]) -> None:
+        """Have ``freed`` called with the name of each request whose place in the cache is freed, from now on."""
+        if not isinstance(self._cache.free_blocks, _Watched):
+            self._cache.free_blocks = _Watched(self._cache.free_blocks, freed)
 
     @property
     def _allocator(self) -> Any:
@@ -98,6 +98,18 @@ class PagedCache:
                 raise UnsupportedBySplit("a request continues from tokens whose KV the worker does not have")
             found.append(BatchedRequest(name, end - first, past))
         return found
+
+
+class _Watched:
+    """A cache's ``free_blocks`` that tells of each request."""
+
+    def __init__(self, free_blocks: Callable[..., None], freed: Callable[[str], None]) -> None:
+        self._free_blocks = free_blocks
+        self._freed = freed
+
+    def __call__(self, request_id: str, *arguments: Any, **keywords: Any) -> None:
+        self._free_blocks(request_id, *arguments, **keywords)
+        self._freed(request_id)
 
 
 def take_paged(cache: Any, keywords: dict[str, Any]) -> PagedCache | None:

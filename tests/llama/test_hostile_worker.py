@@ -123,7 +123,7 @@ def test_room_that_could_never_be_had_costs_others_nothing(plain: Small, mode: M
 
 def test_a_forward_that_ended_half_way_shows_no_other_memory(layer_split: SplitLlamaForCausalLM) -> None:
     """After an aborted forward only what every layer has cached counts as past."""
-    client, cache = layer_split.worker.client, layer_split.new_cache()
+    client, cache = layer_split.workers[0].client, layer_split.new_cache()
     hidden = torch.zeros(1, 4, layer_split.config.hidden_size)
     start = {"positions": torch.arange(4)[None], "padding": None, "past": 0, "select": None}
     client.call("layer", hidden, layer=0, session=cache.session_id, start=start)

@@ -10,7 +10,6 @@ import threading
 from typing import Any
 
 import openai
-import pytest
 
 from tests.support.commands import environment
 from tests.support.helpers import eventually
@@ -73,13 +72,3 @@ def _is_up(client: openai.OpenAI, process: subprocess.Popen[str]) -> bool:
         return bool(client.models.list().data)
     except openai.APIConnectionError:
         return False
-
-
-@pytest.mark.parametrize("mode", ["layer", "stack"])
-def test_a_mode_that_can_not_batch_is_refused_at_once(mode: str) -> None:
-    """In one line, before anything is loaded."""
-    command = [sys.executable, "-m", "llama_split", "serve", "--mode", mode, "--model", "/nowhere"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --mode {mode} can't be served")
-    assert done.stderr.count("\n") == 1

@@ -40,14 +40,19 @@ def _health(served: Served) -> tuple[int, dict[str, Any]]:
     return status, json.loads(told)
 
 
-def test_a_worker_killed_in_the_middle_costs_no_token(speaking: Speaking, workers: Workers) -> None:
+@pytest.mark.parametrize(("mode", "every"), [("fused", 60), ("stack", 6)])
+def test_a_worker_killed_in_the_middle_costs_no_token(
+    speaking: Speaking, workers: Workers, mode: str, every: int
+) -> None:
     """Killed again and again between operations, and started again by the server."""
     workers.start()
     with (
-        SplitLlamaForCausalLM.from_pretrained(speaking.path, worker=workers.address, revive=workers.start) as split,
+        SplitLlamaForCausalLM.from_pretrained(
+            speaking.path, worker=workers.address, revive=workers.start, mode=mode
+        ) as split,
         serving(speaking.service(split)) as served,
     ):
-        kills = killing(split, workers.kill, 60)
+        kills = killing(split, workers.kill, every)
         assert _ask(served) == speaking.answer("w5 w6 w1", 20)
         assert len(kills) >= 3
         assert _health(served)[0] == 200

@@ -76,7 +76,7 @@ def test_no_worker_at_the_address_is_one_line(command: Command, tiny: Path, tmp_
         (("--worker", "nonsense"), "'nonsense' is neither ipc:///absolute/path nor tcp://host:port"),
         (("--device", "cuda:99"), "device 'cuda:99' is not there"),
         (("--pipeline", "9"), "pipeline 9 is not supported; choose 1 to 8 chunks"),
-        (("--pipeline", "2", "--mode", "stack"), "in mode stack this side has nothing to overlap with"),
+        (("--pipeline", "2", "--mode", "stack"), "in mode stack nothing could overlap with the one worker"),
     ],
     ids=["dtype", "mode", "worker", "device", "pipeline", "pipeline in stack"],
 )
