@@ -142,7 +142,7 @@ class AsyncServer(ServerBase[LoopDoorbells]):
         self._pool.shutdown(wait=False)
         self._closed = True
         self._at_drop.detach()
-        self._stopping.set()
+        self._stopping = True
         if self._descriptor is not None:  # ``serve`` is still running
             self._stop_reading()
             self._stopped.set()
@@ -167,7 +167,7 @@ class AsyncServer(ServerBase[LoopDoorbells]):
         if self._closed:  # another thread has the channel now, to close it
             return
         self._drop_ended(self._channel.wait(0))
-        if self._stopping.is_set():
+        if self._stopping:
             self._stopped.set()
         for _ in range(MESSAGES_AT_ONCE):
             received = self._receive()

@@ -167,9 +167,9 @@ class Server(ServerBase[ThreadDoorbells]):
 
     def _serve_until_stopped(self) -> None:
         looked = time.monotonic()
-        while not self._stopping.is_set():
+        while not self._stopping:
             if not self._serve_one():
-                if not self._stopping.is_set():  # a handler may have stopped it, or be in a forked child
+                if not self._stopping:  # a handler may have stopped it, or be in a forked child
                     self._idle()
             elif time.monotonic() - looked > _LOOK_INTERVAL_S:  # without a pause in the work: has a client ended?
                 looked = time.monotonic()
@@ -191,7 +191,7 @@ class Server(ServerBase[ThreadDoorbells]):
     def _serve_one(self) -> bool:
         """Take one message and answer it if it is a call, go on with other work; return whether there was any."""
         answered = self._answer_directly()
-        if answered and self._stopping.is_set():
+        if answered and self._stopping:
             return True  # requests that have arrived are answered for a limited time: it is looked at between them
         received = self._receive()
         if isinstance(received, IncomingCall):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 import weakref
 from abc import abstractmethod
@@ -70,7 +69,8 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._to_refuse: deque[tuple[bytes, bytes, int | None]] = deque()
         # Weak, since a task that a handler starts keeps a copy of it for as long as it runs.
         self._current: ContextVar[weakref.ref[ServerConnection]] = ContextVar("current client")
-        self._stopping = threading.Event()
+        # No Event: a signal that comes while another one's handler sets it would wait for the lock that this one holds.
+        self._stopping = False
         self._made = time.monotonic()
         self._ended: Closed | None = None
         self._zmq = ZmqServerChannel(address, options.max_message_bytes)
@@ -194,7 +194,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
 
     def stop(self) -> None:
         """Make ``serve`` return; any thread, handler or signal handler may call it."""
-        self._stopping.set()
+        self._stopping = True
         self._zmq.wake()
 
     def abandon(self) -> None:
@@ -208,7 +208,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._connections.clear()
         self._watched.clear()
         self._unwatched.clear()
-        self._stopping.set()
+        self._stopping = True
 
     def _drop_all(self) -> None:
         """End all connections."""

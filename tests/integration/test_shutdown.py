@@ -6,10 +6,12 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -54,6 +56,27 @@ def test_a_signal_stops_the_server_in_order(
         client.empty((1,), torch.uint8)
     assert torch.equal(held, torch.full((100,), 7.0))
     client.close()
+
+
+def test_a_stop_in_the_middle_of_a_stop_does_not_wait_for_it(address: str) -> None:
+    """A killed process's children get a signal for each of its threads: one handler interrupts the other's."""
+    stops = 0
+    with Server(address) as server:
+
+        def interrupt(_frame: FrameType, event: str, _argument: object) -> None:
+            nonlocal stops
+            if event == "call":  # within ``stop``, where CPython may run a signal handler; not traced itself
+                stops += 1
+                server.stop()
+
+        previous = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            server.stop()
+        finally:
+            sys.settrace(previous)
+        server.serve()  # returns at once
+    assert stops > 1
 
 
 def test_a_server_without_clients_stops_in_order_too(spawn: Spawn, address: str, channel: ChannelKind) -> None:

@@ -111,6 +111,36 @@ def test_a_worker_killed_in_the_middle_costs_no_request_a_token(plain: Small, wo
     assert found == [alone(plain, ids) for ids in prompts()]
 
 
+@pytest.mark.parametrize("mode", BATCHING)
+def test_a_request_that_has_to_give_way_gets_its_tokens_later(plain: Small, plain_worker: Worker, mode: str) -> None:
+    """Where memory is short the scheduler frees a request's KV, and begins it again with what it has generated."""
+    inputs = [prompt(length, seed=length)[0].tolist() for length in (22, 23, 21, 24)]
+    small = copy.copy(PAGES)
+    small.num_blocks = 12  # of 8 tokens: room for all four prompts, and not for their answers
+    with SplitLlamaForCausalLM.from_pretrained(plain.path, worker=plain_worker.address, mode=mode) as split:
+        manager = split.init_continuous_batching(generation_config=copy.copy(GREEDY), continuous_batching_config=small)
+        manager.start()
+        restarted: list[str] = []
+        offloading = manager.batch_processor.offloading_manager
+        offload = offloading.offload_requests
+        offloading.offload_requests = lambda: restarted.append("one") or offload()
+        try:
+            names = [manager.add_request(ids, max_new_tokens=2 * NEW_TOKENS) for ids in inputs]
+            answers: dict[str, list[int]] = {}
+            deadline = time.monotonic() + 60
+            while len(answers) < len(names):
+                assert time.monotonic() < deadline
+                result = manager.get_result(timeout=1.0)
+                if result is not None and result.is_finished():
+                    assert result.error is None
+                    answers[result.request_id] = result.generated_tokens
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
+    assert restarted
+    assert [answers[name] for name in names] == [alone(plain, ids, 2 * NEW_TOKENS) for ids in inputs]
+
+
 def test_generate_uses_it_by_its_name_too(plain: Small, plain_worker: Worker) -> None:
     """``cache_implementation="paged"`` gives what it gives on the unsplit model: the tokens of any other cache."""
     paged = copy.copy(GREEDY)
