@@ -15,7 +15,7 @@ from tests.support.workers import Workers
 from .conftest import Speaking, serving
 from .load import Load
 
-SECONDS = float(os.environ.get("LOAD_SECONDS", "4"))
+SECONDS = float(os.environ.get("LOAD_SECONDS", "2.5"))
 CLIENTS = int(os.environ.get("LOAD_CLIENTS", "12"))
 KILLS = int(os.environ.get("LOAD_KILLS", "2"))
 
@@ -31,11 +31,16 @@ def _free_room(service: Service) -> int:
 # in the scheduler's thread here, since client and server share this process.
 @pytest.mark.filterwarnings("ignore:.*AsyncResponseStream:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(SECONDS + 120)
-def test_many_clients_some_of_which_leave_while_the_worker_is_killed(speaking: Speaking, workers: Workers) -> None:
+@pytest.mark.parametrize("mode", ["fused", "stack"])
+def test_many_clients_some_of_which_leave_while_the_worker_is_killed(
+    speaking: Speaking, workers: Workers, mode: str
+) -> None:
     """Each answer is the unsplit model's; after that no request runs or waits, no KV is held, no file stays open."""
     workers.start()
     with (
-        SplitLlamaForCausalLM.from_pretrained(speaking.path, worker=workers.address, revive=workers.start) as split,
+        SplitLlamaForCausalLM.from_pretrained(
+            speaking.path, worker=workers.address, revive=workers.start, mode=mode
+        ) as split,
         serving(speaking.service(split, waiting=256)) as served,
     ):
         Load(served, speaking, workers.kill).run(2, 0.5, 0)
