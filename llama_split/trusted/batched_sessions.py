@@ -70,8 +70,10 @@ class BatchedSessions:
         return joined if rows is None else joined[:, torch.tensor(order).argsort()]
 
     def _freed(self, request_id: str) -> None:
-        self._caches.pop(request_id, None)
-        self._forwards.end_sessions()
+        cache = self._caches.pop(request_id, None)
+        if cache is not None:
+            cache.end()  # the error of a worker that was lost may refer to it, until a garbage collection
+            self._forwards.end_sessions()
 
     def _groups(
         self, requests: Sequence[BatchedRequest], executor: ChunkExecutor, rows: Sequence[int] | None

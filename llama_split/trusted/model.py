@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,8 +47,7 @@ from .remote_cache import RemoteCache, refuse_cache_implementation
 from .session_forwards import SessionForwards
 from .transformers_versions import CACHE_NAME, CACHE_NAMES, keep_logits, only_cache
 from .unsupported import SameWeights, check_attention, refuse_gradients, refusing
-from .worker_client import WorkerClient
-from .workers import Workers
+from .workers import Workers, connect
 
 
 @refusing
@@ -142,25 +142,19 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         compute = parse_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
+        open_client = functools.partial(
+            Client,
+            arena_bytes=arena_bytes,
+            timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            snapshot=snapshot,
+            channel=channel,
+            spin_us=spin_us,
+        )
         with contextlib.ExitStack() as undo:
-            connected = []
-            for address in addresses:
-                client = Client(
-                    address,
-                    arena_bytes=arena_bytes,
-                    timeout_s=timeout_s,
-                    connect_timeout_s=connect_timeout_s,
-                    snapshot=snapshot,
-                    channel=channel,
-                    spin_us=spin_us,
-                )
-                undo.callback(client.close)
-                connected.append(
-                    WorkerClient(
-                        client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive
-                    )
-                )
-            workers = Workers(connected, mode)
+            workers = connect(
+                addresses, open_client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive
+            )
             undo.callback(workers.close)
             config = copy.deepcopy(checkpoint.config)
             config.dtype = compute

@@ -120,7 +120,12 @@ class RemoteCache(Cache):  # type: ignore[misc]
         self._ids = ids
         # For each worker, that of the connection over which its KV is what this cache stands for.
         self._epochs = [_NOWHERE] * ids.workers
-        weakref.finalize(self, ids.ended.append, self.session_id).atexit = False
+        self._at_death = weakref.finalize(self, ids.ended.append, self.session_id)
+        self._at_death.atexit = False
+
+    def end(self) -> None:
+        """Have the model's next forward end the session, though something may still refer to this object."""
+        self._at_death()
 
     @property
     def history(self) -> History:
