@@ -24,6 +24,7 @@ def _free_room(service: Service) -> int:
     """Parts of the KV cache that no request holds, once none is in progress."""
     processor: Any = service.engine._manager.batch_processor
     assert eventually(lambda: not processor.has_pending_requests())
+    processor.cache.pool.try_to_free_sectors()  # otherwise the scheduler's next step does that
     return int(processor.cache.pool.num_free_sectors)
 
 
