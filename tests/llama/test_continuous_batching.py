@@ -15,7 +15,7 @@ from llama_split.boundary.geometry import Geometry
 from llama_split.boundary.operations import Mode
 from llama_split.boundary.traffic import calls_per_forward
 from tests.support.helpers import eventually
-from tests.support.llamas import Small, Worker
+from tests.support.llamas import Small, Worker, worker_in_thread
 from tests.support.prompts import SHARED, prompt, single_prompt
 from tests.support.workers import Workers, killing
 
@@ -180,3 +180,29 @@ def test_what_needs_the_kv_here_is_refused_where_the_worker_keeps_it(
         pytest.raises(UnsupportedBySplit, match=f"{unsupported} .*in mode {mode}.*use mode fused or op"),
     ):
         split.generate_batch(prompts(), generation_config=generation, continuous_batching_config=config)
+
+
+@pytest.mark.parametrize("mode", ["layer", "stack"])
+def test_requests_that_failed_leave_no_session(plain: Small, mode: str) -> None:
+    """A forward that fails ends the scheduler and all its requests; their sessions end too, and others can run."""
+    with (
+        worker_in_thread(plain.path) as worker,
+        SplitLlamaForCausalLM.from_pretrained(plain.path, worker=worker.address, mode=mode) as split,
+    ):
+        client = split.workers[0].client
+        submit, calls = client.submit, 0
+
+        def failing(method: str, *arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += method == split.mode.value
+            return submit(
+                "no_such_method" if (method, calls) == (split.mode.value, 6) else method, *arguments, **keywords
+            )
+
+        client.submit = failing  # type: ignore[method-assign]
+        found = split.generate_batch(
+            prompts(), generation_config=copy.copy(GREEDY), continuous_batching_config=copy.copy(PAGES)
+        )
+        assert len(found) < len(LENGTHS) or any(one.error for one in found.values())
+        assert batched(split, prompts()[:1]) == [alone(plain, prompts()[0])]
+        assert worker.sessions_become(0)
