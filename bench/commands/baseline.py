@@ -71,6 +71,6 @@ def run_baseline(options: BaselineOptions) -> BaselineRun:
             rounds=options.rounds,
         )
     )
-    show(run, baseline_grids(run))
+    show(run.setting, baseline_grids(run))
     keep(run, options.json_file, options.plot)
     return run

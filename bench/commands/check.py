@@ -53,7 +53,7 @@ def run_check(options: CheckOptions) -> list[str]:
     plan = runner.Plan(options.seconds, options.rounds)
     run = runner.latency([CONTENDERS[name] for name in check_names()], CHECK_SIZES, plan, idle_s=0.0)
     now = {one.title: found for one in CHECKED if (found := measure_ratio(one, run)) is not None}
-    show(run, [target_grid(targets(run, None))], run.skipped)
+    show(run.setting, [target_grid(targets(run, None))], run.skipped)
     if options.update:
         options.stored.write_bytes(msgspec.json.format(msgspec.json.encode(now), indent=1) + b"\n")
         return []

@@ -75,6 +75,6 @@ def engine(options: EngineOptions) -> None:
 def run_engine(options: EngineOptions) -> EngineRun:
     """Measure, show and keep."""
     run = measure_engine(options.plan())
-    show(run, [*engine_grids(run), revealed_grid()])
+    show(run.setting, [*engine_grids(run), revealed_grid()])
     keep(run, options.json_file)
     return run

@@ -8,25 +8,25 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..harness.results import EngineRun, Run, write
+from ..harness.results import EngineRun, Run, Setting, write
 from ..reports.grid import Grid, setting_text, to_rich
 from ..reports.tables import skipped_grid
 
 _PIPE_WIDTH = 150  # for a log or a pipe
 
 
-def show(run: Run, grids: Iterable[Grid], skipped: Mapping[str, str] | None = None) -> None:
+def show(about: Setting, grids: Iterable[Grid], skipped: Mapping[str, str] | None = None) -> None:
     """Print the setting of a run, its tables, and the contenders that were skipped.
 
     Args:
-        run: The run.
+        about: Its setting.
         grids: Its tables.
         skipped: Reasons by contender.
     """
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
-    console.print(setting_text(run.setting))
+    console.print(setting_text(about))
     for grid in (*grids, *([skipped_grid(dict(skipped))] if skipped else [])):
         console.print(to_rich(grid))
 

@@ -69,7 +69,7 @@ def run_latency(options: LatencyOptions) -> LatencyRun:
     plan = runner.Plan(options.seconds, options.rounds, options.pin)
     run = runner.latency(contenders_of(options.contenders), sizes_of(options.sizes), plan)
     grids = [*tables.latency_grids(run), tables.overview_grid(run), tables.target_grid(targets(run, None))]
-    show(run, grids, run.skipped)
+    show(run.setting, grids, run.skipped)
     keep(run, options.json_file, options.plot)
     return run
 
@@ -78,6 +78,6 @@ def run_throughput(options: ThroughputOptions) -> ThroughputRun:
     """Measure, show and keep."""
     plan = runner.Plan(options.seconds, options.rounds, options.pin)
     run = runner.throughput(contenders_of(options.contenders, moving_only=True), sizes_of(options.sizes), plan)
-    show(run, [tables.throughput_grid(run)], run.skipped)
+    show(run.setting, [tables.throughput_grid(run)], run.skipped)
     keep(run, options.json_file, options.plot)
     return run

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..harness.results import setting
-from ..reports.grid import Grid, setting_text, to_rich
+from ..reports.grid import Grid
 from .options import command_of, integers_of, names_of
+from .output import show
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,4 @@ def sharing(options: SharingOptions) -> None:
         for found in measure_sharing(modes, pipelines, options.tokens, options.repeats)
     ]
     header = ("mode", "chunks", "worker 1", "worker 2", "in turn", "together", "together / slower worker")
-    console = Console()
-    console.print(setting_text(about))
-    console.print(to_rich(Grid(f"A prompt of {options.tokens} tokens over two workers", header, rows)))
+    show(about, [Grid(f"A prompt of {options.tokens} tokens over two workers", header, rows)])

@@ -31,7 +31,6 @@ class Shared:
 
     Attributes:
         mode: layer or stack.
-        pipeline: chunks in flight at once at a worker.
         chunks: into how many the prompt is divided.
         workers: each worker's time for its layers of all chunks, while nothing else runs.
         in_turn: the forward in one chunk, so that only one worker computes at a time.
@@ -39,7 +38,6 @@ class Shared:
     """
 
     mode: str
-    pipeline: int
     chunks: int
     workers: tuple[float, float]
     in_turn: float
@@ -52,7 +50,7 @@ class Shared:
 
 
 def measure_sharing(modes: Sequence[str], pipelines: Sequence[int], tokens: int, repeats: int) -> Iterator[Shared]:
-    """Measure the demo's model in float32, with a prompt of so many tokens."""
+    """Measure the demo's model in float32, with a prompt of this length."""
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         checkpoint = open_checkpoint(str(demo_model()))
@@ -81,7 +79,6 @@ def measure_sharing(modes: Sequence[str], pipelines: Sequence[int], tokens: int,
                             alone.append(_alone(whole, ids, pipeline * len(workers)))
                     yield Shared(
                         mode,
-                        pipeline,
                         pipeline * len(workers),
                         tuple(map(statistics.median, zip(*alone[1:], strict=True))),
                         in_turn,

@@ -78,7 +78,7 @@ def footprint(
         limits: for each worker that shares the layers, the most bytes of weights that it can hold. None: no limit.
 
     Raises:
-        LlamaSplitError: there are too few layers for so many workers, or too little room.
+        LlamaSplitError: there are fewer layers than workers, or too little room.
     """
     geometry, workers = outline.geometry, len(limits)
     after_prefill = forward_sizes(geometry, 1, cached=prefill_tokens)

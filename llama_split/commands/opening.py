@@ -6,6 +6,7 @@ This takes two steps, so that a prompt can be checked while the worker loads.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shmtransport.channels.address import absence, check_connect
@@ -50,7 +51,8 @@ class Opening:
         for given in (dtype, split.wire_dtype or dtype):
             check_dtype(given)
         name = model_name(settings, split.model)
-        addresses = [parse_address(one) for one in split.worker or settings.several(ADDRESS_VARIABLE)]
+        named: Sequence[str | None] = split.worker or [settings.pick(None, ADDRESS_VARIABLE, None)]
+        addresses = [parse_address(one) for one in named if one is not None]
         check_pipeline(advanced.pipeline, self._mode, len(addresses) or 1)
         self._advanced = advanced
         self._stack = stack

@@ -56,11 +56,6 @@ class Settings:
         self.report(f"{variable}={value} (from the environment) is in force")
         return value
 
-    def several(self, variable: str) -> list[str]:
-        """What an environment variable holds, which is reported; nothing if it is not set."""
-        value = self.pick(None, variable, None)
-        return [] if value is None else [value]
-
 
 def parse_address(text: str) -> str:
     """Return a ZeroMQ address; a bare path stands for the socket at that path."""

@@ -47,6 +47,7 @@ from .remote_cache import RemoteCache, refuse_cache_implementation
 from .session_forwards import SessionForwards
 from .transformers_versions import CACHE_NAME, CACHE_NAMES, keep_logits, only_cache
 from .unsupported import SameWeights, check_attention, refuse_gradients, refusing
+from .worker_client import WorkerClient
 from .workers import Workers, connect
 
 
@@ -151,10 +152,17 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             channel=channel,
             spin_us=spin_us,
         )
+        check = functools.partial(
+            WorkerClient,
+            checkpoint=checkpoint,
+            mode=mode,
+            compute=compute,
+            wire=wire,
+            reconnect=reconnect,
+            revive=revive,
+        )
         with contextlib.ExitStack() as undo:
-            workers = connect(
-                addresses, open_client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive
-            )
+            workers = connect(addresses, open_client, check, mode)
             undo.callback(workers.close)
             config = copy.deepcopy(checkpoint.config)
             config.dtype = compute

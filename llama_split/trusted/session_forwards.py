@@ -142,15 +142,13 @@ class StackExecutor(ChunkExecutor):
     most_at_once = MOST_PIPELINED
 
     def chunks(self, tokens: int, batch: int, wanted: int, most: int) -> Iterator[tuple[int, int]]:
-        geometry = self._workers.geometry
         rows, results = self.most_rows()
         limit = min(rows // batch, most)
         if batch * wanted <= results:
             yield from _ranges(0, tokens, limit)
         else:  # the logits are what is large: fewer tokens per call, but only of those whose logits are wanted
             yield from _ranges(0, tokens - wanted, limit)
-            widest = max(geometry.hidden, geometry.vocab)
-            yield from _ranges(tokens - wanted, tokens, min(self._offload.rows_per_call(widest) // batch, most))
+            yield from _ranges(tokens - wanted, tokens, min(results // batch, limit))
 
     def most_rows(self) -> tuple[int, int]:
         geometry = self._workers.geometry

@@ -128,7 +128,7 @@ class WorkerClient:
         described = self._checked_description()
         self.layers = _layers_of(described, client.address, self.geometry.layers)
         self.has_embedding = described["embedding"] is True
-        self.most_sessions = max(int(described["sessions"]), 1) if type(described["sessions"]) is int else 1
+        self.most_sessions = max(described["sessions"], 1) if type(described["sessions"]) is int else 1
 
     def empty(self, shape: Sequence[int]) -> torch.Tensor:
         """As ``loan``, over a new connection if the worker has died."""
@@ -142,12 +142,7 @@ class WorkerClient:
 
     def loan(self, shape: Sequence[int]) -> torch.Tensor:
         """Uninitialised memory in the request arena, in the wire's dtype."""
-        epoch = self.epoch
-        try:
-            return self.client.empty(shape, self.wire)
-        except LOSSES:
-            self._note_loss(epoch)
-            raise
+        return self._noting_loss(self.epoch, lambda: self.client.empty(shape, self.wire))
 
     def call(
         self, operation: Operation, arguments: Sequence[torch.Tensor], shape: Shape, **keywords: Any
@@ -177,11 +172,7 @@ class WorkerClient:
         if not self._settled.is_set():
             self._settled.wait()
         epoch = self.epoch
-        try:
-            pending = self.client.submit(operation.name, *arguments, **keywords)
-        except LOSSES:
-            self._note_loss(epoch)
-            raise
+        pending = self._noting_loss(epoch, lambda: self.client.submit(operation.name, *arguments, **keywords))
         return CheckedReply(
             pending,
             lambda result: self._checked(result, operation, shape, epoch),
@@ -201,6 +192,14 @@ class WorkerClient:
             raise cause
         self._replace_connection(epoch, cause)
         return True
+
+    def _noting_loss(self, epoch: int, use: Callable[[], T]) -> T:
+        """Use the connection of that epoch; if it has ended, ``recover`` knows."""
+        try:
+            return use()
+        except LOSSES:
+            self._note_loss(epoch)
+            raise
 
     def _note_loss(self, epoch: int) -> None:
         self._lost_epoch = max(self._lost_epoch, epoch)
@@ -225,15 +224,7 @@ class WorkerClient:
         Raises:
             shmtransport.PeerDied: no worker took over.
         """
-        persist((self,), self._ping)
-
-    def _ping(self) -> None:
-        epoch = self.epoch
-        try:
-            self.client.ping()
-        except LOSSES:
-            self._note_loss(epoch)
-            raise
+        persist((self,), lambda: self._noting_loss(self.epoch, self.client.ping))
 
     @property
     def closed(self) -> bool:

@@ -13,7 +13,6 @@ from shmtransport import Client
 from ..boundary.division import check_complete
 from ..boundary.geometry import Geometry
 from ..boundary.operations import EMBED, Mode
-from ..checkpoint import Checkpoint
 from ..model.program import WorkerOp
 from .worker_client import WorkerClient, check_embedding, persist
 
@@ -100,25 +99,16 @@ class Workers(Sequence[WorkerClient]):
 def connect(
     addresses: Sequence[str],
     open_client: Callable[[str], Client],
-    checkpoint: Checkpoint,
+    check: Callable[[Client], WorkerClient],
     mode: Mode,
-    *,
-    compute: torch.dtype,
-    wire: torch.dtype,
-    reconnect: bool,
-    revive: Callable[[], None],
 ) -> Workers:
     """Connect to the workers of a model.
 
     Args:
         addresses: where they are, in the order of their layers.
         open_client: connects to one of them.
-        checkpoint: this side's model.
+        check: makes a ``WorkerClient`` of a connection, which compares the worker with this side's model.
         mode: the split.
-        compute: the dtype that both sides compute in.
-        wire: the dtype of activations that cross.
-        reconnect: connect again when a worker has died.
-        revive: called before each try to connect again; may start the worker.
 
     Raises:
         WorkerMismatch: a worker serves another model, or they don't hold each layer once.
@@ -129,9 +119,7 @@ def connect(
         for address in addresses:
             client = open_client(address)
             undo.callback(client.close)
-            connected.append(
-                WorkerClient(client, checkpoint, mode, compute=compute, wire=wire, reconnect=reconnect, revive=revive)
-            )
+            connected.append(check(client))
         workers = Workers(connected, mode)
         undo.pop_all()
     return workers

@@ -122,10 +122,7 @@ class Service:
         (mine_BTD,), result_BTD = self._bind(LAYERS, hidden_BTD)
         opened = self._opened(session)
         opened.begin(mine_BTD, **start)
-        *first, last = range(len(self._weights.layers))
-        for position in first:
-            mine_BTD = self._through(position, mine_BTD, opened)
-        return self._through(last, mine_BTD, opened, result_BTD)
+        return self._through_all(mine_BTD, opened, result_BTD)
 
     @torch.inference_mode()
     def _stack(
@@ -140,8 +137,7 @@ class Service:
         (mine_BTD,), logits_BNV = self._bind(STACK, hidden_BTD, N=len(kept))
         opened = self._opened(session)
         opened.begin(mine_BTD, **start)
-        for position in range(len(self._weights.layers)):
-            mine_BTD = self._through(position, mine_BTD, opened)
+        mine_BTD = self._through_all(mine_BTD, opened)
         kept_BND = mine_BTD[:, kept.start : kept.stop] if isinstance(kept, range) else mine_BTD[:, kept]
         return head.linear(head.norm(kept_BND, self._workspace), logits_BNV)
 
@@ -151,6 +147,15 @@ class Service:
         if isinstance(session, list):
             return Batch([self.sessions.open(connection_id, each) for each in session])
         return self.sessions.open(connection_id, session)
+
+    def _through_all(
+        self, hidden_BTD: torch.Tensor, session: Session | Batch, result_BTD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All decoder layers of this worker: [B, T, D] to [B, T, D]."""
+        *others, last = range(len(self._weights.layers))
+        for position in others:
+            hidden_BTD = self._through(position, hidden_BTD, session)
+        return self._through(last, hidden_BTD, session, result_BTD)
 
     def _through(
         self, position: int, hidden_BTD: torch.Tensor, session: Session | Batch, result_BTD: torch.Tensor | None = None
