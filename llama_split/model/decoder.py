@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..boundary.geometry import Geometry
 from ..boundary.operations import DOWN, GATE_UP, OUT_PROJ, QKV
 from .attention import Attention, QueryKeyValue
 from .program import Program, WorkerOp, Workspace
+from .rotary import rotate
 
 
 class KeysAndValues(Protocol):
@@ -35,7 +35,7 @@ class KeysAndValues(Protocol):
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers of one forward share: rotary cosines and sines, mask, KV cache and way of attending.
+    """What all layers of one forward share: rotary cosines and sines (see ``rotary.rotate``), mask, KV cache and way of attending.
 
     A ``mask`` of None means causal where ``attention.takes_none``; elsewhere it hides nothing.
     """
@@ -83,7 +83,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(geometry.hidden, config.rms_norm_eps)
         self.activation = ACT2FN[config.hidden_act]
         self.index = index
-        self.widths = [geometry.query_width, geometry.kv_width, geometry.kv_width]
+        self.heads = [geometry.heads, geometry.kv_heads]
         self.head_dim = geometry.head_dim
         # transformers' attention functions read these.
         self.config = config
@@ -127,12 +127,11 @@ class DecoderLayer(nn.Module):
             context: what all layers of the forward share.
             workspace: where the arguments of operations are written.
         """
-        heads = (*qkv_BTP.shape[:-1], -1, self.head_dim)
-        query_BTHd, key_BTGd, value_BTGd = (each.view(heads) for each in torch.split(qkv_BTP, self.widths, dim=-1))
-        query_BHTd, key_BGTd = apply_rotary_pos_emb(
-            query_BTHd.transpose(1, 2), key_BTGd.transpose(1, 2), *context.cos_sin
-        )
-        key_BGSd, value_BGSd = key_BGTd, value_BTGd.transpose(1, 2)
+        heads_BTHd = qkv_BTP.view(*qkv_BTP.shape[:-1], -1, self.head_dim)
+        turned = sum(self.heads)  # queries and keys; values follow
+        rotated_BTHd = rotate(heads_BTHd[:, :, :turned], context.cos_sin)
+        query_BHTd, key_BGSd = rotated_BTHd.transpose(1, 2).split(self.heads, dim=1)
+        value_BGSd = heads_BTHd[:, :, turned:].transpose(1, 2)
         if context.cache is not None:
             key_BGSd, value_BGSd = context.cache.update(key_BGSd, value_BGSd, self.index)
         attended_BTHd = yield from context.attention.program(

