@@ -35,7 +35,7 @@ class KeysAndValues(Protocol):
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers of one forward share: rotary cosines and sines (see ``rotary.rotate``), mask, KV cache and way of attending.
+    """What all layers of one forward share: what ``rotate`` takes, mask, KV cache and way of attending.
 
     A ``mask`` of None means causal where ``attention.takes_none``; elsewhere it hides nothing.
     """
@@ -130,7 +130,7 @@ class DecoderLayer(nn.Module):
         heads_BTHd = qkv_BTP.view(*qkv_BTP.shape[:-1], -1, self.head_dim)
         turned = sum(self.heads)  # queries and keys; values follow
         rotated_BTHd = rotate(heads_BTHd[:, :, :turned], context.cos_sin)
-        query_BHTd, key_BGSd = rotated_BTHd.transpose(1, 2).split(self.heads, dim=1)
+        query_BHTd, key_BGSd = torch.split(rotated_BTHd.transpose(1, 2), self.heads, dim=1)
         value_BGSd = heads_BTHd[:, :, turned:].transpose(1, 2)
         if context.cache is not None:
             key_BGSd, value_BGSd = context.cache.update(key_BGSd, value_BGSd, self.index)
