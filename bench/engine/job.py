@@ -128,15 +128,15 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
 
 
 def _model_options(model: str) -> list[str]:
-    from llama_split.commands.settings import demo_model
+    from llama_split.checkpoint.demo import demo_model
 
     return ["--model", str(demo_model())] if model == DEMO else ["--model", model, "--random-weights"]
 
 
 def _checkpoint(model: str) -> Checkpoint:
     from llama_split.checkpoint import open_checkpoint
+    from llama_split.checkpoint.demo import demo_model
     from llama_split.checkpoint.synthetic import RandomCheckpoint
-    from llama_split.commands.settings import demo_model
 
     return open_checkpoint(str(demo_model())) if model == DEMO else RandomCheckpoint(model)
 

@@ -20,8 +20,8 @@ from llama_split.boundary.choices import DTYPES
 from llama_split.boundary.division import layers_text
 from llama_split.boundary.operations import Mode
 from llama_split.checkpoint import Checkpoint, open_checkpoint
+from llama_split.checkpoint.demo import demo_model
 from llama_split.commands.footprint import footprint
-from llama_split.commands.settings import demo_model
 from llama_split.placement.local import WorkerProcess
 
 

@@ -5,23 +5,14 @@ Its lists of weights are those that the sides load.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from ..boundary.choices import default_arena_bytes
-from ..boundary.division import divide
 from ..boundary.operations import REVEALED, Dtype, Mode
 from ..boundary.traffic import Traffic, forward_sizes, forward_traffic
-from ..checkpoint.outline import Outline, parameter_shape, trusted_names
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one worker holds: its layers, and the bytes of their weights and of what comes with them."""
-
-    layers: range
-    weights: int
+from ..checkpoint.outline import Outline, trusted_names
+from ..checkpoint.shares import Share, shares_of, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -87,28 +78,8 @@ def footprint(
         prefill=forward_traffic(mode, geometry, forward_sizes(geometry, prefill_tokens), wire, workers),
         decode=forward_traffic(mode, geometry, after_prefill, wire, workers),
         worker_sees=REVEALED[mode],
-        trusted_weights=_nbytes(outline, trusted_names(geometry.layers, mode), compute),
-        shares=_shares(outline, mode, compute, limits),
+        trusted_weights=weight_bytes(outline, trusted_names(geometry.layers, mode), compute),
+        shares=shares_of(outline, mode, compute, limits),
         kv_per_token=2 * geometry.layers * geometry.kv_width * compute.itemsize,
         arena=default_arena_bytes(geometry, mode, wire),
     )
-
-
-def _shares(outline: Outline, mode: Mode, compute: Dtype, limits: Sequence[int | None]) -> list[Share]:
-    """Divide the layers among the workers; in mode op the first one holds the embedding as well."""
-    layers = outline.geometry.layers
-
-    def weights(held: range, *, first: bool) -> int:
-        groups = outline.worker_groups(embedding=first and mode is Mode.OP, layers=held)
-        return _nbytes(outline, (name for group in groups.values() for name in group), compute)
-
-    everything = weights(range(layers), first=False)
-    layer = everything - weights(range(1, layers), first=False)
-    extras = [0] * len(limits)
-    extras[-1] = everything - layers * layer
-    extras[0] += weights(range(layers - 1), first=True) - weights(range(layers - 1), first=False)
-    return [Share(held, weights(held, first=held.start == 0)) for held in divide(layer, layers, extras, limits)]
-
-
-def _nbytes(outline: Outline, names: Iterable[str], compute: Dtype) -> int:
-    return sum(prod(parameter_shape(outline.geometry, name)) for name in names) * compute.itemsize

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checkpoint.demo import demo_model
 from ..errors import LlamaSplitError
-from .settings import MODEL_VARIABLE, Settings, demo_model
+from .settings import MODEL_VARIABLE, Settings
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint

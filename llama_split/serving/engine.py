@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import threading
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 PAGE_TOKENS = 32
 _BATCH_TOKENS = 512
 _STOP_S = 5.0
+# By default the KV cache has room for as many texts of full length, but takes no more than this share of the memory.
+_KV_TEXTS = 8
+_KV_SHARE = 8
 
 
 class EngineFailed(LlamaSplitError):
@@ -53,6 +57,14 @@ class NewToken:
 
     token: int
     probability: TokenProbability | None
+
+
+def default_kv_tokens(model: SplitLlamaForCausalLM) -> int:
+    """How many tokens the KV cache has room for if nothing else was chosen."""
+    geometry, positions = model.workers.geometry, int(model.config.max_position_embeddings)
+    nbytes: int = 2 * geometry.layers * geometry.kv_width * model.dtype.itemsize  # keys and values of one token
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(min(_KV_TEXTS * positions, memory // _KV_SHARE // nbytes), positions // _KV_SHARE)
 
 
 class Engine:

@@ -22,7 +22,7 @@ from transformers import Cache, ContinuousBatchingConfig, GenerationConfig, Llam
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from shmtransport import ChannelKind, Client, Statistics
+from shmtransport import ChannelKind, Statistics
 from shmtransport.memory.forks import BoundToProcess
 
 from ..boundary.choices import check_pipeline, default_arena_bytes, parse_mode
@@ -35,6 +35,7 @@ from ..model.kv_cache import GrowingCache
 from ..model.program import HeapWorkspace
 from ..model.rotary import TextLengths
 from .batched_sessions import BatchedSessions
+from .connection import Reachable, open_connection
 from .history import ForwardInput
 from .inputs import fit_inputs
 from .keywords import check_keywords
@@ -87,7 +88,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         cls,
         path_or_hub_id: str | os.PathLike[str] | Checkpoint,
         *,
-        worker: str | Sequence[str],
+        worker: str | Reachable | Sequence[str | Reachable],
         mode: str | Mode = Mode.FUSED,
         dtype: str | torch.dtype | None = None,
         torch_dtype: str | torch.dtype | None = None,
@@ -109,7 +110,8 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         Args:
             path_or_hub_id: a model's directory, a GGUF file, a hub id, or an open ``Checkpoint``.
             worker: the worker's address, for example ``ipc:///tmp/worker.ipc``; or the addresses of the workers that
-                share the layers, in the order of these.
+                share the layers, in the order of these. A ``connection.Reachable`` stands for one that has none on
+                this machine.
             mode: the split: op, fused, layer or stack.
             dtype: of weights and arithmetic. None and "auto": the checkpoint's, which is float32 for GGUF.
             torch_dtype: former name of ``dtype``.
@@ -137,14 +139,14 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         """
         checkpoint = open_checkpoint(path_or_hub_id, gguf_file)
         mode = parse_mode(mode)
-        addresses = [worker] if isinstance(worker, str) else list(worker)
-        check_pipeline(pipeline, mode, len(addresses))
+        named = list(worker) if isinstance(worker, Sequence) and not isinstance(worker, str) else [worker]
+        check_pipeline(pipeline, mode, len(named))
         dtype = torch_dtype if dtype is None else dtype
         compute = parse_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
         open_client = functools.partial(
-            Client,
+            open_connection,
             arena_bytes=arena_bytes,
             timeout_s=timeout_s,
             connect_timeout_s=connect_timeout_s,
@@ -162,7 +164,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             revive=revive,
         )
         with contextlib.ExitStack() as undo:
-            workers = connect(addresses, open_client, check, mode)
+            workers = connect(named, open_client, check, mode)
             undo.callback(workers.close)
             config = copy.deepcopy(checkpoint.config)
             config.dtype = compute

@@ -19,13 +19,11 @@ from typing import Any, TypeVar
 import torch
 
 from shmtransport import (
-    Client,
     Closed,
     ConnectRefused,
     ConnectTimeout,
     LocalProtocolError,
     PeerDied,
-    PendingReply,
     RemoteError,
 )
 from shmtransport.text import printable
@@ -36,6 +34,7 @@ from ..boundary.geometry import Geometry
 from ..boundary.operations import Mode, Operation
 from ..checkpoint import Checkpoint
 from ..errors import LlamaSplitError, SessionLost, WorkerMismatch
+from .connection import Connection, Pending
 
 logger = logging.getLogger("llama_split")
 
@@ -57,9 +56,7 @@ _DESCRIBED = {"geometry", "fingerprint", "dtype", "embedding", "layers", "sessio
 class CheckedReply:
     """A call in flight; its result is checked before it is handed out."""
 
-    def __init__(
-        self, pending: PendingReply, check: Callable[[Any], torch.Tensor], on_loss: Callable[[], None]
-    ) -> None:
+    def __init__(self, pending: Pending, check: Callable[[Any], torch.Tensor], on_loss: Callable[[], None]) -> None:
         self._pending = pending
         self._check = check
         self._on_loss = on_loss
@@ -84,7 +81,7 @@ class WorkerClient:
     """A connection to a worker that serves the same model.
 
     Args:
-        client: the transport's client, connected.
+        client: connected to it.
         checkpoint: this side's model.
         mode: the split.
         compute: the dtype that both sides compute in.
@@ -99,7 +96,7 @@ class WorkerClient:
 
     def __init__(
         self,
-        client: Client,
+        client: Connection,
         checkpoint: Checkpoint,
         mode: Mode,
         *,

@@ -8,12 +8,11 @@ from typing import TypeVar, overload
 
 import torch
 
-from shmtransport import Client
-
 from ..boundary.division import check_complete
 from ..boundary.geometry import Geometry
 from ..boundary.operations import EMBED, Mode
 from ..model.program import WorkerOp
+from .connection import Connection, Reachable
 from .worker_client import WorkerClient, check_embedding, persist
 
 T = TypeVar("T")
@@ -97,15 +96,15 @@ class Workers(Sequence[WorkerClient]):
 
 
 def connect(
-    addresses: Sequence[str],
-    open_client: Callable[[str], Client],
-    check: Callable[[Client], WorkerClient],
+    named: Sequence[str | Reachable],
+    open_client: Callable[[str | Reachable], Connection],
+    check: Callable[[Connection], WorkerClient],
     mode: Mode,
 ) -> Workers:
     """Connect to the workers of a model.
 
     Args:
-        addresses: where they are, in the order of their layers.
+        named: where they are, in the order of their layers.
         open_client: connects to one of them.
         check: makes a ``WorkerClient`` of a connection, which compares the worker with this side's model.
         mode: the split.
@@ -116,8 +115,8 @@ def connect(
     """
     with contextlib.ExitStack() as undo:
         connected = []
-        for address in addresses:
-            client = open_client(address)
+        for one in named:
+            client = open_client(one)
             undo.callback(client.close)
             connected.append(check(client))
         workers = Workers(connected, mode)

@@ -12,8 +12,8 @@ from llama_split.boundary.geometry import Geometry
 from llama_split.boundary.operations import REVEALED, Mode
 from llama_split.boundary.traffic import forward_sizes, forward_traffic
 from llama_split.checkpoint import open_checkpoint
+from llama_split.checkpoint.demo import DEMO_WHEEL, MODEL_MISSING, demo_model
 from llama_split.checkpoint.synthetic import RandomCheckpoint
-from llama_split.commands.settings import DEMO_WHEEL, MODEL_MISSING, demo_model
 from shmtransport.core import MessageRing
 from shmtransport.core.layout import FORMAT_VERSION, HEADER, MAGIC, Layout
 from shmtransport.endpoints.connection_memory import segment_layout

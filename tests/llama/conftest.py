@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from llama_split import SplitLlamaForCausalLM
 from llama_split.boundary.operations import Mode
 from llama_split.checkpoint import Checkpoint, open_checkpoint
-from llama_split.commands.settings import demo_model
+from llama_split.checkpoint.demo import demo_model
 from tests.support.checkpoints import read_once
 from tests.support.children import Child, Mother
 from tests.support.commands import FORKED

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_split.checkpoint import open_checkpoint
+from llama_split.checkpoint.demo import demo_model
 from llama_split.checkpoint.description import Description, describe, quick_description
 from llama_split.checkpoint.shapes import SHAPES
 from llama_split.checkpoint.synthetic import RandomCheckpoint
-from llama_split.commands.settings import demo_model
 from llama_split.errors import CheckpointError
 from tests.support.checkpoints import as_gguf, changed, edit_config
 from tests.support.commands import environment

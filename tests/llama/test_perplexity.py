@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from llama_split import SplitLlamaForCausalLM
 from llama_split.boundary.compute import DTYPES
 from llama_split.checkpoint import Checkpoint
-from llama_split.commands.settings import demo_model
+from llama_split.checkpoint.demo import demo_model
 from tests.support.llamas import Worker, worker_in_thread
 
 # The project's licence: a fixed text, long enough for the roundings of a dtype to average out. A CPU takes long for

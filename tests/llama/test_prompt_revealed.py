@@ -13,7 +13,7 @@ import torch
 from llama_split import SplitLlamaForCausalLM
 from llama_split.boundary.operations import EMBED, LAYER, QKV, REVEALED, STACK, Mode
 from llama_split.checkpoint import EMBEDDING, LAYER_NORMS, Checkpoint, layer_name, open_checkpoint
-from llama_split.commands.settings import demo_model
+from llama_split.checkpoint.demo import demo_model
 from shmtransport import Server
 from tests.support.hollow import hollow_handlers
 
