@@ -8,6 +8,8 @@ from __future__ import annotations
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_EXTRAS = {**dict.fromkeys(("gguf", "rich", "safetensors", "transformers", "typer"), "llama"), "ray": "ray"}
+
 
 class LlamaSplitError(Exception):
     """Base class of this package's errors."""
@@ -19,14 +21,13 @@ class MissingPackage(LlamaSplitError, ImportError):
     @classmethod
     def named(cls, package: str) -> MissingPackage:
         """The error for one package."""
-        return cls(f"llama_split needs the package {package}: pip install 'shmtransport[llama]'")
+        extra = _EXTRAS.get(package, "llama")
+        return cls(f"llama_split needs the package {package}: pip install 'shmtransport[{extra}]'")
 
 
 def missing_package(error: ModuleNotFoundError) -> MissingPackage | None:
-    """The error with a remedy, if the missing package belongs to this project's ``llama`` extra; else None."""
-    if error.name not in ("gguf", "rich", "safetensors", "transformers", "typer"):
-        return None
-    return MissingPackage.named(error.name)
+    """The error with a remedy, if the missing package belongs to one of this project's extras; else None."""
+    return MissingPackage.named(error.name) if error.name in _EXTRAS else None
 
 
 class CheckpointError(LlamaSplitError):
