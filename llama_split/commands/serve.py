@@ -16,6 +16,7 @@ import typer
 
 from ..errors import LlamaSplitError
 from .console import notice
+from .on_ray import RayOptions, check_unused, serve_on_ray
 from .opening import Opening
 from .options import AdvancedOptions, SplitOptions, VerboseOption, model_name
 from .settings import Settings
@@ -51,6 +52,7 @@ class ServeOptions:
     drain_s: Annotated[
         float, typer.Option(min=0.0, help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.")
     ] = 30.0
+    cluster: RayOptions
     advanced: AdvancedOptions
     verbose: VerboseOption = False
 
@@ -64,6 +66,17 @@ def serve(options: ServeOptions) -> None:
     with contextlib.ExitStack() as stack:
         api_key = options.api_key or os.environ.get(KEY_VARIABLE) or None
         _warn_if_open(options.host, api_key)
+        check_unused(options.cluster)
+        if options.cluster.ray:
+            serving = {
+                "api_key": api_key,
+                "served_name": options.served_name,
+                "max_waiting": options.max_waiting,
+                "max_kv_tokens": options.max_kv_tokens,
+                "drain_s": options.drain_s,
+            }
+            serve_on_ray(options.cluster, options.split, options.advanced, serving, options.host, options.port)
+            return
         opening = Opening(options.split, options.advanced, stack, verbose=options.verbose)
         tokenizer = opening.tokenizer
         try:

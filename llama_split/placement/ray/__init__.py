@@ -7,11 +7,21 @@ that share the layers from other nodes are reached through an actor on their nod
 Ray pickles what its processes tell each other: all nodes of a cluster trust each other. See docs/security.md.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from ...errors import missing_package
 
-try:
+if TYPE_CHECKING:
     from .application import app, run
-except ModuleNotFoundError as error:
-    raise missing_package(error) or error from None
 
 __all__ = ["app", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import application
+    except ModuleNotFoundError as error:
+        raise missing_package(error) or error from None
+    return getattr(application, name)

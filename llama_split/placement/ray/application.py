@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import time
 from typing import Any
 
+import ray
 from ray import serve
 
 from .plan import Plan
 from .replica import Replica
+
+_NAME = "llama-split"
+_LOOK_S = 0.5  # a signal may be taken by another thread, which does not interrupt a longer sleep
 
 
 def app(options: dict[str, Any]) -> serve.Application:
@@ -22,7 +29,7 @@ def app(options: dict[str, Any]) -> serve.Application:
     plan = Plan.of(options)
     deployment = serve.deployment(
         serve.ingress()(Replica),
-        name="llama-split",
+        name=_NAME,
         ray_actor_options={"num_cpus": plan.cpus},
         placement_group_bundles=plan.bundles,
         placement_group_strategy=plan.strategy,
@@ -39,7 +46,9 @@ def app(options: dict[str, Any]) -> serve.Application:
 
 
 def run(options: dict[str, Any], host: str, port: int) -> None:
-    """Serve the application until SIGINT, on the cluster that this machine belongs to, or on one of its own.
+    """Serve the application until SIGINT or SIGTERM, on the cluster of this machine or on one that is started for it.
+
+    Running requests then have the plan's ``drain_s`` to finish.
 
     Args:
         options: as for ``app``.
@@ -51,4 +60,12 @@ def run(options: dict[str, Any], host: str, port: int) -> None:
     """
     built = app(options)
     serve.start(http_options={"host": host, "port": port})
-    serve.run(built, name="llama-split", blocking=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            serve.run(built, name=_NAME)
+            while True:
+                time.sleep(_LOOK_S)
+    finally:
+        serve.delete(_NAME)
+        ray.shutdown()  # ends the cluster if it was started here
