@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_MODEL_STAMP := $(VENV)/.demo-model
 PEERS_STAMP := $(VENV)/.bench-peers
+RAY_STAMP := $(VENV)/.ray
 DOCS_STAMP := $(VENV)/.docs
 WHEEL_STAMP := $(VENV)/.wheel
 WHEEL_CHECK := build/wheel-check
@@ -24,7 +25,7 @@ SANITIZER_RUN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-fi
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs wheel clean
+.PHONY: help install demo test test-unit test-cluster fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +51,13 @@ test: install ## run all tests, in several processes
 
 test-unit: install ## run the tests that need no second process, in half a minute
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit
+
+test-cluster: $(RAY_STAMP) ## run the tests on a Ray cluster of two nodes, in three minutes
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
+$(RAY_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[ray]'
+	@touch $@
 
 fuzz: install ## put hostile input into every decoder: INPUTS=1000000
 	$(BIN)/python -m tests.adversarial.fuzz --inputs $(INPUTS)

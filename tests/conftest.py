@@ -62,8 +62,15 @@ def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
         spec.python = workers.interpreter
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what needs the demo model, so that one worker has it all: loading it takes many seconds."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """First what needs the demo model, so that one worker has it all: loading it takes many seconds.
+
+    Tests on a cluster, which take minutes, run only where they are asked for.
+    """
+    if "cluster" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("cluster") is not None:
+                item.add_marker(pytest.mark.skip(reason="starts a Ray cluster: `make test-cluster` runs it"))
 
     def needs_no_demo_model(item: pytest.Item) -> bool:
         names = getattr(item, "fixturenames", ())
