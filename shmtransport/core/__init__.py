@@ -14,8 +14,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import python_twin
-
 if TYPE_CHECKING:
     from .python_twin import (
         Bell,
@@ -93,14 +91,18 @@ def choose(wanted: str) -> tuple[ModuleType, str, str]:
     if wanted not in ("", "python", "native"):
         raise ImportError(f"{SWITCH}={wanted} names no core: set it to python or native, or unset it")
     if wanted == "python":
-        return python_twin, "python", f"{SWITCH}=python"
+        return _python_twin(), "python", f"{SWITCH}=python"
     try:
         return import_module(".native_twin", __name__), "native", f"{SWITCH}=native" if wanted else "it is the default"
     except ImportError as error:
         why = f"the compiled core can't be loaded ({error}): install shmtransport where there is a C compiler"
         if not wanted:
-            return python_twin, "python", why
+            return _python_twin(), "python", why
         raise ImportError(f"{SWITCH}=native, but {why}, or unset {SWITCH}") from error
+
+
+def _python_twin() -> ModuleType:
+    return import_module(".python_twin", __name__)  # only where it is used, which is not where a command must be quick
 
 
 _twin, CORE, CORE_REASON = choose(os.environ.get(SWITCH, ""))

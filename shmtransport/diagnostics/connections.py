@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from .facts import SegmentId, processes_with_segments
 
+NO_CONNECTION = "no connection of this user is in use"
+
 _ACCEPTS = 0x10000  # __SO_ACCEPTCON among a unix socket's flags
 _TCP_LISTEN = "0A"
 

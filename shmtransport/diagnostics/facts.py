@@ -12,7 +12,6 @@ import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TypeAlias
 
 from ..channels.address import IPC
@@ -132,6 +131,8 @@ def versions() -> dict[str, str]:
 
 
 def _version_of(package: str) -> str:
+    from importlib import metadata  # only here: `ls` needs no versions and must be quick
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

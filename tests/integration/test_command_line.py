@@ -299,10 +299,10 @@ def test_what_needs_no_torch_does_not_wait_for_it(arguments: tuple[str, ...]) ->
 def test_without_the_extra_one_line_says_what_to_install(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No traceback; exit code 2."""
-    for name in [
-        name for name in sys.modules if name.split(".")[0] == missing or name == "shmtransport.diagnostics.cli"
-    ]:
+    """No traceback; exit code 2. `ls` needs rich only where there is a table to print."""
+    monkeypatch.setattr(sys, "argv", ["shmtransport", "doctor"])
+    ours = {"shmtransport.diagnostics.cli", "shmtransport.diagnostics.tables"}
+    for name in [name for name in sys.modules if name.split(".")[0] == missing or name in ours]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as caught:
@@ -316,6 +316,7 @@ def test_without_the_extra_one_line_says_what_to_install(
 def test_any_other_missing_module_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a mistake, and is seen."""
     monkeypatch.delitem(sys.modules, "shmtransport.diagnostics.cli")
-    monkeypatch.setitem(sys.modules, "shmtransport.diagnostics.facts", None)
-    with pytest.raises(ModuleNotFoundError, match="facts"):
+    monkeypatch.setattr(sys, "argv", ["shmtransport", "ls"])
+    monkeypatch.setitem(sys.modules, "shmtransport.diagnostics.connections", None)
+    with pytest.raises(ModuleNotFoundError, match="connections"):
         __main__.main()
