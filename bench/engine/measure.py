@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import track
 
 from ..harness.results import EngineRow, EngineRun, setting
+from . import llama_cpp
 from .job import DEMO, UNSPLIT, UNSPLIT_PASSIVE, Job, Outcome
 
 MODELS = (DEMO, "llama-3.2-1b", "llama-3.1-8b", "tinyllama-1.1b")
+PEERS = (llama_cpp.ALONE, llama_cpp.RPC)
 DTYPES = ("float32", "bfloat16", "float16")
 _TIMEOUT_S = 900.0
 
@@ -26,7 +28,7 @@ class EnginePlan:
     """What to run: all combinations of the first four, and the unsplit model in every dtype.
 
     ``prompts`` are lengths in tokens, ``repeats`` the forwards of each; ``threads`` are for each process; the worker
-    spins for ``spin_us`` on the doorbell.
+    spins for ``spin_us`` on the doorbell. With ``peers``, llama.cpp runs the same models where it can.
     """
 
     models: Sequence[str]
@@ -38,6 +40,7 @@ class EnginePlan:
     repeats: int
     threads: int
     spin_us: float
+    peers: bool
 
 
 def measure_engine(plan: EnginePlan) -> EngineRun:
@@ -60,7 +63,30 @@ def measure_engine(plan: EnginePlan) -> EngineRun:
         outcome = _run(job)
         expected = tokens.setdefault((job.model, job.dtype), outcome.token_ids)  # those of the unsplit model, the first
         rows.append(_row(job, outcome, expected))
-    return EngineRun(about, rows)
+    skipped: dict[str, str] = {}
+    for model, dtype, peer in product(plan.models, plan.dtypes, PEERS if plan.peers else ()):
+        found = _peer_row(plan, model, dtype, peer)
+        if isinstance(found, EngineRow):
+            rows.append(found)
+        else:
+            skipped[f"{peer}, {model}, {dtype}"] = found
+    return EngineRun(about, rows, skipped)
+
+
+def _peer_row(plan: EnginePlan, model: str, dtype: str, peer: str) -> EngineRow | str:
+    """What a peer takes, or why it can't be measured here."""
+    try:
+        return llama_cpp.measure(
+            model,
+            dtype,
+            peer,
+            prompts=plan.prompts,
+            new_tokens=plan.new_tokens,
+            repeats=plan.repeats,
+            threads=plan.threads,
+        )
+    except llama_cpp.Unavailable as error:
+        return str(error)
 
 
 def _jobs(plan: EnginePlan) -> Iterator[Job]:

@@ -135,7 +135,7 @@ class EngineRow(msgspec.Struct, frozen=True):
     """One way of running one model; dicts are by the prompt's length in tokens.
 
     ``prefill_calls`` are those of the first prompt, ``decode_*`` those of one token generated after it. Of the
-    ``tokens`` generated, the first ``same_tokens`` are the unsplit model's.
+    ``tokens`` generated, the first ``same_tokens`` are the unsplit model's. What is None is not known of a peer.
     """
 
     model: str
@@ -143,16 +143,16 @@ class EngineRow(msgspec.Struct, frozen=True):
     mode: str
     channel: str
     prefill_ms: dict[str, float]
-    prefill_calls: int
+    prefill_calls: int | None
     prefill_mib: dict[str, float]
     decode_p50_ms: float
-    decode_p99_ms: float
-    decode_calls: float
-    decode_kib: float
-    same_tokens: int
+    decode_p99_ms: float | None
+    decode_calls: float | None
+    decode_kib: float | None
+    same_tokens: int | None
     tokens: int
-    client_cpu_s: float
-    worker_cpu_s: float
+    client_cpu_s: float | None
+    worker_cpu_s: float | None
 
 
 class EngineRun(msgspec.Struct, frozen=True, tag="engine"):
@@ -160,6 +160,7 @@ class EngineRun(msgspec.Struct, frozen=True, tag="engine"):
 
     setting: Setting
     rows: list[EngineRow]
+    skipped: dict[str, str] = {}
 
 
 Run = LatencyRun | ThroughputRun | BaselineRun | EngineRun

@@ -51,9 +51,13 @@ def _sections(runs: list[Run]) -> dict[str, str]:
         sections["targets"] = to_markdown(tables.target_grid(targets(latency, baseline)))
     if engines:  # several, since models of different sizes are measured with different prompts
         sections["engine"] = "\n".join(
-            [*(_section(run.setting, engine_grids(run)) for run in engines), to_markdown(revealed_grid())]
+            [*(_section(run.setting, _engine_grids(run)) for run in engines), to_markdown(revealed_grid())]
         )
     return sections
+
+
+def _engine_grids(run: EngineRun) -> Iterable[Grid]:
+    return [*engine_grids(run), *([tables.skipped_grid(run.skipped)] if run.skipped else [])]
 
 
 def _section(setting: Setting, grids: Iterable[Grid]) -> str:

@@ -13,6 +13,8 @@ from ..engine.job import UNSPLIT, UNSPLIT_PASSIVE
 from ..harness.results import EngineRow, EngineRun
 from .grid import Grid
 
+UNKNOWN = "–"
+
 
 def engine_grids(run: EngineRun) -> Iterator[Grid]:
     """A table for each model and dtype, in the order in which they were measured."""
@@ -41,19 +43,23 @@ def engine_grids(run: EngineRun) -> Iterator[Grid]:
 def _cells(row: EngineRow, rows: list[EngineRow], prompts: list[str]) -> Iterator[str]:
     unsplit = [one for one in rows if one.mode in (UNSPLIT, UNSPLIT_PASSIVE)]
     yield f"{row.mode} {row.channel}".strip()
-    yield f"{row.prefill_calls}"
+    yield _cell(row.prefill_calls, "d")
     for length in prompts:
         yield f"{row.prefill_ms[length]:.1f}"
     for length in prompts:
         yield f"{row.prefill_ms[length] / min(one.prefill_ms[length] for one in unsplit):.2f}"
-    yield f"{row.prefill_mib[prompts[-1]]:.1f}"
+    yield _cell(row.prefill_mib.get(prompts[-1]), ".1f")
     yield f"{row.decode_p50_ms:.2f}"
-    yield f"{row.decode_p99_ms:.2f}"
+    yield _cell(row.decode_p99_ms, ".2f")
     yield f"{1e3 / row.decode_p50_ms:.1f}"
     yield f"{row.decode_p50_ms / min(one.decode_p50_ms for one in unsplit):.2f}"
-    yield f"{row.decode_kib:.0f}"
-    yield f"{row.same_tokens}/{row.tokens}"
-    yield f"{row.client_cpu_s:.1f} + {row.worker_cpu_s:.1f}"
+    yield _cell(row.decode_kib, ".0f")
+    yield UNKNOWN if row.same_tokens is None else f"{row.same_tokens}/{row.tokens}"
+    yield UNKNOWN if row.client_cpu_s is None else f"{row.client_cpu_s:.1f} + {_cell(row.worker_cpu_s, '.1f')}"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else format(value, form)
 
 
 def revealed_grid() -> Grid:
