@@ -94,6 +94,7 @@ def main() -> None:
 
 
 def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int | None]:
+    from llama_split.boundary.operations import Mode
     from llama_split.placement.local import WorkerProcess
 
     own: WorkerProcess | None = None
@@ -108,7 +109,9 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
             str(job.spin_us),
             *_model_options(job.model),
         ]
-        own = stack.enter_context(WorkerProcess([*options, *(["--embedding"] if job.mode == "op" else [])]))
+        mode = Mode(job.mode)
+        options += ["--embedding"] if mode is Mode.OP else []
+        own = stack.enter_context(WorkerProcess(options, computes_alone=mode.worker_keeps_kv))
     checkpoint = _checkpoint(job.model)
     if own is None:
         return _unsplit(checkpoint, job.dtype), None

@@ -60,7 +60,8 @@ class Opening:
         if not addresses:  # started first, so that both processes import and load at the same time
             device = settings.pick(split.device, DEVICE_VARIABLE, "cpu")
             arguments = ["--model", name, "--dtype", dtype, "--device", device, *_worker_arguments(split, advanced)]
-            self._own = stack.enter_context(WorkerProcess(arguments, verbose=verbose))
+            own = WorkerProcess(arguments, verbose=verbose, computes_alone=self._mode.worker_keeps_kv)
+            self._own = stack.enter_context(own)
             addresses = [self._own.address]
         else:
             if split.device is not None:

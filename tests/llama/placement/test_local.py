@@ -37,7 +37,7 @@ def test_a_worker_imports_nothing_from_the_current_directory(
 ) -> None:
     """Not even for an empty entry of PYTHONPATH; its socket gets a short path where TMPDIR's is too long.
 
-    It ends in order, within the time that it is given before it is killed.
+    It ends in order, within the time that it is given before it is killed. Its threads spin as long as was asked for.
     """
     traps = ("tokenizers.py", "torch.py", "sitecustomize.py", "llama_split/__init__.py", "shmtransport/__init__.py")
     trapped = lay_traps(tmp_path, *traps)
@@ -46,8 +46,9 @@ def test_a_worker_imports_nothing_from_the_current_directory(
     monkeypatch.setattr(tempfile, "tempdir", LONG)
     Path(LONG).mkdir(exist_ok=True)
     try:
-        with WorkerProcess(["--model", str(tiny)]) as worker:
+        with WorkerProcess(["--model", str(tiny)], computes_alone=True) as worker:
             worker.wait_until_ready()
+            assert b"GOMP_SPINCOUNT=100000" in Path(f"/proc/{worker._process.pid}/environ").read_bytes().split(b"\0")
             assert worker.address.startswith("ipc:///tmp/llama-split-")
         assert worker._process.returncode == 0
     finally:
