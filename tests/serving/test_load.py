@@ -28,9 +28,11 @@ def _free_room(service: Service) -> int:
     return int(processor.cache.pool.num_free_sectors)
 
 
-# The client library leaves the generator of a stream that is not read to its end to a garbage collection, which may run
+# The client library leaves generators of a stream that is not read to its end to a garbage collection, which may run
 # in the scheduler's thread here, since client and server share this process.
-@pytest.mark.filterwarnings("ignore:.*AsyncResponseStream:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*(AsyncResponseStream|BoundAsyncStream|aiter_raw):pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.timeout(SECONDS + 120)
 @pytest.mark.parametrize("mode", ["fused", "stack"])
 def test_many_clients_some_of_which_leave_while_the_worker_is_killed(
