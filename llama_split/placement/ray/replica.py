@@ -12,6 +12,7 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -93,10 +94,11 @@ class Replica:
             raise WorkerFailed(f"no worker for {self._plan.recovery_s:g} s: {reason}")
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # it was not made in full
-            self._service.close()
-            self._model.close()
-            ray.get([worker.stop.remote() for worker in self._workers], timeout=_STOP_S)
+        for name in ("_service", "_model"):
+            if name in self.__dict__:  # or it was not made in full
+                self.__dict__[name].close()
+        with contextlib.suppress(RayError):
+            ray.get([worker.stop.remote() for worker in self.__dict__.get("_workers", ())], timeout=_STOP_S)
 
     def _place(self, worker: int) -> ActorHandle[WorkerActor]:
         """Start a worker in its bundle of this replica's placement group."""
@@ -121,7 +123,7 @@ class Replica:
         """
         try:
             addresses: list[str] = ray.get([worker.address.remote() for worker in self._workers], timeout=_LOADING_S)
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             raise WorkerFailed(f"a worker did not start: {error}") from error
         return addresses
 
