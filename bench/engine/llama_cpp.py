@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from llama_split.checkpoint.demo import demo_model
+from llama_split.errors import CheckpointError
 
 from ..harness.results import EngineRow
 from .job import DEMO
@@ -47,7 +48,7 @@ class _Timed(msgspec.Struct, frozen=True):
 def measure(
     model: str, dtype: str, mode: str, *, prompts: Sequence[int], new_tokens: int, repeats: int, threads: int
 ) -> EngineRow:
-    """Time prompts, and the tokens after the first of them.
+    """Time prompts, and the tokens after the first of them: the median generation, divided by its tokens.
 
     Args:
         model: as in ``bench engine``.
@@ -66,7 +67,7 @@ def measure(
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-llama-cpp-"))
         path = Path(directory, "model.gguf")
-        _output([_program("llama-quantize"), "--allow-requantize", str(demo_model()), str(path), _TYPES[dtype]])
+        _output([_program("llama-quantize"), "--allow-requantize", _demo_model(), str(path), _TYPES[dtype]])
         command = [_program("llama-bench"), "-m", str(path), "-t", str(threads), "-r", str(repeats), "-o", "json"]
         if mode == RPC:
             command += ["--rpc", stack.enter_context(_rpc_server(threads)), "-ngl", "99"]
@@ -90,6 +91,13 @@ def measure(
         client_cpu_s=None,
         worker_cpu_s=None,
     )
+
+
+def _demo_model() -> str:
+    try:
+        return str(demo_model())
+    except CheckpointError as error:
+        raise Unavailable(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -129,6 +137,8 @@ def _timed(command: Sequence[str]) -> list[_Timed]:
 def _output(command: Sequence[str]) -> bytes:
     try:
         return subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=True).stdout
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{Path(command[0]).name} took more than {_TIMEOUT_S:g} s") from None
     except subprocess.CalledProcessError as error:
         told = error.stderr.decode(errors="replace").strip().splitlines()
         raise Unavailable(f"{Path(command[0]).name} failed: {told[-1] if told else error.returncode}") from None

@@ -14,6 +14,12 @@ from .geometry import Geometry
 from .operations import BY_MODE, Dtype, Mode
 from .traffic import forward_sizes
 
+KEY_VARIABLE = "LLAMA_SPLIT_API_KEY"
+"""The environment variable of the key that clients of the server must send."""
+
+LEAST_KV_TOKENS = 64
+"""The least room that the server's KV cache may have."""
+
 MOST_PIPELINED = 8
 """The most chunks of a prompt in flight at once."""
 

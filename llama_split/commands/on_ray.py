@@ -64,11 +64,11 @@ def serve_on_ray(
         split: which model, and how it is split.
         advanced: of these, the channel and random weights have an effect.
         serving: further fields of ``placement.ray.plan.Plan``.
-        host: the address to listen at, on every node.
-        port: the port to listen at.
+        host: the address to listen at, on every node that has a replica. Where Serve runs already, it keeps its own.
+        port: the port to listen at; the same holds.
 
     Raises:
-        LlamaSplitError: an option can't be used on a cluster.
+        LlamaSplitError: an option can't be used on a cluster, or the application did not start.
     """
     useless = [name for name in _changed(advanced) if name.removeprefix("--").replace("-", "_") not in _TAKEN]
     if split.worker:
@@ -91,7 +91,7 @@ def serve_on_ray(
         "random_weights": advanced.random_weights,
         "seed": advanced.seed,
     }
-    notice(f"serving on Ray at http://{host}:{port}/v1")
+    notice(f"serving on Ray at http://{host}:{port}/v1, or where its HTTP proxies listen already")
     run(plan, host, port)
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from ..boundary.choices import KEY_VARIABLE, LEAST_KV_TOKENS
 from ..errors import LlamaSplitError
 from .console import notice
 from .on_ray import RayOptions, check_unused, serve_on_ray
@@ -21,8 +22,6 @@ from .opening import Opening
 from .options import AdvancedOptions, SplitOptions, VerboseOption, model_name
 from .settings import Settings
 from .signature import takes
-
-KEY_VARIABLE = "LLAMA_SPLIT_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class ServeOptions:
     max_kv_tokens: Annotated[
         int | None,
         typer.Option(
-            min=64,
+            min=LEAST_KV_TOKENS,
             help="Tokens that the KV cache has room for, over all requests. Default: 8 texts of full length, or what "
             "an eighth of the memory holds.",
         ),

@@ -111,7 +111,7 @@ def _objects_table(found: list[SharedObject]) -> Table:
         owner = "dead" if one.owner_pid is None else f"process {one.owner_pid}"
         if one.owner_pid is not None and one.owner_pid <= 0:
             owner = "alive, elsewhere"
-        table.add_row(size_text(one.nbytes), f"{one.age_s:.0f} s", owner, one.name)
+        table.add_row(size_text(one.nbytes), f"{one.age_s:.0f} s", owner, Text(one.name))
     return table
 
 

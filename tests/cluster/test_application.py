@@ -68,7 +68,7 @@ def test_layers_on_two_nodes_give_the_same_tokens(deploy: Callable[..., Deployed
 def test_the_command_serves_until_it_is_told_to_end(
     cluster: str, speaking: Speaking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``llama-split serve --ray`` joins the cluster that is there, and takes with it what it started, and no more."""
+    """``llama-split serve --ray`` joins the cluster that is there, and its application ends with it."""
     import ray
 
     address = ray.get_runtime_context().gcs_address
@@ -79,10 +79,13 @@ def test_the_command_serves_until_it_is_told_to_end(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as command:
-        deployed = Deployed(cluster, speaking)
-        assert eventually(deployed.is_serving, 90.0)
-        deployed.check(PROMPTS)
-        command.send_signal(signal.SIGTERM)
-        assert command.wait(60.0) == 0
+        try:
+            deployed = Deployed(cluster, speaking)
+            assert eventually(deployed.is_serving, 90.0)
+            deployed.check(PROMPTS)
+            command.send_signal(signal.SIGTERM)
+            assert command.wait(60.0) == 0
+        finally:
+            command.kill()
     assert eventually(lambda: not processes_of("WorkerActor"), 30.0)
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2

@@ -1,6 +1,6 @@
 """The actors of a replica: its workers, and on other nodes what reaches them.
 
-Ray starts an actor that has died again, with the same arguments: it is at the same address then, where clients that
+Ray starts a worker that has died again, with the same arguments: it is at the same address then, where clients that
 reconnect find it.
 """
 
@@ -64,10 +64,6 @@ class WorkerActor:
         """Where it listens, now that it does."""
         return self._address
 
-    def process(self) -> int:
-        """Its process id."""
-        return os.getpid()
-
     def stop(self) -> None:
         """Answer no more calls, and leave nothing behind."""
         self._server.stop()
@@ -101,11 +97,6 @@ class Relay:
         caller = self._client if timeout_s is None else self._client.with_options(timeout_s=timeout_s)
         given = unpack((arguments, keywords), self._client.empty)
         return pack(caller.call(method, *given[0], **given[1]))
-
-    def reconnect(self) -> int:
-        """Connect again, and return the worker's process id."""
-        self._client.reconnect()
-        return self._client.server_pid
 
     def statistics(self) -> Statistics:
         """Totals of the connection, which is one through shared memory."""

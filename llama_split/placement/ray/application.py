@@ -9,12 +9,16 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
+from ...errors import LlamaSplitError
 from .plan import Plan
 from .replica import Replica
 
 _NAME = "llama-split"
 _LOOK_S = 0.5  # a signal may be taken by another thread, which does not interrupt a longer sleep
+_CLOSING_S = 15.0  # after its last request, for a replica to end its workers
+_MOST_ONGOING = 10_000  # the replica refuses what exceeds its own limit, with an error that clients know
 
 
 def app(options: dict[str, Any]) -> serve.Application:
@@ -26,15 +30,18 @@ def app(options: dict[str, Any]) -> serve.Application:
     Raises:
         LlamaSplitError: an option is unknown, or a value can't be used.
     """
-    plan = Plan.of(options)
+    return _application(Plan.of(options))
+
+
+def _application(plan: Plan) -> serve.Application:
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name=_NAME,
         ray_actor_options={"num_cpus": plan.cpus},
         placement_group_bundles=plan.bundles,
         placement_group_strategy=plan.strategy,
-        max_ongoing_requests=plan.max_waiting,
-        graceful_shutdown_timeout_s=plan.drain_s,
+        max_ongoing_requests=_MOST_ONGOING,
+        graceful_shutdown_timeout_s=plan.drain_s + _CLOSING_S,
         autoscaling_config={
             "min_replicas": plan.replicas,
             "max_replicas": plan.most_replicas,
@@ -52,20 +59,38 @@ def run(options: dict[str, Any], host: str, port: int) -> None:
 
     Args:
         options: as for ``app``.
-        host: the address to listen at, on every node.
-        port: the port to listen at.
+        host: the address to listen at, on every node that has a replica. Where Serve runs already, it keeps its own.
+        port: the port to listen at; the same holds.
 
     Raises:
-        LlamaSplitError: an option can't be used.
+        LlamaSplitError: an option can't be used, or the application did not start.
     """
-    built = app(options)
-    serve.start(http_options={"host": host, "port": port})
+    plan = Plan.of(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            serve.run(built, name=_NAME)
-            while True:
-                time.sleep(_LOOK_S)
+            serve.start(http_options={"host": host, "port": port})
+            try:
+                _serve(plan)
+            finally:
+                _end(plan.drain_s + 2 * _CLOSING_S)
     finally:
-        serve.delete(_NAME)
         ray.shutdown()  # ends the cluster if it was started here
+
+
+def _serve(plan: Plan) -> None:
+    """Deploy the application and stay."""
+    try:
+        serve.run(_application(plan), name=_NAME)
+    except (RuntimeError, RayError) as error:
+        raise LlamaSplitError(f"the application did not start: {error}") from error
+    while True:
+        time.sleep(_LOOK_S)
+
+
+def _end(within_s: float) -> None:
+    """Delete the application, and wait until its replicas have ended."""
+    serve.delete(_NAME, _blocking=False)
+    deadline = time.monotonic() + within_s
+    while _NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)

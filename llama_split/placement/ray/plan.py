@@ -7,14 +7,12 @@ from typing import Any
 
 import msgspec
 
-from ...boundary.choices import check_dtype, parse_channel, parse_mode
+from ...boundary.choices import KEY_VARIABLE, LEAST_KV_TOKENS, check_dtype, parse_channel, parse_mode
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.demo import demo_model
 from ...checkpoint.shares import Share, shares_of
 from ...checkpoint.synthetic import RandomCheckpoint
 from ...errors import LlamaSplitError
-
-KEY_VARIABLE = "LLAMA_SPLIT_API_KEY"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +64,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     drain_s: float = 30.0
     recovery_s: float = 60.0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({msgspec.to_builtins(self.without_key())})"
+
+    def without_key(self) -> Plan:
+        """The same without what only the trusted processes need."""
+        return msgspec.structs.replace(self, api_key=None)
+
     @classmethod
     def of(cls, options: dict[str, Any]) -> Plan:
         """A plan from options, whose values may be text as on a command line.
@@ -73,7 +78,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Raises:
             LlamaSplitError: an option is unknown, or a value can't be used.
         """
-        given = {"api_key": os.environ.get(KEY_VARIABLE) or None, **options}
+        given = {**options, "api_key": options.get("api_key") or os.environ.get(KEY_VARIABLE) or None}
         try:
             plan = msgspec.convert(given, cls, strict=False)
         except msgspec.ValidationError as error:
@@ -98,6 +103,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "replicas": (self.replicas, 1),
             "max_replicas": (self.most_replicas, self.replicas),
             "max_waiting": (self.max_waiting, 1),
+            "max_kv_tokens": (LEAST_KV_TOKENS if self.max_kv_tokens is None else self.max_kv_tokens, LEAST_KV_TOKENS),
             "gpus": (self.gpus, 0),
             "drain_s": (self.drain_s, 0),
             "recovery_s": (self.recovery_s, 0),
@@ -108,6 +114,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for name, above in {"cpus": self.cpus, "requests_per_replica": self.requests_per_replica}.items():
             if not above > 0:
                 raise LlamaSplitError(f"{name} is {above:g}; it must be more than 0")
+
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise LlamaSplitError(f"gpus is {self.gpus:g}; above 1 it must be a whole number")
 
     @property
     def most_replicas(self) -> int:

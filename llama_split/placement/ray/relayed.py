@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from shmtransport import CallTimeout, ConnectTimeout, PeerDied, Statistics, TransportError
 
@@ -18,6 +17,7 @@ from .actors import Relay
 from .packing import pack, unpack
 
 SCHEME = "ray"
+_STARTING_S = 60.0  # a process that imports torch on a busy machine
 _MARGIN_S = 5.0  # Ray's own time for a call, besides that of the call itself
 
 
@@ -49,10 +49,7 @@ class RelayedCaller:
 
     def submit(self, method: str, /, *arguments: Any, **keywords: Any) -> RelayedCall:
         """Begin a call."""
-        try:
-            reference = self._relay.call.remote(method, pack(arguments), pack(keywords), self._timeout_s)
-        except RayActorError as error:
-            raise _lost(self.address, error) from None
+        reference = self._relay.call.remote(method, pack(arguments), pack(keywords), self._timeout_s)
         return RelayedCall(reference, self.address, self._timeout_s + _MARGIN_S)
 
     def call(self, method: str, /, *arguments: Any, **keywords: Any) -> Any:
@@ -63,8 +60,11 @@ class RelayedCaller:
 class RelayedClient(RelayedCaller):
     """A connection, as ``trusted.connection.Connection`` describes it.
 
+    A relay is never started again by Ray: it would connect to a worker that nobody has compared with this side's model.
+    ``reconnect`` starts another one.
+
     Args:
-        relay: the actor beside the worker.
+        start: starts the actor beside the worker.
         address: what the worker is called in errors.
         timeout_s: the longest that one call may take, in seconds.
         connect_timeout_s: how long to wait for the relay and the worker, in seconds.
@@ -76,10 +76,13 @@ class RelayedClient(RelayedCaller):
     scheme = SCHEME
     channel = SCHEME
 
-    def __init__(self, relay: ActorHandle[Relay], address: str, timeout_s: float, connect_timeout_s: float) -> None:
-        super().__init__(relay, address, timeout_s)
+    def __init__(
+        self, start: Callable[[], ActorHandle[Relay]], address: str, timeout_s: float, connect_timeout_s: float
+    ) -> None:
+        super().__init__(start(), address, timeout_s)
+        self._start = start
         self._connect_timeout_s = connect_timeout_s
-        self._connected(relay.server_pid.remote())
+        self._wait_for_relay()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Ordinary memory: Ray copies what it carries."""
@@ -96,22 +99,24 @@ class RelayedClient(RelayedCaller):
         return time.perf_counter() - started
 
     def reconnect(self) -> None:
-        """Have the relay connect again, to the worker that is at the address now."""
-        self._connected(self._relay.reconnect.remote())
+        """Start another relay, which connects to the worker that is at the address now."""
+        self.close()
+        self._relay = self._start()
+        self._wait_for_relay()
 
     def close(self) -> None:
         """End the relay, and the connection with it."""
-        with contextlib.suppress(RayActorError):
-            ray.kill(self._relay)
+        ray.kill(self._relay)
 
     def statistics(self) -> Statistics:
-        """Totals of the relay's connection to the worker; Ray's part is not in them."""
+        """Totals of this relay's connection to the worker; Ray's part is not in them."""
         found: Statistics = _get(self._relay.statistics.remote(), self.address, self._connect_timeout_s)
         return found
 
-    def _connected(self, process: Any) -> None:
+    def _wait_for_relay(self) -> None:
+        process = self._relay.server_pid.remote()
         try:
-            self.server_pid: int = _get(process, self.address, self._connect_timeout_s + _MARGIN_S)
+            self.server_pid: int = _get(process, self.address, self._connect_timeout_s + _STARTING_S)
         except CallTimeout as error:
             raise ConnectTimeout(str(error)) from None
 
@@ -124,12 +129,9 @@ def _get(reference: Any, address: str, timeout_s: float) -> Any:
         raise CallTimeout(f"the worker at {address} did not answer in {timeout_s:g} s, by way of its relay") from None
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, TransportError) else error) from None
-    except RayActorError as error:
-        raise _lost(address, error) from None
-
-
-def _lost(address: str, error: RayActorError) -> PeerDied:
-    return PeerDied(f"the relay of the worker at {address} has ended: {str(error).splitlines()[0]}")
+    except RayError as error:
+        told = str(error).strip().splitlines()
+        raise PeerDied(f"the relay of the worker at {address} has ended: {told[0] if told else error!r}") from None
 
 
 def _private(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import uuid
 from pathlib import PurePath
@@ -15,6 +16,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from shmtransport import PeerDied
 
 from ...errors import WorkerFailed
 from ...serving.app import create_app
@@ -39,9 +42,9 @@ class Elsewhere:
 
     def connect(self, **options: Any) -> RelayedClient:
         """Connect to it; a ``trusted.connection.Reachable``."""
-        relay = ray.remote(Relay).options(num_cpus=0, max_restarts=-1, **self._bundle)
-        started = relay.remote(self._address, options)
-        return RelayedClient(started, self._address, options["timeout_s"], options["connect_timeout_s"])
+        relay = ray.remote(Relay).options(num_cpus=0, **self._bundle)
+        start = functools.partial(relay.remote, self._address, options)
+        return RelayedClient(start, self._address, options["timeout_s"], options["connect_timeout_s"])
 
 
 class Replica:
@@ -109,11 +112,18 @@ class Replica:
             max_task_retries=-1,
             **_in_bundle(self._plan.bundle_of(worker)),
         )
-        return placed.remote(self._plan, self._name, worker)
+        return placed.remote(self._plan.without_key(), self._name, worker)
 
     def _wait_for_workers(self) -> None:
-        """Wait until all workers answer, those included that Ray is starting again."""
-        self._addresses()
+        """Wait until all workers answer, those included that Ray is starting again.
+
+        Raises:
+            shmtransport.PeerDied: one does not come back.
+        """
+        try:
+            self._addresses()
+        except WorkerFailed as error:
+            raise PeerDied(str(error)) from error
 
     def _addresses(self) -> list[str]:
         """Where the workers listen, once all do.

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_split.boundary.choices import KEY_VARIABLE
 from llama_split.errors import LlamaSplitError
 from llama_split.placement.ray.packing import Packed, pack, unpack
-from llama_split.placement.ray.plan import KEY_VARIABLE, Plan
+from llama_split.placement.ray.plan import Plan
 
 
 def test_values_may_be_text_as_on_a_command_line() -> None:
@@ -23,6 +24,15 @@ def test_the_key_comes_from_the_environment_unless_it_is_given(monkeypatch: pyte
     monkeypatch.setenv(KEY_VARIABLE, "from the environment")
     assert Plan.of({}).api_key == "from the environment"
     assert Plan.of({"api_key": "given"}).api_key == "given"
+    assert Plan.of({"api_key": ""}).api_key == "from the environment"
+
+
+def test_no_worker_and_no_log_gets_the_key() -> None:
+    """Only the trusted processes need it."""
+    plan = Plan.of({"api_key": "open sesame", "mode": "stack"})
+    assert plan.without_key() == Plan(mode="stack")
+    assert "sesame" not in repr(plan)
+    assert "'mode': 'stack'" in repr(plan)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +47,8 @@ def test_the_key_comes_from_the_environment_unless_it_is_given(monkeypatch: pyte
         ({"cpus": 0}, "cpus is 0"),
         ({"cpus": float("nan")}, "cpus is nan"),
         ({"gpus": -1}, "gpus is -1"),
+        ({"gpus": 1.5}, "gpus is 1.5; above 1 it must be a whole number"),
+        ({"max_kv_tokens": 1}, "max_kv_tokens is 1; it must be 64"),
         ({"mode": "fast"}, "mode 'fast'"),
         ({"dtype": "int4"}, "int4"),
         ({"channel": "http"}, "'http'"),
