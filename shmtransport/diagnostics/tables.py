@@ -94,7 +94,8 @@ def _times_table(server: ServerFacts) -> Table:
         for title in ("copied", "in place"):
             spin = f"spin {channel.spin_us:g}" if channel.spin_us else ""
             table.add_column(f"{channel.channel}\n{spin}\n{title}", justify="right", no_wrap=True)
-    table.add_column("zmq\ncopied\nGB/s", justify="right", no_wrap=True)
+    first = usable[0].channel if usable else "no channel"
+    table.add_column(f"{first}\ncopied\nGB/s", justify="right", no_wrap=True)
     trips = [cell for channel in usable for cell in (time_text(channel.round_trip_s), "")]
     table.add_row("none", *trips)
     for row in zip(*(channel.sizes for channel in usable), strict=False):

@@ -66,10 +66,10 @@ def run(options: dict[str, Any], host: str, port: int) -> None:
         LlamaSplitError: an option can't be used, or the application did not start.
     """
     plan = Plan.of(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             serve.start(http_options={"host": host, "port": port})
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # only now: starting sets Ray's own handler
             try:
                 _serve(plan)
             finally:
