@@ -42,6 +42,7 @@ def test_a_worker_imports_nothing_from_the_current_directory(
     traps = ("tokenizers.py", "torch.py", "sitecustomize.py", "llama_split/__init__.py", "shmtransport/__init__.py")
     trapped = lay_traps(tmp_path, *traps)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("PYTHONPATH", f":{ROOT}:{tmp_path}:.")
     monkeypatch.setattr(tempfile, "tempdir", LONG)
     Path(LONG).mkdir(exist_ok=True)
