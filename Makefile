@@ -56,7 +56,7 @@ test: install ## run all tests, in several processes
 test-unit: install ## run the tests that need no second process, in half a minute
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit
 
-test-cluster: $(RAY_STAMP) ## run the tests on a Ray cluster of two nodes, in three minutes
+test-cluster: $(RAY_STAMP) ## run the tests on a Ray cluster of two nodes, in four minutes
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
 $(RAY_STAMP): $(STAMP)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..harness.results import EngineRun, Run, Setting, write
 from ..reports.grid import Grid, setting_text, to_rich
-from ..reports.tables import skipped_grid
+from ..reports.tables import skipped_grids
 
 _PIPE_WIDTH = 150  # for a log or a pipe
 
@@ -27,7 +27,7 @@ def show(about: Setting, grids: Iterable[Grid], skipped: Mapping[str, str] | Non
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
     console.print(setting_text(about))
-    for grid in (*grids, *([skipped_grid(dict(skipped))] if skipped else [])):
+    for grid in (*grids, *skipped_grids(skipped or {})):
         console.print(to_rich(grid))
 
 

@@ -40,7 +40,7 @@ def _sections(runs: list[Run]) -> dict[str, str]:
     engines = [run for run in runs if isinstance(run, EngineRun)]
     sections = {"method": to_markdown(tables.method_grid())}
     if latency is not None:
-        skipped = [tables.skipped_grid(latency.skipped)] if latency.skipped else []
+        skipped = tables.skipped_grids(latency.skipped)
         sections["overview"] = _section(latency.setting, [tables.overview_grid(latency)])
         sections["latency"] = _section(latency.setting, [*tables.latency_grids(latency), *skipped])
     if throughput is not None:
@@ -51,13 +51,12 @@ def _sections(runs: list[Run]) -> dict[str, str]:
         sections["targets"] = to_markdown(tables.target_grid(targets(latency, baseline)))
     if engines:  # several, since models of different sizes are measured with different prompts
         sections["engine"] = "\n".join(
-            [*(_section(run.setting, _engine_grids(run)) for run in engines), to_markdown(revealed_grid())]
+            [
+                *(_section(run.setting, [*engine_grids(run), *tables.skipped_grids(run.skipped)]) for run in engines),
+                to_markdown(revealed_grid()),
+            ]
         )
     return sections
-
-
-def _engine_grids(run: EngineRun) -> Iterable[Grid]:
-    return [*engine_grids(run), *([tables.skipped_grid(run.skipped)] if run.skipped else [])]
 
 
 def _section(setting: Setting, grids: Iterable[Grid]) -> str:

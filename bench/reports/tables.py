@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ..baseline.measure import ORIGINAL_PROFILE
 from ..contenders import CONTENDERS
@@ -72,9 +72,9 @@ def throughput_grid(run: ThroughputRun) -> Grid:
     return Grid("throughput", header, rows)
 
 
-def skipped_grid(skipped: dict[str, str]) -> Grid:
+def skipped_grids(skipped: Mapping[str, str]) -> list[Grid]:
     """Which contenders did not take part, and why."""
-    return Grid("skipped", ("contender", "why"), list(skipped.items()), frozenset(("why",)))
+    return [Grid("skipped", ("contender", "why"), list(skipped.items()), frozenset(("why",)))] if skipped else []
 
 
 def baseline_grids(run: BaselineRun) -> Iterator[Grid]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -46,7 +46,7 @@ def check_unused(options: RayOptions) -> None:
         LlamaSplitError: one was given without ``--ray``.
     """
     if not options.ray and (given := _changed(options)):
-        raise LlamaSplitError(f"{' and '.join(given)} would have no effect without --ray")
+        raise LlamaSplitError(f"{_flags(given)} would have no effect without --ray")
 
 
 def serve_on_ray(
@@ -70,11 +70,9 @@ def serve_on_ray(
     Raises:
         LlamaSplitError: an option can't be used on a cluster, or the application did not start.
     """
-    useless = [name for name in _changed(advanced) if name.removeprefix("--").replace("-", "_") not in _TAKEN]
-    if split.worker:
-        useless.append("--worker")
+    useless = [name for name in _changed(advanced) if name not in _TAKEN] + (["worker"] if split.worker else [])
     if useless:
-        raise LlamaSplitError(f"{' and '.join(useless)} would have no effect with --ray, which starts the workers")
+        raise LlamaSplitError(f"{_flags(useless)} would have no effect with --ray, which starts the workers")
     from ..placement.ray import run
 
     settings = Settings(report=notice)
@@ -96,6 +94,10 @@ def serve_on_ray(
 
 
 def _changed(options: RayOptions | AdvancedOptions) -> list[str]:
-    """The options that differ from their defaults, as on the command line."""
-    given = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    return [f"--{name.replace('_', '-')}" for name in given]
+    """The options that differ from their defaults."""
+    return [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+
+
+def _flags(names: Sequence[str]) -> str:
+    """Options as on the command line."""
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -15,6 +15,7 @@ from .conftest import Served, Speaking
 
 _PROMPTS = 24
 _LONGEST = 24  # tokens of an answer
+_LEAVING_EVERY = 10  # the client of every tenth request goes away in the middle
 
 
 @dataclass
@@ -41,35 +42,34 @@ class Load:
         prompts = [f"w{3 + number} w{5 * number % 150 + 2}" for number in range(_PROMPTS)]
         self._answers = {prompt: speaking.answer(prompt, _LONGEST).split(" ") for prompt in prompts}
         self.totals = Totals()
+        self._asked = 0
 
-    def run(self, clients: int, seconds: float, kills: int, leaving: float = 0.1) -> Totals:
+    def run(self, clients: int, seconds: float, kills: int) -> Totals:
         """Go on for as long.
 
         Args:
             clients: how many there are at once.
             seconds: how long each of them goes on asking.
             kills: how often the worker is killed meanwhile.
-            leaving: the share of requests whose client goes away in the middle.
         """
-        asyncio.run(self._run(clients, seconds, kills, leaving))
+        asyncio.run(self._run(clients, seconds, kills))
         return self.totals
 
-    async def _run(self, clients: int, seconds: float, kills: int, leaving: float) -> None:
+    async def _run(self, clients: int, seconds: float, kills: int) -> None:
         end = time.monotonic() + seconds
         async with self._served.async_client() as client:
-            asking = [
-                asyncio.create_task(self._ask(client, random.Random(seed), end, leaving)) for seed in range(clients)
-            ]
+            asking = [asyncio.create_task(self._ask(client, random.Random(seed), end)) for seed in range(clients)]
             for _ in range(kills):
                 await asyncio.sleep(seconds / (kills + 1))
                 await asyncio.to_thread(self._kill)
             await asyncio.gather(*asking)
 
-    async def _ask(self, client: openai.AsyncOpenAI, chance: random.Random, end: float, leaving: float) -> None:
+    async def _ask(self, client: openai.AsyncOpenAI, chance: random.Random, end: float) -> None:
         while time.monotonic() < end:
             prompt, tokens = chance.choice(list(self._answers)), chance.randint(1, _LONGEST)
             expected = " ".join(self._answers[prompt][:tokens])
-            leaves = chance.random() < leaving
+            self._asked += 1
+            leaves = self._asked % _LEAVING_EVERY == 0
             found = ""
             stream = await client.completions.create(
                 model="speaking", prompt=prompt, max_tokens=tokens, temperature=0, stream=True, timeout=60.0

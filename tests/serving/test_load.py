@@ -50,7 +50,7 @@ def test_many_clients_some_of_which_leave_while_the_worker_is_killed(
         room, before = _free_room(served.service), len(os.listdir("/proc/self/fd"))
         totals = Load(served, speaking, workers.kill).run(CLIENTS, SECONDS, KILLS)
         assert totals.wrong == []
-        assert totals.answered > 2 * totals.left > 0  # a tenth leaves, at random; on a busy machine of 40 requests
+        assert totals.answered > 5 * totals.left > 0
         assert split.workers[0].epoch >= KILLS
         engine = served.service.engine
         assert eventually(lambda: (engine.running, engine.waiting) == (0, 0))

@@ -7,7 +7,6 @@ reconnect find it.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from typing import Any
 
@@ -20,7 +19,7 @@ from ...boundary.compute import parse_device, parse_dtype
 from ...boundary.operations import Mode
 from ...worker.service import Service
 from ...worker.weights import Weights
-from ..local import temporary_directory
+from ..local import remove_directory_of, temporary_directory
 from .packing import pack, unpack
 from .plan import Plan
 
@@ -45,8 +44,7 @@ class WorkerActor:
     def __init__(self, plan: Plan, replica: str, worker: int) -> None:
         torch.set_num_threads(plan.threads)
         self._address = address_of(replica, worker)
-        self._directory = os.path.dirname(self._address.removeprefix("ipc://"))
-        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(self._address.removeprefix("ipc://")), mode=0o700, exist_ok=True)
         checkpoint = plan.open_checkpoint()
         self._server = Server(self._address)
         weights = Weights(
@@ -69,7 +67,7 @@ class WorkerActor:
         self._server.stop()
         self._serving.join(_STOP_S)
         self._server.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_directory_of(self._address)
 
 
 class Relay:
@@ -92,11 +90,10 @@ class Relay:
         """The worker's process id."""
         return self._client.server_pid
 
-    def call(self, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any], timeout_s: float | None) -> Any:
+    def call(self, method: str, arguments: tuple[Any, ...], keywords: dict[str, Any], timeout_s: float) -> Any:
         """Call a method of the worker; all that comes and goes is packed."""
-        caller = self._client if timeout_s is None else self._client.with_options(timeout_s=timeout_s)
         given = unpack((arguments, keywords), self._client.empty)
-        return pack(caller.call(method, *given[0], **given[1]))
+        return pack(self._client.with_options(timeout_s=timeout_s).call(method, *given[0], **given[1]))
 
     def statistics(self) -> Statistics:
         """Totals of the connection, which is one through shared memory."""

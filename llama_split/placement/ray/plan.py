@@ -114,7 +114,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for name, above in {"cpus": self.cpus, "requests_per_replica": self.requests_per_replica}.items():
             if not above > 0:
                 raise LlamaSplitError(f"{name} is {above:g}; it must be more than 0")
-
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise LlamaSplitError(f"gpus is {self.gpus:g}; above 1 it must be a whole number")
 

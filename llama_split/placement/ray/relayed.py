@@ -40,7 +40,7 @@ class RelayedCall:
 
 
 class RelayedCaller:
-    """Makes calls that may take so long."""
+    """Makes calls that share a limit on their time."""
 
     def __init__(self, relay: ActorHandle[Relay], address: str, timeout_s: float) -> None:
         self._relay = relay
@@ -60,7 +60,7 @@ class RelayedCaller:
 class RelayedClient(RelayedCaller):
     """A connection, as ``trusted.connection.Connection`` describes it.
 
-    A relay is never started again by Ray: it would connect to a worker that nobody has compared with this side's model.
+    Ray never starts a relay again: it would connect to a worker that was not compared with this side's model.
     ``reconnect`` starts another one.
 
     Args:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from shmtransport import PeerDied
 
+from ...boundary.choices import parse_channel
 from ...errors import WorkerFailed
 from ...serving.app import create_app
 from ...serving.engine import Limits, default_kv_tokens
@@ -71,7 +72,7 @@ class Replica:
             mode=plan.mode,
             dtype=plan.dtype,
             wire_dtype=plan.wire_dtype,
-            channel="doorbell" if plan.channel == "doorbell" else "zmq",
+            channel=parse_channel(plan.channel),
             revive=self._wait_for_workers,
         )
         limits = Limits(plan.max_kv_tokens or default_kv_tokens(self._model), plan.max_waiting)
