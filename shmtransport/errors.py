@@ -5,6 +5,7 @@
     TransportError
     ├── SegmentError          the machine: shared memory could not be obtained or mapped
     ├── OutOfResources        the machine: too few file descriptors or threads are left
+    ├── DeviceError           the machine: there is no such GPU, or it or its driver failed
     ├── AddressError          you: the address is malformed, unsafe or already served
     ├── ArenaFull             you: too much is held at once, or the arena is too small
     ├── TensorTooLarge        you: this tensor can never fit the arena
@@ -41,6 +42,13 @@ class SegmentError(TransportError):
 
 class OutOfResources(TransportError):
     """This process has too few file descriptors left, or can't start a thread."""
+
+
+class DeviceError(TransportError):
+    """There is no such GPU, or it or its driver refused something or failed."""
+
+    status = 0
+    """The number of CUDA's error, see its ``CUresult``; 0 if there is none."""
 
 
 class AddressError(TransportError):

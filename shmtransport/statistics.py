@@ -12,6 +12,7 @@ from .units import KIB, MIB
 SHORTEST_S = 1e-6
 RANGES_PER_OCTAVE = 8
 _HISTOGRAM = "latency_histogram"
+_OF_DEVICE = ("pinned_copies", "bounced_copies")
 LATENCY_RANGES = 32 * RANGES_PER_OCTAVE  # octaves: 1 µs to more than an hour
 
 
@@ -28,6 +29,8 @@ class Statistics:
       since it is too large, counts nothing, and neither do its tensors.
     * ``waits``: how often this side blocked in the kernel for a message.
     * ``stalls``, ``stall_seconds``: how often a claim or a message had to wait for room, and for how long.
+    * ``pinned_copies``, ``bounced_copies``: copies between arenas and a server's GPU: direct ones, and
+      those through a buffer.
     * ``in_flight_peak``: the most calls that were in flight at once.
     * ``latency_histogram``: for each range of call times that occurred, its upper bound in seconds and how many calls
       fell into it; a range is 9 % wide.
@@ -48,13 +51,16 @@ class Statistics:
     waits: int = 0
     stalls: int = 0
     stall_seconds: float = 0.0
+    pinned_copies: int = 0
+    bounced_copies: int = 0
     in_flight_peak: int = 0
     latency_histogram: tuple[tuple[float, int], ...] = ()
 
     @classmethod
     def of(cls, counters: Any) -> Statistics:
         """All totals of a ``core.Counters`` as they are now."""
-        totals = {field.name: getattr(counters, field.name) for field in fields(cls) if field.name != _HISTOGRAM}
+        names = [field.name for field in fields(cls) if field.name not in (_HISTOGRAM, *_OF_DEVICE)]
+        totals = {name: getattr(counters, name) for name in names}
         ranges = tuple(
             (SHORTEST_S * 2 ** ((index + 1) / RANGES_PER_OCTAVE), count)
             for index, count in enumerate(counters.latencies())

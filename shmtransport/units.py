@@ -4,6 +4,7 @@ from __future__ import annotations
 
 KIB = 1 << 10
 MIB = 1 << 20
+GIB = 1 << 30
 
 
 def size_text(nbytes: int) -> str:

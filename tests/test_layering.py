@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # The wings of each package, from the ground up: a wing imports only wings that stand before it. Modules beside the
 # wings are either the ground that all stand on or the face above them; within one wing, modules form no circle.
 WINGS: dict[str, tuple[str, ...]] = {
-    "shmtransport": ("core", "memory", "protocol", "channels", "endpoints", "diagnostics"),
+    "shmtransport": ("core", "memory", "cuda", "protocol", "channels", "endpoints", "diagnostics"),
     "llama_split": ("boundary", "model", "checkpoint", "trusted", "worker", "serving", "placement", "commands"),
     "bench": ("harness", "contenders", "baseline", "engine", "reports", "commands"),
 }

@@ -144,14 +144,13 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
     limit_threads(options.threads)
     import torch
 
-    from shmtransport import Server
-
     from ..boundary.compute import parse_device, parse_dtype
+    from ..worker.listening import server_for
     from ..worker.service import Service
     from ..worker.weights import Weights
 
     dtype, device = parse_dtype(dtype_name), parse_device(device_name)
-    server = stack.enter_context(Server(parse_address(address), channels=channels, spin_us=options.spin_us))
+    server = stack.enter_context(server_for(parse_address(address), device, channels=channels, spin_us=options.spin_us))
     stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # first of all that ends: nothing interrupts the rest
     checkpoint = open_model(name, options.seed if options.random_weights else None)
     layers = None if options.layers is None else parse_layers(options.layers, checkpoint.geometry.layers)

@@ -183,11 +183,15 @@ class Service:
             raise ValueError(
                 f"{operation.name} takes tensors of one dtype, {' or '.join(DTYPE_NAMES.values())}: {found}"
             )
-        mine = [argument.to(self._weights.device, self._weights.dtype) for argument in arguments]
+        device, dtype = self._weights.device, self._weights.dtype
+        mine = [self._server.to_device(argument).to(device, dtype) for argument in arguments]
         return mine, self._result(operation.result.shape(sizes), wire)
 
     def _result(self, shape: Sequence[int], wire: torch.dtype) -> torch.Tensor:
-        """Memory for a result: in the client's reply arena if the worker computes on the CPU."""
+        """Memory for a result: in the client's reply arena if the worker computes on the CPU.
+
+        From a GPU the server copies it there, while this worker serves others.
+        """
         if self._weights.device.type == "cpu":
             return self._server.empty(shape, wire)
         return torch.empty(tuple(shape), dtype=wire, device=self._weights.device)

@@ -47,6 +47,8 @@ _HELP = {
     "tensors_copied": "Tensors copied into an arena.",
     "tensors_sent": "Tensors sent, copied or not.",
     "waits": "How often this side blocked in the kernel for a message.",
+    "pinned_copies": "Copies between arenas and the server's GPU, straight from or to the arena.",
+    "bounced_copies": "Copies between arenas and the server's GPU through a buffer.",
     "stalls": "How often a claim or a message had to wait for room.",
     "stall_seconds": "Time spent waiting for room.",
 }

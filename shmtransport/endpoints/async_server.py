@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from ..channels.base import deadline_in
 from ..channels.doorbell_server import LoopDoorbells
 from ..errors import Closed, LocalProtocolError
@@ -76,6 +78,7 @@ class AsyncServer(ServerBase[LoopDoorbells]):
         prefault: bool = False,
         max_calls_in_progress: int = 256,
         threads: int | None = None,
+        device: str | torch.device | None = None,
         debug: bool = False,
     ) -> None:
         options = ServerOptions.checked(
@@ -89,6 +92,7 @@ class AsyncServer(ServerBase[LoopDoorbells]):
             drain_timeout_s=drain_timeout_s,
             prefault=prefault,
             threads=min(32, (os.cpu_count() or 1) + 4) if threads is None else threads,
+            device=device,
             debug=debug,
         )
         self._max_calls_in_progress = whole("max_calls_in_progress", max_calls_in_progress)
@@ -147,7 +151,7 @@ class AsyncServer(ServerBase[LoopDoorbells]):
             self._stop_reading()
             self._stopped.set()
         self._drop_all()
-        await asyncio.wrap_future(in_a_thread(self._doorbells.close))
+        await asyncio.wrap_future(in_a_thread(self._give_back))
         self._ended = self._ended or Closed("this server was closed")
 
     def _stop_reading(self) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 
 from ..core import Counters, MessageRing
 from ..core.layout import PAGE_BYTES, Layout, round_up
 from ..core.message_ring import message_ring_bytes
+from ..cuda.copies import Copies
 from ..errors import Closed, PeerDied, PeerProtocolError
 from ..memory.peer_watch import PeerWatch
 from ..memory.receive_arena import ReceiveArena, release_cells
@@ -70,6 +72,10 @@ class ConnectionMemory:
         by_doorbell: whether the connection uses the doorbell channel (default False), for which there is ``ring``.
         snapshot: whether received tensors are copied (default False).
         claim_timeout_s: how long a claim may block, in seconds (default 0).
+        new_copies: makes what copies between the arenas and a GPU (default None: there is no GPU).
+
+    Raises:
+        DeviceError: the GPU has failed.
     """
 
     def __init__(
@@ -82,13 +88,17 @@ class ConnectionMemory:
         by_doorbell: bool = False,
         snapshot: bool = False,
         claim_timeout_s: float = 0.0,
+        new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
     ) -> None:
         self._own = own
         self._peer = peer
         self.ring = MessageRing(own.message_ring, peer.message_ring) if by_doorbell else None
         self.watch = PeerWatch(peer.fd)
         self._peer_check = _PeerCheck(self.watch)
-        self.send_arena = SendArena(own, release_cells(peer), counters, claim_timeout_s, self._peer_check)
+        self.copies = None if new_copies is None else new_copies((own.data, peer.data))
+        self.send_arena = SendArena(
+            own, release_cells(peer), counters, claim_timeout_s, self._peer_check, device=self.copies
+        )
         self.receive_arena = ReceiveArena(peer, release_cells(own))
         self.codec = Codec(self.send_arena, self.receive_arena, counters, max_message_bytes, snapshot=snapshot)
 
@@ -131,6 +141,8 @@ class ConnectionMemory:
     def close(self) -> None:
         """Give the segments back; tensors that still refer to them keep their memory."""
         self._peer_check.closed = True
+        if self.copies is not None:
+            self.copies.close()
         self.watch.close()
         self._own.close()
         self._peer.close()

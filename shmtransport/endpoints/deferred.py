@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..core import Counters
 from ..errors import ArenaFull
-from ..memory.send_arena import FIRST_PAUSE_S, LONGEST_PAUSE_S
+from ..memory.plain import is_on_device
+from ..memory.send_arena import FIRST_PAUSE_S, LONGEST_PAUSE_S, Unfinished
 from .server_connection import ServerConnection
 
+LONGEST_DEVICE_PAUSE_S = 200e-6  # between two looks at a copy by the GPU
 
-def _tensors(result: Any) -> Iterator[torch.Tensor | np.ndarray[Any, Any]]:
+
+def _tensors(result: Any) -> Iterator[Any]:
     """Iterate over all tensors and arrays in a result."""
-    if isinstance(result, (torch.Tensor, np.ndarray)):
+    if isinstance(result, (torch.Tensor, np.ndarray)) or is_on_device(result):
         yield result
     elif isinstance(result, (list, tuple, dict)):
         for one in result.values() if isinstance(result, dict) else result:
@@ -44,45 +47,67 @@ def _needs_room(connection: ServerConnection, result: Any) -> bool:
 
 
 class Deferred:
-    """A result for which there was no room.
+    """A result that can't be sent yet: there was no room for it, or a GPU is still copying it in.
 
     Args:
         connection: The client's.
         call_id: The call.
         result: What its handler returned, or a part of its stream.
         is_part: Whether it is that.
+        encoded: What it was made into, if there was room.
     """
 
-    def __init__(self, connection: ServerConnection, call_id: int, result: Any, is_part: bool) -> None:
+    def __init__(
+        self, connection: ServerConnection, call_id: int, result: Any, is_part: bool, encoded: _Encoded | None
+    ) -> None:
         self.connection = connection
         self.call_id = call_id
         self._nbytes = sum(int(one.nbytes) for one in _tensors(result))
-        self._result = result
+        self._result = result if encoded is None else None
         self._is_part = is_part
+        self._encoded = encoded
+        self._waited_for_room = encoded is None
         self._since = time.monotonic()
 
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it has no room yet."""
+        return self._encoded is None
+
     def encode(self) -> bytes | None:
-        """Return the bytes of the reply; None while there is no room, or others come first.
+        """Return the bytes of the reply, once; None while there is no room, others come first, or a GPU copies.
 
         Raises:
-            ArenaFull: There is none although the client holds nothing.
+            ArenaFull: There is no room although the client holds nothing.
             TransportError: The result can't be sent.
         """
-        if self.connection.deferred[0] is not self:
+        if self._encoded is None:
+            if self.connection.deferred[0] is not self:
+                return None
+            self._encoded = _encode(self.connection, self.call_id, self._result, self._is_part)
+            if self._encoded is None:
+                return None
+            self._result = None
+        if not self._encoded.is_ready():
             return None
-        return _encode(self.connection, self.call_id, self._result, self._is_part)
+        data, self._encoded = self._encoded.data, None
+        return data
 
     def begin(self, counters: Counters) -> None:
         """Begin to wait."""
         self.connection.deferred.append(self)
         self.connection.deferred_bytes += self._nbytes
-        counters.count_stall()
+        if self._waited_for_room:
+            counters.count_stall()
 
     def end(self, counters: Counters) -> None:
         """The wait is over, whatever became of the result."""
         self.connection.deferred.remove(self)
         self.connection.deferred_bytes -= self._nbytes
-        counters.count_stalled(time.monotonic() - self._since)
+        if self._waited_for_room:
+            counters.count_stalled(time.monotonic() - self._since)
+        if self._encoded is not None and self._encoded.unfinished is not None:  # it was not sent
+            self.connection.memory.send_arena.withdraw_unfinished(self._encoded.unfinished)
 
 
 def encoded(connection: ServerConnection, call_id: int, result: Any, *, is_part: bool = False) -> bytes | Deferred:
@@ -91,22 +116,36 @@ def encoded(connection: ServerConnection, call_id: int, result: Any, *, is_part:
     Raises:
         TransportError: The result can't be sent.
     """
-    data = None
-    if not (connection.deferred and _needs_room(connection, result)):
-        data = _encode(connection, call_id, result, is_part)
-    return Deferred(connection, call_id, result, is_part) if data is None else data
+    made = None
+    if not (any(one.waits_for_room for one in connection.deferred) and _needs_room(connection, result)):
+        made = _encode(connection, call_id, result, is_part)
+    if made is not None and made.is_ready():
+        return made.data
+    return Deferred(connection, call_id, result, is_part, made)
 
 
-def _encode(connection: ServerConnection, call_id: int, result: Any, is_part: bool) -> bytes | None:
-    """Return the bytes of a result; None if there is no room, and some may come."""
+class _Encoded(NamedTuple):
+    """A reply's bytes, and what must be in the arena before they are sent."""
+
+    data: bytes
+    unfinished: Unfinished | None
+
+    def is_ready(self) -> bool:
+        """Whether they may be sent."""
+        return self.unfinished is None or self.unfinished.done()
+
+
+def _encode(connection: ServerConnection, call_id: int, result: Any, is_part: bool) -> _Encoded | None:
+    """Encode a result; return None if there is no room, and some may come."""
     encode = connection.protocol.encode_part if is_part else connection.protocol.encode_reply
+    take_unfinished = connection.memory.send_arena.take_unfinished
     try:
-        return encode(call_id, result)
+        return _Encoded(encode(call_id, result), take_unfinished())
     except ArenaFull:
         if connection.may_have_room:
             return None
     # The client may have released all it held during that try, with the result's first tensors placed around it.
-    return encode(call_id, result)
+    return _Encoded(encode(call_id, result), take_unfinished())
 
 
 class DeferredReplies:
@@ -142,7 +181,9 @@ class DeferredReplies:
 
     def pause_s(self) -> float:
         """Return how long to wait before the next try, a little longer each time."""
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+        oldest = [connection.deferred[0] for connection in self._waiting if connection.deferred]
+        longest_s = LONGEST_PAUSE_S if all(one.waits_for_room for one in oldest) else LONGEST_DEVICE_PAUSE_S
+        pause_s, self._pause_s = min(self._pause_s, longest_s), min(2 * self._pause_s, longest_s)
         return pause_s
 
     def retry(self) -> bool:

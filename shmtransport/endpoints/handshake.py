@@ -19,14 +19,15 @@ client when it is welcomed, the server when the first message arrives.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
 from ..channels import open_files
 from ..core import Counters
 from ..core.layout import Layout
-from ..errors import ConnectRefused, OutOfResources, PeerProtocolError, SegmentError
+from ..cuda.copies import Copies
+from ..errors import ConnectRefused, DeviceError, OutOfResources, PeerProtocolError, SegmentError
 from ..memory.ownership import Role, registry
 from ..memory.segment import SEGMENTS, Segment
 from ..protocol.messages import (
@@ -164,11 +165,19 @@ class Admission:
         options: the server's limits.
         counters: where connections count.
         prepare_doorbell: called before a client of the doorbell channel is admitted.
+        new_copies: makes what copies between a connection's arenas and a GPU. Default: there is no GPU.
     """
 
-    def __init__(self, options: ServerOptions, counters: Counters, prepare_doorbell: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        counters: Counters,
+        prepare_doorbell: Callable[[], None],
+        new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
+    ) -> None:
         self._options = options
         self._prepare_doorbell = prepare_doorbell
+        self._new_copies = new_copies
         self._counters = counters
         self._newcomers: dict[bytes, _Newcomer] = {}
         self._admitted: dict[bytes, _Granted] = {}
@@ -277,11 +286,14 @@ class Admission:
                     newcomer.max_message_bytes,
                     by_doorbell=by_doorbell,
                     claim_timeout_s=self._options.claim_timeout_s,
+                    new_copies=self._new_copies,
                 )
                 undo.callback(memory.close)
                 memory.check_owner(pid)
             except OSError as error:
                 return Refused(f"the client's process can't be watched: {error.strerror}"), None
+            except DeviceError as error:
+                return Refused(shorten(str(error))), None
             undo.pop_all()
         self._admitted[client_key] = _Granted(sizes, attach.segment)
         return Welcome(own.name), Admitted(sizes, memory)

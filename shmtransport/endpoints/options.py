@@ -7,12 +7,14 @@ a time-out may be None, that means no limit.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from ..core import Patience
 from ..errors import LocalProtocolError
@@ -24,6 +26,7 @@ DEFAULT_ARENA_BYTES = 64 * MIB
 DEFAULT_MAX_ARENA_BYTES = 8 << 30
 CONNECT_TIMEOUT_S = 30.0  # a server that is started together with its client imports torch first
 
+_GPU = re.compile(r"cuda(?::([0-9]{1,3}))?")
 _FLAGS: tuple[type[Any], ...] = (bool, np.bool_)
 _MOST_THREADS = 1024
 _MOST = 2**62  # so that sums of sizes stay within 64 bits
@@ -128,6 +131,22 @@ def channel_names(name: str, value: Any) -> tuple[ChannelKind, ...]:
     return tuple(kind for kind in CHANNEL_KINDS if kind in wanted)
 
 
+def cuda_device(name: str, value: Any) -> int | None:
+    """Check the device that a server computes on: None or "cpu", "cuda", "cuda:N" or a ``torch.device``.
+
+    Returns:
+        The number of the GPU, or None.
+
+    Raises:
+        LocalProtocolError: it is none of these.
+    """
+    text = "cpu" if value is None else str(value) if isinstance(value, (str, torch.device)) else ""
+    found = _GPU.fullmatch(text)
+    if found is None and text != "cpu":
+        raise _refused(name, value, 'None, "cpu", or a GPU such as "cuda:0"')
+    return None if found is None else int(found[1] or 0)
+
+
 def seconds_or_as_it_pays(name: str, value: Any) -> float | None:
     """Check how long to poll; None for as long as that pays; raises as ``seconds``."""
     return None if value is None else seconds(name, value)
@@ -199,6 +218,7 @@ class ServerOptions:
     drain_timeout_s: float = 5.0
     prefault: bool = False
     threads: int = 1
+    device: int | None = None
     debug: bool = False
     total_source: str = "set by its owner"
     handshake_timeout_s: float = 10.0
@@ -214,6 +234,7 @@ class ServerOptions:
         "drain_timeout_s": seconds_or_no_limit,
         "prefault": flag,
         "threads": thread_count,
+        "device": cuda_device,
         "debug": flag,
     }
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
 from ..channels.doorbell_server import ThreadDoorbells
 from ..errors import Closed, LocalProtocolError, PeerProtocolError
 from ..memory.send_arena import FIRST_PAUSE_S, LONGEST_PAUSE_S
@@ -54,12 +56,15 @@ class Server(ServerBase[ThreadDoorbells]):
         prefault: Map all pages of a client's arenas when it connects, rather than on first use.
         threads: How many handlers may run at the same time, each for another client: calls of one client are handled
             one at a time, in order. With 1 handlers run in the thread that calls ``serve``.
+        device: The GPU that handlers compute on, such as "cuda:0". Arenas are pinned for it, see ``to_device``; a
+            tensor on it that a handler returns is copied to the reply arena while others are served.
         debug: Send the traceback of what a handler raises to its caller. It shows this program's files.
 
     Raises:
         AddressError: The address is malformed, not on this machine, or already served.
         LocalProtocolError: An option is wrong.
         SegmentError, OutOfResources: There is no /dev/shm, or file descriptors are short.
+        DeviceError: There is no such GPU, or no driver for it.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class Server(ServerBase[ThreadDoorbells]):
         drain_timeout_s: float | None = 5.0,
         prefault: bool = False,
         threads: int = 1,
+        device: str | torch.device | None = None,
         debug: bool = False,
     ) -> None:
         options = ServerOptions.checked(
@@ -89,6 +95,7 @@ class Server(ServerBase[ThreadDoorbells]):
             drain_timeout_s=drain_timeout_s,
             prefault=prefault,
             threads=threads,
+            device=device,
             debug=debug,
         )
         self._direct: DirectServing | None = None
@@ -162,7 +169,7 @@ class Server(ServerBase[ThreadDoorbells]):
             if self._executor.busy:
                 time.sleep(FIRST_PAUSE_S)
         self._executor.close()
-        self._doorbells.close()
+        self._give_back()
         self._ended = self._ended or Closed("this server was closed")
 
     def _serve_until_stopped(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -20,6 +21,9 @@ from ..channels.base import BrokenPeer, ServerChannel
 from ..channels.doorbell_server import DoorbellServerChannel
 from ..channels.zmq import ZmqServerChannel
 from ..core import CORE, Counters
+from ..cuda.copies import Copies
+from ..cuda.gpu import Gpu
+from ..cuda.tensors import device_tensors
 from ..errors import ArenaFull, Closed, LocalProtocolError, OutOfResources, PeerProtocolError, TransportError
 from ..memory import leftovers
 from ..memory.dtypes import AnyDType
@@ -73,10 +77,14 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._stopping = False
         self._made = time.monotonic()
         self._ended: Closed | None = None
+        self._gpu, self._new_copies = None, None
+        if options.device is not None:
+            self._gpu = Gpu(options.device)
+            self._new_copies = functools.partial(Copies, self._gpu, device_tensors(self._gpu))
         self._zmq = ZmqServerChannel(address, options.max_message_bytes)
         self._doorbells = doorbells(self._zmq, patience_of(options.spin_us))
         self._channel: ServerChannel = self._zmq  # the doorbells while a client uses them
-        self._admission = Admission(options, self._counters, self._doorbells.prepare)
+        self._admission = Admission(options, self._counters, self._doorbells.prepare, self._new_copies)
         self._at_drop = weakref.finalize(self, drop_all, self._doorbells, self._connections, address)
         self._at_drop.atexit = False  # other threads may still serve; names are removed, and the kernel does the rest
         remove_names_at_exit(self._doorbells)
@@ -161,10 +169,59 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         """Lend a tensor with the shape and dtype of another one; see ``empty``."""
         return self.empty(tensor.shape, tensor.dtype)
 
+    def to_device(self, tensor: torch.Tensor) -> Any:
+        """Begin to copy an argument of the running handler to the server's GPU, and return the copy.
+
+        It does not wait: what the handler then does on its current stream comes after the copy, and the argument is
+        released when the copy is complete. From a pinned arena it is copied directly; see ``device_path``.
+
+        Returns:
+            A tensor on the GPU, torch's, or a ``CudaTensor`` where torch is built without CUDA; the tensor itself if
+            the server has no GPU.
+
+        Raises:
+            LocalProtocolError: called outside a handler, or this is no CPU tensor.
+            DeviceError: the GPU has failed.
+            MemoryError: it has too little memory.
+        """
+        copies = self._caller().memory.copies
+        if copies is None:
+            return tensor
+        if not (isinstance(tensor, torch.Tensor) and tensor.is_cpu):
+            raise LocalProtocolError("to_device takes a CPU tensor, such as an argument of the call")
+        return copies.to_device(tensor.contiguous(), row_of(tensor.dtype))
+
+    @property
+    def cuda_stream(self) -> Any:
+        """The stream of copies for the running handler's client, as cuda-core's; None if the server has no GPU.
+
+        A handler that works on the GPU by other means than torch works on this stream, or lets its own wait for it.
+
+        Raises:
+            LocalProtocolError: called outside a handler.
+        """
+        copies = self._caller().memory.copies
+        return None if copies is None else copies.stream
+
+    @property
+    def device_path(self) -> str:
+        """How tensors get to the server's GPU, in words.
+
+        "pinned": straight from and to all arenas; otherwise why some go through a buffer, "no client" while none is
+        connected, and "no GPU" if the server has none.
+        """
+        if self._gpu is None:
+            return "no GPU"
+        paths = {one.memory.copies.path for one in self._connections.values() if one.memory.copies is not None}
+        return "; ".join(sorted(paths)) or "no client"
+
     def statistics(self) -> Statistics:
         """Return totals over all clients since this server was made."""
         waits = self._counters.waits + self._zmq.waits + self._doorbells.waits
-        return replace(Statistics.of(self._counters), waits=waits)
+        found = replace(Statistics.of(self._counters), waits=waits)
+        if self._gpu is None:
+            return found
+        return replace(found, pinned_copies=self._gpu.pinned_copies, bounced_copies=self._gpu.bounced_copies)
 
     def methods(self) -> list[str]:
         """Return the names of the methods that clients may call, sorted; for a client, ``Client.methods``."""
@@ -175,8 +232,8 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
 
         Returns:
             The server's process id (``pid``), the package's ``version``, the ``core`` in use, how many ``clients`` are
-            connected, how many ``calls`` were made and how many of them were ``failures``, and its age in seconds
-            (``uptime_s``).
+            connected, how many ``calls`` were made and how many of them were ``failures``, how tensors get to its
+            GPU (``device``, see ``device_path``), and its age in seconds (``uptime_s``).
         """
         return {
             "pid": os.getpid(),
@@ -185,6 +242,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             "clients": len(self._connections),
             "calls": self._counters.calls,
             "failures": self._counters.failures,
+            "device": self.device_path,
             "uptime_s": time.monotonic() - self._made,
         }
 
@@ -215,6 +273,12 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         for connection in list(self._connections.values()):
             self._send(connection.client_key, Goodbye("the server was shut down"))
             self._drop(connection, "server shut down")
+
+    def _give_back(self) -> None:
+        """Give back what belongs to no single client."""
+        self._doorbells.close()
+        if self._gpu is not None:
+            self._gpu.close()
 
     def _check_usable(self) -> None:
         """Check that this server is open and belongs to this process.

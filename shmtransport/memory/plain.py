@@ -74,6 +74,11 @@ def row_of(dtype: AnyDType) -> DType:
         ) from None
 
 
+def is_on_device(value: Any) -> bool:
+    """Whether a value is a tensor on a GPU, of a library other than torch."""
+    return not isinstance(value, torch.Tensor) and hasattr(type(value), "__cuda_array_interface__")
+
+
 def without_bytes(sizes: tuple[int, ...], row: DType) -> torch.Tensor:
     """Make an empty tensor of this shape.
 

@@ -7,18 +7,19 @@ others in, waits for room, and says in words what is wrong.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from ..core.layout import PAGE_BYTES
 from ..core.tensors import MAX_DIMENSIONS, address_of_memory
-from ..errors import ArenaFull, TensorTooLarge, TransportError
+from ..errors import ArenaFull, LocalProtocolError, TensorTooLarge, TransportError
 from ..units import size_text
 from .descriptor import TensorDescriptor
 from .dtypes import INTEGERS, AnyDType, DType
@@ -33,6 +34,40 @@ if TYPE_CHECKING:
     from ..core import Counters
 
 
+class DeviceCopy(Protocol):
+    """A copy by a GPU that may still be under way."""
+
+    def done(self) -> bool: ...
+
+
+class Device(Protocol):
+    """What an arena uses of a GPU that copies to it by itself; see ``cuda.copies``."""
+
+    def find(self, value: Any) -> Any: ...
+
+    def to_arena(self, found: Any, address: int) -> DeviceCopy: ...
+
+    def when_done(self, copy: DeviceCopy, action: Callable[[], None]) -> None: ...
+
+
+class Unfinished:
+    """The tensors of a message that a GPU is still copying in; it must not be sent before."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[TensorDescriptor, DeviceCopy]] = []
+
+    def __contains__(self, descriptor: TensorDescriptor) -> bool:
+        return any(descriptor is known for known, _ in self.copies)
+
+    def done(self) -> bool:
+        """Return whether all of them are there, without waiting.
+
+        Raises:
+            DeviceError: The GPU has failed.
+        """
+        return all(copy.done() for _, copy in self.copies)
+
+
 class SendArena:
     """This process's own segment, seen as tensors to send. Safe for use by several threads.
 
@@ -42,6 +77,7 @@ class SendArena:
         counters: where stalls are counted.
         claim_timeout_s: how long in seconds a claim without room waits for the peer to release something.
         check_peer: called again and again during such a wait; raises if the peer can't release anything any longer.
+        device: copies tensors on a GPU in. Default: torch does, and the caller waits.
     """
 
     def __init__(
@@ -51,6 +87,7 @@ class SendArena:
         counters: Counters,
         claim_timeout_s: float = 0.0,
         check_peer: Callable[[], None] = lambda: None,
+        device: Device | None = None,
     ) -> None:
         self._data = segment.data
         self._address = address_of_memory(self._data)
@@ -62,6 +99,7 @@ class SendArena:
         self._claim_timeout_s = claim_timeout_s
         self._this_thread = threading.local()
         self._check_peer = check_peer
+        self._device = device
         self.copies: dict[int, int] = {}
         """Sizes in bytes of tensors that were copied in for messages that have not been sent yet, by sequence."""
 
@@ -144,6 +182,9 @@ class SendArena:
             if held is False:
                 self._wait_for_slot()
         check_content(tensor, row)
+        if not tensor.is_cpu and self._device is not None and (found := self._device.find(tensor)) is not None:
+            self._export_from_device(self._device, found, out)
+            return
         self._export_copy(tensor.detach() if tensor.requires_grad else tensor, shape, row, out)
 
     def has_lent(self, tensor: torch.Tensor) -> bool:
@@ -170,6 +211,21 @@ class SendArena:
             raise
         return out[0]
 
+    def export_foreign(self, tensor: Any) -> TensorDescriptor:
+        """Describe a tensor on a GPU that is another library's; see ``export``."""
+        found = None if self._device is None else self._device.find(tensor)
+        if self._device is None or found is None:
+            raise LocalProtocolError(
+                f"a {type(tensor).__name__} on a GPU can't be sent: only what is on the GPU of a Server(device=…) can"
+            )
+        out: list[TensorDescriptor] = []
+        self._export_from_device(self._device, found, out)
+        return out[0]
+
+    def take_unfinished(self) -> Unfinished | None:
+        """Return the tensors of the message that this thread has just encoded, if the device is copying any in."""
+        return None if self._device is None else vars(self._this_thread).pop("unfinished", None)
+
     @property
     def held_by_peer(self) -> int:
         """How many sent tensors are not known to be released by the peer."""
@@ -178,10 +234,23 @@ class SendArena:
 
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:
         """Take back descriptors that were never sent."""
+        unfinished = self.take_unfinished()
         for descriptor in descriptors:
             if descriptor.sequence:
-                self.loans.end_hold(descriptor.slot, descriptor.sequence)
                 self.copies.pop(descriptor.sequence, None)
+                if unfinished is None or descriptor not in unfinished:
+                    self.loans.end_hold(descriptor.slot, descriptor.sequence)
+        if unfinished is not None:
+            self.withdraw_unfinished(unfinished)
+
+    def withdraw_unfinished(self, unfinished: Unfinished) -> None:
+        """Take back a message that was never sent; its blocks are free again once the device no longer writes there."""
+        for descriptor, copy in unfinished.copies:
+            self._behind(copy, functools.partial(self.loans.end_hold, descriptor.slot, descriptor.sequence))
+
+    def _behind(self, copy: DeviceCopy, action: Callable[[], None]) -> None:
+        if self._device is not None:
+            self._device.when_done(copy, action)
 
     def _export_copy(
         self,
@@ -209,6 +278,30 @@ class SendArena:
             if isinstance(error, Exception) and not isinstance(error, TransportError):
                 refuse_copy(error)
             raise
+        self.copies[out[-1].sequence] = nbytes
+
+    def _export_from_device(self, device: Device, found: Any, out: list[TensorDescriptor]) -> None:
+        """Have the device copy a tensor into a block; until it has, the tensor is among the unfinished ones."""
+        nbytes, shape, row = found.nbytes, found.shape, found.row
+        if nbytes == 0 or len(shape) > MAX_DIMENSIONS:
+            without_bytes(shape, row)
+            out.append(TensorDescriptor(0, shape, row.name, 0, 0))
+            return
+        claim, copy = None, None
+        try:
+            while (claim := self.loans.claim(nbytes)) is None:
+                self._wait_for_room(nbytes)
+            copy = device.to_arena(found, self._address + claim.offset)
+            while not self.loans.hold(claim, claim.offset, shape, row.name, out):
+                self._wait_for_slot()
+        except BaseException:
+            if copy is not None:
+                device.when_done(copy, functools.partial(self.loans.give_back, claim))
+            elif claim is not None:
+                self.loans.give_back(claim)
+            raise
+        unfinished = vars(self._this_thread).setdefault("unfinished", Unfinished())
+        unfinished.copies.append((out[-1], copy))
         self.copies[out[-1].sequence] = nbytes
 
     def _write(

@@ -21,7 +21,7 @@ from ..core.codec import ARGUMENT_DEPTH, EXT_ARRAY, EXT_TENSOR, EXT_TUPLE, MAX_D
 from ..core.refusals import bad_key, changed_size, nested_too_deep
 from ..errors import LocalProtocolError, PeerProtocolError
 from ..memory.descriptor import TensorDescriptor
-from ..memory.plain import of_a_library
+from ..memory.plain import is_on_device, of_a_library
 from .messages import (
     MAX_TENSORS,
     UNSENDABLE,
@@ -54,6 +54,8 @@ class Exporter(Protocol):
     def export(self, tensor: torch.Tensor) -> TensorDescriptor: ...
 
     def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor: ...
+
+    def export_foreign(self, tensor: Any) -> TensorDescriptor: ...
 
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None: ...
 
@@ -103,15 +105,17 @@ class _Outbox(list[TensorDescriptor]):
         """Pack a value at a depth, and export its tensors."""
         return pack(value, self.add, depth)
 
-    def add(self, tensor: torch.Tensor | np.ndarray[Any, Any]) -> int:
-        """Export a tensor, and return its index in the message."""
+    def add(self, tensor: Any) -> int:
+        """Export a tensor, an array, or another library's tensor on a GPU; return its index in the message."""
         index = len(self)
         if index == MAX_TENSORS:
             raise LocalProtocolError(f"one message carries {MAX_TENSORS} tensors at most")
         if isinstance(tensor, torch.Tensor):
             self.append(self._exporter.export(tensor))
-        else:
+        elif isinstance(tensor, np.ndarray):
             self.append(self._exporter.export_array(tensor))
+        else:
+            self.append(self._exporter.export_foreign(tensor))
         self.nbytes += tensor.nbytes
         return index
 
@@ -312,7 +316,7 @@ class Codec:
         )
 
 
-def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int], depth: int = 0) -> Any:
+def pack(value: Any, export: Callable[[Any], int], depth: int = 0) -> Any:
     """Return a value ready to encode, with an extension in place of each tensor.
 
     Args:
@@ -349,11 +353,13 @@ def pack(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int
     return _pack_foreign(value, export)
 
 
-def _pack_foreign(value: Any, export: Callable[[torch.Tensor | np.ndarray[Any, Any]], int]) -> Any:
+def _pack_foreign(value: Any, export: Callable[[Any], int]) -> Any:
     """Pack a value of another library's type: a numpy scalar, or an array with ``__dlpack__``."""
     kind = type(value)
     if isinstance(value, np.generic) and value.dtype.kind not in "mM" and type(value.item()) in _PLAIN_TYPES:
         return value.item()
+    if is_on_device(value) and not torch.cuda.is_available():
+        return _TENSOR_EXTS[export(value)]
     if hasattr(kind, "__dlpack__"):
         return _TENSOR_EXTS[export(_from_dlpack(value))]
     raise LocalProtocolError(

@@ -33,6 +33,7 @@ def test_a_client_asks_what_there_is_and_how_it_is(serve: Serve, address: str, c
             "clients": 2,
             "calls": 3,
             "failures": 1,
+            "device": "no GPU",
             "uptime_s": None,
         }
         assert client.health()["uptime_s"] > health["uptime_s"] > 0

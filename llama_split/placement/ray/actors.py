@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from shmtransport import Client, Server, Statistics
+from shmtransport import Client, Statistics
 
 from ...boundary.choices import parse_mode
 from ...boundary.compute import parse_device, parse_dtype
 from ...boundary.operations import Mode
+from ...worker.listening import server_for
 from ...worker.service import Service
 from ...worker.weights import Weights
 from ..local import remove_directory_of, temporary_directory
@@ -46,7 +47,7 @@ class WorkerActor:
         self._address = address_of(replica, worker)
         os.makedirs(os.path.dirname(self._address.removeprefix("ipc://")), mode=0o700, exist_ok=True)
         checkpoint = plan.open_checkpoint()
-        self._server = Server(self._address)
+        self._server = server_for(self._address, parse_device(plan.device))
         weights = Weights(
             checkpoint,
             parse_dtype(plan.dtype),

@@ -1,0 +1,127 @@
+"""Copies between one connection's arenas and a GPU, on a stream of their own, without waiting for them.
+
+From and to pinned arenas they are direct. Where an arena is not pinned they go through a pinned buffer, with one more
+copy by the processor; where no memory can be pinned at all, the driver copies while the caller waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import DeviceError
+from ..memory.dtypes import DType
+from ..memory.send_arena import DeviceCopy
+from .driver import ask
+from .fences import Fence
+from .gpu import Gpu
+from .registration import Registration
+from .tensors import DeviceTensors, Found
+
+
+class Copies:
+    """The copies of one connection.
+
+    Args:
+        gpu: The GPU.
+        tensors: How tensors on the GPU are made and looked at.
+        memories: The data areas of the connection's segments.
+
+    Raises:
+        DeviceError: The GPU has failed.
+    """
+
+    def __init__(self, gpu: Gpu, tensors: DeviceTensors, memories: Sequence[memoryview]) -> None:
+        self._gpu = gpu
+        self._tensors = tensors
+        self.stream = gpu.new_stream()
+        self._registration = Registration(gpu, memories)
+
+    @property
+    def path(self) -> str:
+        """How they go, in words: "pinned", or why not."""
+        return self._registration.state
+
+    def to_device(self, tensor: torch.Tensor, row: DType) -> Any:
+        """Begin to copy a contiguous tensor to the GPU, and return the copy.
+
+        What the caller's stream does with it comes after the copy. The tensor lives until the copy is complete.
+
+        Raises:
+            DeviceError: The GPU has failed.
+            MemoryError: It has too little memory.
+        """
+        with self._gpu.current():
+            copy, pointer = self._tensors.empty(tuple(tensor.shape), row, self.stream)
+            if tensor.nbytes:
+                fence = self._copy_in(tensor.data_ptr(), tensor.nbytes, pointer, tensor)
+                self._tensors.before_use(copy, self.stream)
+                self._gpu.watcher.when_done(fence, _nothing)
+            return copy
+
+    def find(self, value: Any) -> Found | None:
+        """Look at a tensor on this GPU; None for anything else."""
+        return self._tensors.find(value)
+
+    def to_arena(self, found: Found, address: int) -> Fence:
+        """Begin to copy a tensor on the GPU to an arena; it is there, and may change, once the fence is done.
+
+        Raises:
+            DeviceError: The GPU has failed.
+        """
+        with self._gpu.current():
+            self._tensors.after_use(found, self.stream)
+            return self._copy_out(found, address)
+
+    def when_done(self, copy: DeviceCopy, action: Callable[[], None]) -> None:
+        """Call ``action`` once a copy is complete, or the GPU has failed; in any thread."""
+        self._gpu.watcher.when_done(copy, action)
+
+    def close(self) -> None:
+        """Give back the memory behind the last copy; at once if the GPU has failed, since nothing moves there then."""
+        try:
+            with self._gpu.current():
+                last = self._gpu.fence(self.stream)
+        except DeviceError:
+            self._registration.close()
+        else:
+            self._gpu.watcher.when_done(last, self._registration.close)
+
+    def _copy_in(self, address: int, nbytes: int, pointer: int, keep: Any) -> Fence:
+        ranges = self._registration.ranges(address, nbytes)
+        self._gpu.count_copy(pinned=ranges is not None)
+        staging = self._gpu.staging
+        buffer = staging.take(nbytes) if ranges is None else None
+        if buffer is not None:
+            ctypes.memmove(buffer, address, nbytes)
+            ask("cuMemcpyHtoDAsync", pointer, buffer, nbytes, self.stream.handle)
+            return self._gpu.fence(self.stream, finish=functools.partial(staging.give_back, buffer, nbytes))
+        for start, size in ranges or [(address, nbytes)]:
+            ask("cuMemcpyHtoDAsync", pointer + start - address, start, size, self.stream.handle)
+        return self._gpu.fence(self.stream, keep=keep)
+
+    def _copy_out(self, found: Found, address: int) -> Fence:
+        nbytes, pointer = found.nbytes, found.pointer
+        ranges = self._registration.ranges(address, nbytes)
+        self._gpu.count_copy(pinned=ranges is not None)
+        staging = self._gpu.staging
+        buffer = staging.take(nbytes) if ranges is None else None
+        if buffer is not None:
+            ask("cuMemcpyDtoHAsync", buffer, pointer, nbytes, self.stream.handle)
+
+            def finish() -> None:
+                ctypes.memmove(address, buffer, nbytes)
+                staging.give_back(buffer, nbytes)
+
+            return self._gpu.fence(self.stream, finish=finish, keep=found.keep)
+        for start, size in ranges or [(address, nbytes)]:
+            ask("cuMemcpyDtoHAsync", start, pointer + start - address, size, self.stream.handle)
+        return self._gpu.fence(self.stream, keep=found.keep)
+
+
+def _nothing() -> None:
+    """The fence itself has let go of what it kept."""

@@ -1,0 +1,236 @@
+"""A server with a GPU: copies between pinned arenas and the GPU, which nothing waits for that need not.
+
+They run on a stand-in for CUDA's driver, which carries copies out late, reads their sources only then, and fills their
+destinations with other bytes until then: see ``tests/support/cuda_driver``.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shmtransport import CallTimeout, Client, DeviceError, LocalProtocolError, RemoteError, Server
+from shmtransport.protocol.messages import ChannelKind
+from shmtransport.units import KIB, MIB
+from tests.support import cuda_driver
+from tests.support.children import Child, Mother
+from tests.support.helpers import Spawn, eventually
+from tests.support.left_behind import kill
+from tests.support.loops import on_each_channel
+from tests.support.process import ROOT, Process
+
+pytest.importorskip("cuda.core", reason="needs cuda-core: the extra [cuda]")
+if cuda_driver.compiler() is None:
+    pytest.skip("needs a C compiler for the stand-in of CUDA's driver", allow_module_level=True)
+
+SERVER = ROOT / "tests/support/processes/cuda_server.py"
+LATE_US = 200_000  # so that what does not wait for a copy is sure to be seen
+SERVERS: dict[str, dict[str, Any]] = {"one thread": {}, "threads": {"threads": 3}, "asyncio": {"asynchronous": True}}
+PATHS = {
+    "pinned": {},
+    "bounced": {"FAIL": "cuMemHostRegister=801"},
+    "neither": {"FAIL": "cuMemHostRegister=2,cuMemHostAlloc=2"},
+}
+
+StartGpu = Callable[..., Process]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in, compiled."""
+    return cuda_driver.build(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def start(spawn: Spawn, address: str, library: Path) -> StartGpu:
+    """Start a server with a GPU, with settings of the stand-in and options of the server."""
+
+    def begin(settings: dict[str, Any] | None = None, **options: Any) -> Process:
+        return spawn(SERVER, address, str(library), json.dumps(settings or {}), json.dumps(options))
+
+    return begin
+
+
+def client_of(address: str, channel: ChannelKind = "doorbell", **options: Any) -> Client:
+    """A client whose arenas are pinned already, or known not to be."""
+    client = Client(address, channel=channel, **options)
+    assert eventually(lambda: "being pinned" not in client.call("facts")["path"])
+    return client
+
+
+def left_behind(process: Process) -> dict[str, int]:
+    """What a server that is ended now has left on the GPU."""
+    process.signal(signal.SIGTERM)
+    *_, last = process.output.read().splitlines()
+    left: dict[str, int] = json.loads(last)
+    return left
+
+
+@pytest.mark.parametrize("options", SERVERS.values(), ids=SERVERS)
+@pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
+@on_each_channel
+def test_tensors_reach_the_gpu_and_come_back(
+    start: StartGpu, address: str, channel: ChannelKind, settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Every dtype and size crosses unchanged, however it gets there; a reply is sent only when all of it has."""
+    start(settings, **options)
+    with client_of(address, channel, arena_bytes=8 * MIB) as client:
+        for count in (0, 1, 1000, MIB):
+            for dtype in (torch.float32, torch.bfloat16, torch.bool):
+                x = (torch.arange(count) % 251).to(dtype)
+                back = client.call("there_and_back", x)
+                assert back.dtype == dtype
+                assert torch.equal(back, x)
+        both = client.call("nested", torch.full((3, 4), 2.0), torch.zeros(5, dtype=torch.int8))
+        assert torch.equal(both["x"][0], torch.full((3, 4), 2.0))
+        assert both["y"][1] == 7
+        assert [part.sum().item() for part in client.stream("parts", torch.ones(1000), 4)] == [1000] * 4
+
+
+def test_a_pinned_arena_is_copied_from_and_to_directly(start: StartGpu, address: str) -> None:
+    """No copy goes through other memory, none makes its caller wait, and nothing waits for the whole device."""
+    server = start()
+    with client_of(address) as client:
+        for _ in range(5):
+            client.call("there_and_back", torch.ones(1000))
+        assert client.call("facts") == {"path": "pinned", "pinned": 10, "bounced": 0}
+        assert client.health()["device"] == "pinned"
+        assert client.call("count", "pageable_copies") == client.call("count", "calls:cuStreamSynchronize") == 0
+        assert client.call("count", "registered_bytes") >= 2 * client.call("echo", MIB)
+    left = left_behind(server)
+    assert left["registered_bytes"] == left["unmapped_while_registered"] == left["context_synchronizations"] == 0
+
+
+def test_arenas_are_pinned_in_pieces(start: StartGpu, address: str) -> None:
+    """An arena larger than the driver registers at once is pinned all the same; tensors over the borders cross."""
+    start({"REGISTER_LIMIT": 256 * KIB}, piece_bytes=256 * KIB)
+    with client_of(address, arena_bytes=2 * MIB) as client:
+        x = torch.arange(300_000, dtype=torch.int32)
+        assert torch.equal(client.call("there_and_back", x), x)
+        assert client.call("facts") == {"path": "pinned", "pinned": 2, "bounced": 0}
+        assert client.call("count", "calls:cuMemHostRegister") == 16
+
+
+def test_an_argument_is_released_behind_the_copy_that_reads_it(start: StartGpu, address: str) -> None:
+    """A client may not reuse the memory of an argument while the GPU still has to read it."""
+    start({"DELAY_US": LATE_US})
+    with client_of(address, arena_bytes=64 * KIB) as client:
+        for value in (1.0, 2.0, 3.0):  # each has room only when the one before has been released
+            client.call("keep", torch.full((10_000,), value))
+        assert [client.call("kept_again", index).unique().tolist() for index in range(3)] == [[1.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize("options", SERVERS.values(), ids=SERVERS)
+def test_others_are_served_while_a_copy_is_under_way(start: StartGpu, address: str, options: dict[str, Any]) -> None:
+    """A reply that waits for the GPU holds up no other client, and no other call of its own."""
+    start({"DELAY_US": LATE_US}, **options)
+    with client_of(address) as client, client_of(address, "zmq") as other:
+        pending = client.submit("there_and_back", torch.ones(1000))
+        assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
+        assert not pending.done()
+        assert torch.equal(pending.result(), torch.ones(1000))
+
+
+def test_memory_that_cannot_be_pinned_is_told_once(start: StartGpu, address: str) -> None:
+    """One warning gives the cause and what it costs; statistics and health show the path in use."""
+    server = start({"FAIL": "cuMemHostRegister=801"})
+    for _ in range(3):
+        with client_of(address) as client:
+            client.call("there_and_back", torch.ones(1000))
+            facts, health = client.call("facts"), client.health()
+    assert (facts["pinned"], facts["bounced"]) == (0, 6)
+    assert "CUDA_ERROR_NOT_SUPPORTED" in facts["path"]
+    assert health["device"] == facts["path"]
+    server.signal(signal.SIGTERM)
+    told = [line for line in server.output if "pinned" in line and "cuda:0" in line]
+    assert len(told) == 1
+    assert "buffer" in told[0]
+    assert "confidential-computing" in told[0]
+
+
+def test_a_failed_gpu_fails_calls_and_nothing_else(start: StartGpu, address: str) -> None:
+    """After an error that the driver does not forget, calls that need the GPU fail; others, and clients, go on."""
+    server = start({"STICKY": "cuMemcpyDtoHAsync"})
+    client, other = client_of(address), client_of(address, "zmq")
+    for _ in range(2):
+        with pytest.raises(RemoteError, match=r"DeviceError: .*CUDA_ERROR_ILLEGAL_ADDRESS.*restart"):
+            client.call("there_and_back", torch.ones(1000))
+    assert client.call("echo", 5) == other.call("echo", 5) == 5
+    client.close()
+    assert other.call("echo", 6) == 6
+    other.close()
+    server.signal(signal.SIGTERM)
+    assert server.wait(10) == 0
+
+
+def test_a_gpu_that_hangs_hangs_nobody(start: StartGpu, address: str) -> None:
+    """A copy that never ends costs its caller a time-out; others are served, and the server ends when it is told to."""
+    server = start({"STALL": 1})
+    with client_of(address, timeout_s=0.3) as client, client_of(address, "zmq") as other:
+        with pytest.raises(CallTimeout):
+            client.call("there_and_back", torch.ones(1000))
+        assert client.call("echo", 1) == other.call("echo", 1)
+    server.signal(signal.SIGTERM)
+    assert server.wait(20) == 0
+
+
+def test_a_client_killed_in_mid_copy_leaves_nothing_pinned(start: StartGpu, spawn: Spawn, address: str) -> None:
+    """Its arenas are taken back from the driver behind the last copy, before they are unmapped."""
+    server = start({"DELAY_US": LATE_US})
+    with client_of(address) as client:
+        alone = client.call("count", "registered_bytes")
+        script = ROOT / "tests/support/processes/copying_client.py"
+        copying = spawn(script, address)
+        assert client.call("count", "registered_bytes") > alone
+        kill(copying)
+        assert eventually(lambda: client.call("count", "registered_bytes") == alone)
+        assert torch.equal(client.call("there_and_back", torch.ones(9)), torch.ones(9))
+    assert left_behind(server)["unmapped_while_registered"] == 0
+
+
+@pytest.mark.parametrize("method", ["unsendable", "given up"])
+def test_what_is_not_sent_gives_its_room_back_behind_the_copy(start: StartGpu, address: str, method: str) -> None:
+    """The block of a reply that fails or is given up is free again, but not while the GPU still writes there."""
+    start({"DELAY_US": LATE_US})
+    with client_of(address) as client:
+        if method == "unsendable":
+            with pytest.raises(LocalProtocolError, match="object"):
+                client.call("unsendable", torch.ones(1000))
+        else:
+            pending = client.submit("there_and_back", torch.ones(1000))
+            assert eventually(lambda: client.call("held") == 1)
+            pending.cancel()
+        assert client.call("held") == 1
+        assert eventually(lambda: client.call("held") == 0)
+        assert client.call("count", "async_copies") == 2
+
+
+def test_a_gpu_that_is_not_there_is_an_error_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server says what is missing before anything listens, and which devices it takes."""
+    with pytest.raises(DeviceError, match="no GPU can be used"):
+        Server(address, device="cuda:0")
+    for device in ("gpu", "cuda:x", "cuda:", 0, "cpu:0"):
+        with pytest.raises(LocalProtocolError, match="device="):
+            Server(address, device=device)  # type: ignore[arg-type]
+    Server(address, device=torch.device("cpu")).close()
+
+
+def test_without_a_gpu_a_tensor_stays_where_it_is(address: str, serve: Callable[..., Server]) -> None:
+    """The same handler runs on a server without a GPU: its argument is used as it is."""
+    server = serve(same=lambda x: server.to_device(x) is x)
+    with Client(address) as client:
+        assert client.call("same", torch.ones(3)) is True
+        assert client.health()["device"] == "no GPU"
+
+
+def test_a_gpu_beyond_those_that_are_there(mother: Mother, address: str, library: Path) -> None:
+    """The error counts the GPUs that the process sees."""
+    server = Child(mother, SERVER, address, str(library), '{"DEVICES": 2}', '{"ordinal": 5}')
+    assert "cuda:5 is not there: this process sees 2 GPUs" in server.output.read()
+    server.end()
