@@ -63,13 +63,14 @@ class Loans:
         data: the data area of this side's segment.
         released: the cells of the release table in the peer's segment.
         tensors: how tensors are made.
+        address: where the data area begins. Default: found out.
     """
 
     knows_tensors = False
 
-    def __init__(self, data: memoryview, released: memoryview, tensors: Tensors) -> None:
+    def __init__(self, data: memoryview, released: memoryview, tensors: Tensors, address: int | None = None) -> None:
         self._data = data
-        self._address = address_of_memory(data)
+        self._address = address_of_memory(data) if address is None else address
         self._allocator = NextFitAllocator(len(data))
         self._released = released
         self._rows, self._view, self._describe = tensors.by_dtype, tensors.view, tensors.describe

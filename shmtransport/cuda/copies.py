@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from ..errors import DeviceError
+from ..errors import DeviceError, PeerProtocolError
+from ..memory.descriptor import TensorDescriptor
 from ..memory.dtypes import DType
 from ..memory.send_arena import DeviceCopy
+from .device_arena import DeviceArena
+from .device_memory import DeviceMemory
 from .driver import ask
 from .fences import Fence
 from .gpu import Gpu
@@ -40,6 +43,8 @@ class Copies:
         self._tensors = tensors
         self.stream = gpu.new_stream()
         self._registration = Registration(gpu, memories)
+        self.arena: DeviceArena | None = None
+        """The connection's arenas on the GPU, if both sides have agreed on them."""
 
     @property
     def path(self) -> str:
@@ -62,6 +67,39 @@ class Copies:
                 self._tensors.before_use(copy, self.stream)
                 self._gpu.watcher.when_done(fence, _nothing)
             return copy
+
+    def empty(self, shape: tuple[int, ...], row: DType) -> Any:
+        """Make an uninitialised tensor on the GPU: in its arena if there is one with room, else in other memory.
+
+        Raises:
+            DeviceError: The GPU has failed.
+            MemoryError: It has too little memory.
+        """
+        tensor = None if self.arena is None else self.arena.lend(shape, row)
+        if tensor is not None:
+            return tensor
+        with self._gpu.current():
+            tensor, _ = self._tensors.empty(shape, row, self.stream)
+            self._tensors.before_use(tensor, self.stream)
+            return tensor
+
+    def share(self, own: DeviceMemory, peers: DeviceMemory, released: memoryview, releases: memoryview) -> None:
+        """Use this memory as the connection's arenas on the GPU; see ``DeviceArena``."""
+        self.arena = DeviceArena(self._gpu, self._tensors, self.stream, own, peers, released, releases)
+
+    def export(self, found: Found, out: list[TensorDescriptor]) -> Fence | None:
+        """Append the descriptor of a tensor in the GPU's arena; None if there is no such arena, or no room."""
+        return None if self.arena is None else self.arena.export(found, out)
+
+    def borrow(self, descriptor: TensorDescriptor) -> Any:
+        """Make a view of a tensor in the peer's arena on the GPU.
+
+        Raises:
+            PeerProtocolError: There is no such arena, or the descriptor is invalid.
+        """
+        if self.arena is None:
+            raise PeerProtocolError("descriptor names an arena on the GPU, and this connection has none")
+        return self.arena.borrow(descriptor)
 
     def find(self, value: Any) -> Found | None:
         """Look at a tensor on this GPU; None for anything else."""

@@ -1,18 +1,18 @@
 """Points in a stream, and what is to happen once the GPU has reached them.
 
-A fence tells at once whether it was reached. A watcher asks again and again, in a thread that ends when there is
-nothing to ask any more.
+A fence tells at once whether it was reached. A watcher asks again and again, for all that is to be done behind fences.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-import time
-from collections import deque
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeAlias
 
 from ..errors import DeviceError
 from ..memory.send_arena import DeviceCopy
@@ -21,8 +21,7 @@ from .driver import errors_in_words
 logger = logging.getLogger("shmtransport")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 20e-6, 200e-6  # between two looks: a copy of a MiB takes about 50 µs
-_LINGER_S = 1.0  # how long the thread stays for the next fence
-_CLOSE_TIMEOUT_S = 1.0
+_FLUSH_TIMEOUT_S = 1.0
 
 
 class Fence:
@@ -66,64 +65,69 @@ class Fence:
 
 
 class FenceWatcher:
-    """Does what is to be done behind fences.
+    """Does what is to be done behind fences, in a thread that sleeps while there is nothing to do.
 
     Args:
         current: Makes the GPU's context that of the thread, for a while.
     """
 
     def __init__(self, current: Callable[[], AbstractContextManager[None]]) -> None:
-        self._current = current
-        self._waiting: deque[tuple[DeviceCopy, Callable[[], None]]] = deque()
-        self._changed = threading.Condition()
-        self._linger_s = _LINGER_S
-        self._thread: threading.Thread | None = None
+        # A SimpleQueue, since a tensor may die, in a garbage collection, in the middle of this thread's own ``put``.
+        self._queue: SimpleQueue[_Task | threading.Event | None] = SimpleQueue()
+        self._thread = threading.Thread(
+            target=_watch, args=(self._queue, current), name="shmtransport fences", daemon=True
+        )
+        self._thread.start()
+        weakref.finalize(self, self._queue.put, None)
 
     def when_done(self, fence: DeviceCopy, action: Callable[[], None]) -> None:
         """Call ``action`` once the fence was reached, or the GPU has failed; at once if that is so already."""
-        if self._is_over(fence):
+        if _is_over(fence):
             action()
-            return
-        with self._changed:
-            self._waiting.append((fence, action))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="shmtransport fences", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+        else:
+            self._queue.put((fence, action))
 
-    def close(self) -> None:
-        """Wait for what can still be reached, for a short time; a GPU that hangs keeps what it has."""
-        with self._changed:
-            self._linger_s = 0.0
-            thread = self._thread
-            self._changed.notify()
-        if thread is not None:
-            thread.join(_CLOSE_TIMEOUT_S)
+    def flush(self) -> None:
+        """Wait until nothing is left to do, for a short time: a GPU that hangs keeps what it has."""
+        idle = threading.Event()
+        self._queue.put(idle)
+        idle.wait(_FLUSH_TIMEOUT_S)
 
-    def _watch(self) -> None:
-        with self._current():
-            pause_s = FIRST_PAUSE_S
-            while waiting := self._all_waiting():
-                due = [one for one in waiting if self._is_over(one[0])]
-                for one in due:
-                    self._waiting.remove(one)
-                    one[1]()
-                pause_s = FIRST_PAUSE_S if due else min(2 * pause_s, LONGEST_PAUSE_S)
-                due = waiting = []
-                time.sleep(pause_s)
 
-    def _all_waiting(self) -> list[tuple[DeviceCopy, Callable[[], None]]]:
-        """What waits now, or soon; if there is nothing, this thread is to end."""
-        with self._changed:
-            if not self._waiting and self._linger_s:
-                self._changed.wait(self._linger_s)
-            if not self._waiting:
-                self._thread = None
-            return list(self._waiting)
+_Task: TypeAlias = "tuple[DeviceCopy, Callable[[], None]]"
 
-    def _is_over(self, fence: DeviceCopy) -> bool:
-        try:
-            return fence.done()
-        except DeviceError as error:
-            logger.warning("%s", error)
-            return True
+
+def _watch(
+    queue: SimpleQueue[_Task | threading.Event | None], current: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Until None comes, look at fences and do what is due; set an event that comes once there is nothing to do."""
+    waiting: list[_Task] = []
+    flushing: list[threading.Event] = []
+    pause_s = FIRST_PAUSE_S
+    with contextlib.suppress(DeviceError), current():
+        while True:
+            with contextlib.suppress(Empty):
+                told = queue.get(timeout=pause_s if waiting else None)
+                if told is None:
+                    return
+                if isinstance(told, threading.Event):
+                    flushing.append(told)
+                else:
+                    waiting.append(told)
+                    pause_s = FIRST_PAUSE_S
+                del told
+            due = [task for task in waiting if _is_over(task[0])]
+            waiting = [task for task in waiting if task not in due]
+            pause_s = FIRST_PAUSE_S if due else min(2 * pause_s, LONGEST_PAUSE_S)
+            while due:
+                due.pop()[1]()
+            while flushing and not waiting:
+                flushing.pop().set()
+
+
+def _is_over(fence: DeviceCopy) -> bool:
+    try:
+        return fence.done()
+    except DeviceError as error:
+        logger.warning("%s", error)
+        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -31,28 +32,21 @@ class Gpu:
         if ordinal >= count:
             raise DeviceError(f"cuda:{ordinal} is not there: this process sees {count} GPUs (CUDA_VISIBLE_DEVICES)")
         self.ordinal = ordinal
-        self._context = ask("cuDevicePrimaryCtxRetain", ask("cuDeviceGet", ordinal))
+        device = ask("cuDeviceGet", ordinal)
+        context = ask("cuDevicePrimaryCtxRetain", device)
+        self.current = functools.partial(_current, context)
+        """Makes this GPU's context the current one of a thread, for the time of a ``with`` block."""
         with self.current(), errors_in_words():
             self.memory = self._core_device().memory_resource
         """Memory in the order of streams, for tensors that no other library makes."""
         self.watcher = FenceWatcher(self.current)
         self.staging = Staging(self.current)
+        self.uuid = bytes(ask("cuDeviceGetUuid", device).bytes)
+        """Which GPU it is, in all processes."""
         self.pinned_copies = self.bounced_copies = 0
         """Copies straight from or to an arena, and those through a buffer."""
         self._counting = threading.Lock()
         self._warned = False
-
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """Make this GPU's context the current one of this thread for a while."""
-        ask("cuCtxPushCurrent", self._context)
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(DeviceError):  # the first error is the one to tell
-                ask("cuCtxPopCurrent")
-            raise
-        ask("cuCtxPopCurrent")
 
     def new_stream(self) -> Any:
         """Make a stream that the default stream does not wait for."""
@@ -93,5 +87,17 @@ class Gpu:
 
     def close(self) -> None:
         """Give back what is not in use by the GPU; its context stays, as torch's does."""
-        self.watcher.close()
+        self.watcher.flush()
         self.staging.close()
+
+
+@contextlib.contextmanager
+def _current(context: Any) -> Iterator[None]:
+    ask("cuCtxPushCurrent", context)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(DeviceError):  # the first error is the one to tell
+            ask("cuCtxPopCurrent")
+        raise
+    ask("cuCtxPopCurrent")

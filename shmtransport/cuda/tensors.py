@@ -12,21 +12,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 from ..errors import LocalProtocolError
 from ..memory.dtypes import BY_NAME, BY_TORCH, DType
 from ..memory.plain import row_of
-from .driver import errors_in_words
+from .driver import errors_in_words, libraries
 from .gpu import Gpu
 
 
 class Found(NamedTuple):
     """The memory of a tensor on the GPU, contiguous.
 
-    ``keep`` keeps it. ``stream`` is the handle of the stream that wrote it, where the tensor itself tells.
+    ``start`` is where its storage begins, and ``keep`` keeps that. ``stream`` is the handle of the stream that wrote
+    it, where the tensor itself tells.
     """
 
     pointer: int
+    start: int
     nbytes: int
     shape: tuple[int, ...]
     row: DType
@@ -44,6 +47,14 @@ class DeviceTensors(ABC):
         Raises:
             MemoryError: The GPU has too little memory.
         """
+
+    @abstractmethod
+    def over(self, part: Any, shape: tuple[int, ...], row: DType, stream: Any) -> Any:
+        """Make a tensor over memory that begins at ``part.handle``; its storage keeps ``part``."""
+
+    @abstractmethod
+    def current(self, stream: Any) -> Any:
+        """Return the program's current stream, as cuda-core's; ``stream`` is the connection's."""
 
     @abstractmethod
     def before_use(self, tensor: Any, stream: Any) -> None:
@@ -81,6 +92,14 @@ class TorchTensors(DeviceTensors):
             raise MemoryError(str(error)) from error
         return tensor, tensor.data_ptr()
 
+    def over(self, part: Any, shape: tuple[int, ...], row: DType, stream: Any) -> Any:
+        nbytes = math.prod(shape) * row.itemsize
+        buffer = libraries().core.Buffer.from_handle(part.handle, nbytes, owner=part)
+        return torch.utils.dlpack.from_dlpack(buffer).view(row.torch).view(shape)
+
+    def current(self, stream: Any) -> Any:
+        return libraries().core.Stream.from_handle(torch.cuda.current_stream(self._device).cuda_stream)
+
     def before_use(self, tensor: Any, stream: Any) -> None:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._outside(stream))
@@ -94,7 +113,8 @@ class TorchTensors(DeviceTensors):
             return None
         tensor = value.detach().resolve_conj().resolve_neg().contiguous()
         row = row_of(tensor.dtype)
-        return Found(tensor.data_ptr(), tensor.nbytes, tuple(tensor.shape), row, tensor)
+        start = tensor.untyped_storage().data_ptr()
+        return Found(tensor.data_ptr(), start, tensor.nbytes, tuple(tensor.shape), row, tensor)
 
     def _outside(self, stream: Any) -> torch.cuda.Stream:
         outside: torch.cuda.Stream = torch.cuda.ExternalStream(int(stream.handle), self._device)  # type: ignore[no-untyped-call]
@@ -152,6 +172,12 @@ class OwnTensors(DeviceTensors):
             memory = self._gpu.memory.allocate(max(nbytes, 1), stream=stream)
         return CudaTensor(memory, shape, row, self._gpu.ordinal, int(stream.handle)), int(memory.handle)
 
+    def over(self, part: Any, shape: tuple[int, ...], row: DType, stream: Any) -> Any:
+        return CudaTensor(part, shape, row, self._gpu.ordinal, int(stream.handle))
+
+    def current(self, stream: Any) -> Any:
+        return stream
+
     def before_use(self, tensor: Any, stream: Any) -> None:
         """The program works on the same stream."""
 
@@ -172,7 +198,7 @@ class OwnTensors(DeviceTensors):
                 f"these dtypes: {', '.join(BY_NAME)}"
             )
         pointer, nbytes = int(described["data"][0]), math.prod(shape) * row.itemsize
-        return Found(pointer, nbytes, shape, row, value, described.get("stream"))
+        return Found(pointer, pointer, nbytes, shape, row, value, described.get("stream"))
 
 
 def _is_contiguous(described: dict[str, Any], shape: tuple[int, ...], itemsize: int) -> bool:

@@ -10,11 +10,12 @@ import torch
 
 from ..errors import LocalProtocolError
 from ..memory.dtypes import AnyDType
+from .device_sharing import OFFER, SHARE
 
 ECHO, PROBE, METHODS, HEALTH = "__echo__", "__probe__", "__methods__", "__health__"
 """ECHO returns its tensor, copied into the reply arena, or nothing for nothing; PROBE returns as many bytes of the
 reply arena as it is asked for, uninitialised and not copied; METHODS and HEALTH are ``methods`` and ``health`` of a
-server."""
+server. ``device_sharing`` has two more."""
 
 
 class BuiltIn(Protocol):
@@ -26,6 +27,10 @@ class BuiltIn(Protocol):
 
     def health(self) -> dict[str, Any]: ...
 
+    def offer_device(self) -> dict[str, Any]: ...
+
+    def share_device(self, secret: bytes, cells: int) -> int: ...
+
 
 def built_in(name: str, server: BuiltIn) -> Callable[..., Any] | None:
     """Return the built-in method of this name, or None."""
@@ -34,6 +39,8 @@ def built_in(name: str, server: BuiltIn) -> Callable[..., Any] | None:
         PROBE: functools.partial(_probe, server),
         METHODS: server.methods,
         HEALTH: server.health,
+        OFFER: server.offer_device,
+        SHARE: server.share_device,
     }
     return methods.get(name)
 

@@ -7,7 +7,12 @@ import time
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from ..core import Counters
+from ..cuda.copies import Copies
+from ..cuda.gpu import Gpu
+from ..cuda.tensors import device_tensors
 from ..errors import Closed, ConnectRefused, PeerDied
 from ..protocol.in_flight import CallInFlight, StreamInFlight
 from ..protocol.messages import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
@@ -44,12 +49,15 @@ class Client(ClientBase[ClientConnection]):
             before it uses it, since a hostile server could change a view in between.
         prefault: Map all pages of both arenas now, rather than on first use.
         max_message_bytes: The largest message: a call's or result's plain values. The server has its own limit too.
+        device: The GPU of this side, such as "cuda:0". If the server uses the same, tensors on it are sent in place and
+            never leave it; see ``empty`` and ``device_path``.
 
     Raises:
         ConnectTimeout: No server answers at ``address`` within ``connect_timeout_s``.
         ConnectRefused: The server refuses, with its figures.
         AddressError, LocalProtocolError: The address or an option is wrong.
         SegmentError, OutOfResources: Shared memory, file descriptors or threads are short.
+        DeviceError: There is no such GPU, or no driver for it.
         PeerDied, PeerProtocolError: The server ended, or answered something invalid.
     """
 
@@ -66,6 +74,7 @@ class Client(ClientBase[ClientConnection]):
         snapshot: bool = False,
         prefault: bool = False,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        device: str | torch.device | None = None,
     ) -> None:
         options = ClientOptions.checked(
             channel=channel,
@@ -77,10 +86,14 @@ class Client(ClientBase[ClientConnection]):
             snapshot=snapshot,
             prefault=prefault,
             max_message_bytes=max_message_bytes,
+            device=device,
         )
         counters = Counters()
-        connecting = functools.partial(Connecting, address, options, options.timeout_s, counters)
-        self._exchange = Exchange(connecting, options.timeout_s, counters)
+        gpu = None if options.device is None else Gpu(options.device)
+        new_copies = None if gpu is None else functools.partial(Copies, gpu, device_tensors(gpu))
+        connecting = functools.partial(Connecting, address, options, options.timeout_s, counters, new_copies)
+        self._gpu = gpu
+        self._exchange = Exchange(connecting, options.timeout_s, counters, gpu)
         super().__init__(address, options, counters, self._exchange)
         self._exchange.connect()
 
@@ -192,6 +205,31 @@ class Client(ClientBase[ClientConnection]):
     def close(self) -> None:
         """End the connection; calls in flight fail with ``Closed``. Results stay valid. A second call does nothing."""
         self._exchange.close()
+        if self._gpu is not None:
+            self._gpu.close()
+
+    @property
+    def device_path(self) -> str:
+        """How tensors get from this client's GPU to the server and back, in words.
+
+        "on the GPU": they stay there. Otherwise why not, and they go through the pinned arenas; "no GPU" without one.
+
+        Raises:
+            Closed, PeerDied: The connection has ended.
+        """
+        return self._exchange.live().device_path
+
+    @property
+    def cuda_stream(self) -> Any:
+        """The stream that tensors on the GPU are ready on, as cuda-core's, for programs that use it without torch.
+
+        None if this client has no GPU.
+
+        Raises:
+            Closed, PeerDied: The connection has ended.
+        """
+        copies = self._exchange.live().memory.copies
+        return None if copies is None else copies.stream
 
     def __enter__(self) -> Client:
         return self

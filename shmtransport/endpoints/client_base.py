@@ -18,7 +18,8 @@ from ..protocol.messages import ChannelKind
 from ..protocol.uncompiled import uncompiled
 from ..statistics import Statistics
 from .client_connection import ClientConnection
-from .options import ClientOptions
+from .connection_memory import tensor_on_device
+from .options import ClientOptions, cuda_device
 
 ConnectionT = TypeVar("ConnectionT", bound=ClientConnection)
 
@@ -109,8 +110,10 @@ class ClientBase(BoundToProcess, Generic[ConnectionT]):
         """The server's process id, from the kernel."""
         return self._state.live().server_pid
 
-    def empty(self, shape: int | Sequence[int], dtype: AnyDType) -> torch.Tensor:
-        """Lend an uninitialised CPU tensor in the request arena, to be sent later without a copy.
+    def empty(
+        self, shape: int | Sequence[int], dtype: AnyDType, device: str | torch.device | None = None
+    ) -> torch.Tensor:
+        """Lend an uninitialised tensor in the request arena, to be sent later without a copy.
 
         It may be sent several times, and in several calls at once. Its memory is used again once it and all views of
         it are gone, here and at the server.
@@ -118,14 +121,19 @@ class ClientBase(BoundToProcess, Generic[ConnectionT]):
         Args:
             shape: The size of each dimension, or of the only one.
             dtype: The element type: torch's, numpy's, or the name of one.
+            device: "cuda" or "cuda:N" for one on the GPU of a ``Client(device=…)``: in the arena there if the server
+                shares it, otherwise in other memory, from which it is copied.
 
         Raises:
             ArenaFull: No room within the client's ``timeout_s``, or none that waiting could make.
             TensorTooLarge: The tensor exceeds the whole arena.
             LocalProtocolError: No tensor of this shape or dtype can be sent.
             Closed, PeerDied: The connection has ended.
+            DeviceError, MemoryError: The GPU has failed, or has too little memory.
         """
         connection = self._state.live()
+        if device is not None and (ordinal := cuda_device("device", device)) is not None:
+            return tensor_on_device(connection.memory, self._options.device, ordinal, shape, dtype)
         try:
             return connection.memory.send_arena.lend(shape, dtype)
         except Closed:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 from ..channels import address as addresses
 from ..channels import open_files, zmq_context
@@ -14,6 +14,7 @@ from ..channels.base import Channel, deadline_in
 from ..channels.doorbell import DoorbellChannel
 from ..channels.zmq import ZmqChannel
 from ..core import Counters
+from ..cuda.copies import Copies
 from ..errors import Closed, ConnectTimeout, PeerDied, PeerProtocolError, TransportError
 from ..protocol.calls import ClientProtocol
 from ..protocol.messages import Goodbye, encode
@@ -90,6 +91,9 @@ class ClientConnection:
         if ring is not None:
             self.channel = DoorbellChannel(zmq_channel, ring, patience_of(options.spin_us))
         self.server_pid = self.memory.watch.pid
+        self.sizes = options.arena_bytes, options.reply_arena_bytes
+        self.device_path = "no GPU"
+        """How tensors get from the client's GPU to the server and back, in words."""
         self.server = f"the server at {address} (process {self.server_pid})"
         self.held = _Held(self.channel, self.memory, self.server)
         self._at_drop = weakref.finalize(self, self.held.drop)
@@ -136,11 +140,19 @@ class ClientConnection:
 class Connecting:
     """The handshake with the server at an address; starts again if that server goes away in the middle."""
 
-    def __init__(self, address: str, options: ClientOptions, claim_timeout_s: float, counters: Counters) -> None:
+    def __init__(
+        self,
+        address: str,
+        options: ClientOptions,
+        claim_timeout_s: float,
+        counters: Counters,
+        new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
+    ) -> None:
         self.address = address
         self.options = options
         self._claim_timeout_s = claim_timeout_s
         self.counters = counters
+        self._new_copies = new_copies
         self._cancelled = False
         self._channel: ZmqChannel | None = None
         self._started = time.monotonic()
@@ -171,7 +183,7 @@ class Connecting:
 
     def _try(self) -> tuple[ZmqChannel, ConnectionMemory]:
         channel = self._channel = ZmqChannel(self.address, self.options.max_message_bytes)
-        handshake = client_handshake(self.options, self._claim_timeout_s, self.counters)
+        handshake = client_handshake(self.options, self._claim_timeout_s, self.counters, self._new_copies)
         try:
             memory = self._shake_hands(channel, handshake)
             self._settle(channel, memory)

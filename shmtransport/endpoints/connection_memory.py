@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from ..core import Counters, MessageRing
 from ..core.layout import PAGE_BYTES, Layout, round_up
 from ..core.message_ring import message_ring_bytes
 from ..cuda.copies import Copies
-from ..errors import Closed, PeerDied, PeerProtocolError
+from ..errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtocolError
+from ..memory.dtypes import AnyDType
 from ..memory.peer_watch import PeerWatch
+from ..memory.plain import row_of, sizes_of
 from ..memory.receive_arena import ReceiveArena, release_cells
 from ..memory.segment import Segment
 from ..memory.send_arena import SendArena
@@ -91,6 +96,7 @@ class ConnectionMemory:
         new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
     ) -> None:
         self._own = own
+        self._cells: Any = None
         self._peer = peer
         self.ring = MessageRing(own.message_ring, peer.message_ring) if by_doorbell else None
         self.watch = PeerWatch(peer.fd)
@@ -99,8 +105,34 @@ class ConnectionMemory:
         self.send_arena = SendArena(
             own, release_cells(peer), counters, claim_timeout_s, self._peer_check, device=self.copies
         )
-        self.receive_arena = ReceiveArena(peer, release_cells(own))
+        borrow_on_device = None if self.copies is None else self.copies.borrow
+        self.receive_arena = ReceiveArena(peer, release_cells(own), borrow_on_device)
         self.codec = Codec(self.send_arena, self.receive_arena, counters, max_message_bytes, snapshot=snapshot)
+
+    def own_cells(self, nbytes: int) -> tuple[int, memoryview]:
+        """Return the cells in this side's data area in which it can release something, and their offset.
+
+        Raises:
+            ArenaFull: there is no room for them.
+        """
+        if self._cells is None:
+            claim = self.send_arena.loans.claim(nbytes)
+            if claim is None:
+                raise ArenaFull(f"the arena has no room for {nbytes} bytes of cells")
+            self._own.data[claim.offset : claim.offset + nbytes] = bytes(nbytes)
+            self._cells = claim
+        start = self._cells.offset
+        return start, self._own.data[start : start + nbytes].cast("Q")
+
+    def peers_cells(self, offset: int, nbytes: int) -> memoryview:
+        """Return the cells that the peer has at an offset of its data area.
+
+        Raises:
+            PeerProtocolError: they don't lie there.
+        """
+        if offset % 8 or not 0 <= offset <= len(self._peer.data) - nbytes:
+            raise PeerProtocolError(f"the peer has named cells at {offset}, which do not lie in its data area")
+        return self._peer.data[offset : offset + nbytes].cast("Q")
 
     def prefault(self) -> None:
         """Map all pages of both segments into this process now."""
@@ -146,3 +178,28 @@ class ConnectionMemory:
         self.watch.close()
         self._own.close()
         self._peer.close()
+
+
+def tensor_on_device(
+    memory: ConnectionMemory, used: int | None, asked: int, shape: int | Sequence[int], dtype: AnyDType
+) -> torch.Tensor:
+    """Make an uninitialised tensor on the GPU that this side uses: in its arena there, if there is one with room.
+
+    Args:
+        memory: The connection's.
+        used: The number of the GPU that this side uses; None if it uses none.
+        asked: The number of the GPU that the tensor is to be on.
+        shape: The tensor's.
+        dtype: The tensor's.
+
+    Raises:
+        LocalProtocolError: It uses another GPU, or none, or can't send such a tensor.
+        DeviceError: The GPU has failed.
+        MemoryError: It has too little memory.
+    """
+    copies = memory.copies
+    if copies is None or used != asked:
+        has = "no GPU" if used is None else f"cuda:{used}"
+        raise LocalProtocolError(f"a tensor on cuda:{asked} was asked for, and this side uses {has}: see its device")
+    tensor: torch.Tensor = copies.empty(sizes_of(shape), row_of(dtype))
+    return tensor

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ..channels.backlog import QUEUE_LIMIT
 from ..core import Counters
+from ..cuda.gpu import Gpu
 from ..errors import CallTimeout, Closed, OutOfResources, PeerDied, PeerProtocolError, TransportError
 from ..protocol.in_flight import CallInFlight, OneWayCall, StreamInFlight
 from ..protocol.messages import Cancel, encode
@@ -23,6 +24,7 @@ from ..protocol.uncompiled import uncompiled
 from ..text import traceback_text
 from .client_base import ConnectionState, full_error, timeout_error
 from .client_connection import ClientConnection, Connecting
+from .device_sharing import share_device
 from .direct import direct_calls
 from .options import seconds_or_no_limit
 from .turns import Turns
@@ -43,10 +45,14 @@ class Exchange(ConnectionState[ClientConnection]):
         connecting: Begins a new connection.
         timeout_s: How long a call may take unless it says otherwise, in seconds.
         counters: What the client has done.
+        gpu: The client's. Default: it has none.
     """
 
-    def __init__(self, connecting: Callable[[], Connecting], timeout_s: float, counters: Counters) -> None:
+    def __init__(
+        self, connecting: Callable[[], Connecting], timeout_s: float, counters: Counters, gpu: Gpu | None = None
+    ) -> None:
         super().__init__()
+        self._gpu = gpu
         self._connecting = connecting
         self._timeout_s = timeout_s
         self._counters = counters
@@ -83,6 +89,12 @@ class Exchange(ConnectionState[ClientConnection]):
         self._closed = False
         self._untold.clear()
         self._generation += 1
+        if self._gpu is not None:
+            connection = self.connection
+            connection.device_path = share_device(self._gpu, connection.memory, connection.sizes, self._call_plainly)
+
+    def _call_plainly(self, method: str, *arguments: Any) -> Any:
+        return self.call(method, [(arguments, {})], self._timeout_s)
 
     def reconnect(self) -> None:
         """End this connection and make another; threads that lost the same connection make one new one together.

@@ -63,7 +63,10 @@ class Sizes(NamedTuple):
 
 
 def client_handshake(
-    options: ClientOptions, claim_timeout_s: float, counters: Counters
+    options: ClientOptions,
+    claim_timeout_s: float,
+    counters: Counters,
+    new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
 ) -> Generator[bytes, bytes, ConnectionMemory]:
     """Run the client's half: yield bytes to send, take the answers, return the memory.
 
@@ -71,6 +74,7 @@ def client_handshake(
         options: what the client asks for.
         claim_timeout_s: how long a claim in the request arena may block, in seconds.
         counters: where the connection counts.
+        new_copies: makes what copies between the arenas and a GPU. Default: there is no GPU.
 
     Raises:
         ConnectRefused: the server refused.
@@ -103,6 +107,7 @@ def client_handshake(
             by_doorbell=by_doorbell,
             snapshot=options.snapshot,
             claim_timeout_s=claim_timeout_s,
+            new_copies=new_copies,
         )
         undo.pop_all()
         return memory

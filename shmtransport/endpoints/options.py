@@ -170,6 +170,7 @@ class ClientOptions:
     snapshot: bool = False
     prefault: bool = False
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    device: int | None = None
 
     _CHECKS: ClassVar[dict[str, Callable[[str, Any], Any]]] = {
         "channel": channel_name,
@@ -181,6 +182,7 @@ class ClientOptions:
         "snapshot": flag,
         "prefault": flag,
         "max_message_bytes": message_bytes,
+        "device": cuda_device,
     }
 
     @classmethod

@@ -24,7 +24,15 @@ from ..core import CORE, Counters
 from ..cuda.copies import Copies
 from ..cuda.gpu import Gpu
 from ..cuda.tensors import device_tensors
-from ..errors import ArenaFull, Closed, LocalProtocolError, OutOfResources, PeerProtocolError, TransportError
+from ..errors import (
+    ArenaFull,
+    Closed,
+    DeviceError,
+    LocalProtocolError,
+    OutOfResources,
+    PeerProtocolError,
+    TransportError,
+)
 from ..memory import leftovers
 from ..memory.dtypes import AnyDType
 from ..memory.forks import BoundToProcess, forked
@@ -38,9 +46,11 @@ from ..statistics import Statistics
 from ..text import forget_frames, printable, traceback_text
 from ..units import size_text
 from ..version import VERSION
+from .connection_memory import tensor_on_device
+from .device_sharing import Rendezvous
 from .handlers import Handlers
 from .handshake import Admission, Admitted
-from .options import ServerOptions, patience_of
+from .options import ServerOptions, cuda_device, patience_of
 from .server_connection import IncomingCall, ServerConnection, drop_all, remove_names_at_exit
 
 logger = logging.getLogger("shmtransport")
@@ -77,10 +87,11 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._stopping = False
         self._made = time.monotonic()
         self._ended: Closed | None = None
-        self._gpu, self._new_copies = None, None
+        self._gpu, self._new_copies, self._rendezvous = None, None, None
         if options.device is not None:
             self._gpu = Gpu(options.device)
             self._new_copies = functools.partial(Copies, self._gpu, device_tensors(self._gpu))
+            self._rendezvous = Rendezvous(self._gpu)
         self._zmq = ZmqServerChannel(address, options.max_message_bytes)
         self._doorbells = doorbells(self._zmq, patience_of(options.spin_us))
         self._channel: ServerChannel = self._zmq  # the doorbells while a client uses them
@@ -137,7 +148,9 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         """
         return self._caller().connection_id
 
-    def empty(self, shape: int | Sequence[int], dtype: AnyDType) -> torch.Tensor:
+    def empty(
+        self, shape: int | Sequence[int], dtype: AnyDType, device: str | torch.device | None = None
+    ) -> torch.Tensor:
         """Lend the running handler an uninitialised tensor in its caller's reply arena; returned, it is not copied.
 
         While the caller holds so many results that there is no room, the tensor is one of the server's own memory: it
@@ -146,13 +159,18 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         Args:
             shape: The size of each dimension, or of the only one.
             dtype: The element type: torch's, numpy's, or the name of one.
+            device: "cuda" or "cuda:N" for one on the server's GPU: in its caller's arena there if both share one,
+                otherwise in other memory, from which it is copied.
 
         Raises:
             TensorTooLarge: it exceeds the whole arena. If the handler raises this, so does the caller's call.
             ArenaFull: the handler itself holds so much that there is no room.
             LocalProtocolError: called outside a handler, or such a tensor can't be sent.
             Closed: the server was closed, or this is a forked child.
+            DeviceError, MemoryError: the GPU has failed, or has too little memory.
         """
+        if device is not None and (ordinal := cuda_device("device", device)) is not None:
+            return tensor_on_device(self._caller().memory, self._options.device, ordinal, shape, dtype)
         reference = self._current.get(None)
         connection = None if reference is None or self._ended is not None else reference()
         if connection is None:
@@ -177,7 +195,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
 
         Returns:
             A tensor on the GPU, torch's, or a ``CudaTensor`` where torch is built without CUDA; the tensor itself if
-            the server has no GPU.
+            it is there already, or the server has no GPU.
 
         Raises:
             LocalProtocolError: called outside a handler, or this is no CPU tensor.
@@ -185,7 +203,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             MemoryError: it has too little memory.
         """
         copies = self._caller().memory.copies
-        if copies is None:
+        if copies is None or copies.find(tensor) is not None:
             return tensor
         if not (isinstance(tensor, torch.Tensor) and tensor.is_cpu):
             raise LocalProtocolError("to_device takes a CPU tensor, such as an argument of the call")
@@ -214,6 +232,23 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             return "no GPU"
         paths = {one.memory.copies.path for one in self._connections.values() if one.memory.copies is not None}
         return "; ".join(sorted(paths)) or "no client"
+
+    def offer_device(self) -> dict[str, Any]:
+        """Tell a client which GPU this server uses, and where to bring memory on it; see ``device_sharing``.
+
+        Raises:
+            DeviceError: it uses none.
+        """
+        if self._rendezvous is None:
+            raise DeviceError("the server has no GPU")
+        return self._rendezvous.offer()
+
+    def share_device(self, secret: bytes, cells: int) -> int:
+        """Share memory on the GPU with the running handler's client; see ``Rendezvous.share``."""
+        if self._rendezvous is None:
+            raise DeviceError("the server has no GPU")
+        connection = self._caller()
+        return self._rendezvous.share(connection.memory, connection.sizes, secret, cells)
 
     def statistics(self) -> Statistics:
         """Return totals over all clients since this server was made."""
@@ -277,6 +312,8 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
     def _give_back(self) -> None:
         """Give back what belongs to no single client."""
         self._doorbells.close()
+        if self._rendezvous is not None:
+            self._rendezvous.close()
         if self._gpu is not None:
             self._gpu.close()
 

@@ -17,6 +17,8 @@ from ..errors import PeerProtocolError
 from ..text import printable
 from .dtypes import BY_NAME, DType
 
+DEVICE_OFFSET = 1 << 62
+"""From here on, an offset is one into the sender's arena on a GPU."""
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -28,9 +30,9 @@ def representable(shape: Sequence[int], itemsize: int) -> bool:
 class TensorDescriptor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One tensor in the sender's data area.
 
-    ``offset`` is in bytes from the start of the data area. To release the tensor, the receiver stores ``sequence`` in
-    cell ``slot`` of its release table; sequence 0 means that there is nothing to release (a tensor without elements
-    occupies no block).
+    ``offset`` is in bytes from the start of the data area; from ``DEVICE_OFFSET`` on, it is that much more than the
+    offset in the sender's arena on a GPU. To release the tensor, the receiver stores ``sequence`` in cell ``slot`` of
+    its release table; sequence 0 means that there is nothing to release (a tensor without elements occupies no block).
     """
 
     offset: _Count

@@ -6,11 +6,14 @@ says in words what is wrong with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..core.refusals import cut_short
 from ..errors import PeerProtocolError
-from .descriptor import TensorDescriptor
+from .descriptor import DEVICE_OFFSET, TensorDescriptor
 from .segment import Segment
 from .views import TENSORS, Borrows
 
@@ -18,10 +21,19 @@ from .views import TENSORS, Borrows
 class ReceiveArena:
     """The peer's segment, seen as tensors that it has sent.
 
-    ``released`` are the cells of the release table in this process's own segment.
+    Args:
+        segment: The peer's.
+        released: The cells of the release table in this process's own segment.
+        borrow_on_device: Makes the view of a tensor in the peer's arena on a GPU. Default: there is none.
     """
 
-    def __init__(self, segment: Segment, released: memoryview) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        released: memoryview,
+        borrow_on_device: Callable[[TensorDescriptor], Any] | None = None,
+    ) -> None:
+        self._borrow_on_device = borrow_on_device
         self._segment = segment
         self._data_bytes = segment.layout.data_bytes
         self._slots = len(released)
@@ -57,7 +69,10 @@ class ReceiveArena:
         return self._look_closely(descriptor) if tensor is None else tensor
 
     def _look_closely(self, descriptor: TensorDescriptor) -> torch.Tensor:
-        """Make the tensor without elements that was described, or say what is wrong."""
+        """Make the tensor without elements, or on a GPU, that was described, or say what is wrong."""
+        if descriptor.offset >= DEVICE_OFFSET and self._borrow_on_device is not None:
+            tensor: torch.Tensor = self._borrow_on_device(descriptor)
+            return tensor
         row, nbytes = descriptor.validate(self._data_bytes, self._slots)
         if nbytes == 0:
             return torch.empty(descriptor.shape, dtype=row.torch)

@@ -19,9 +19,9 @@ import torch
 
 from ..core.layout import PAGE_BYTES
 from ..core.tensors import MAX_DIMENSIONS, address_of_memory
-from ..errors import ArenaFull, LocalProtocolError, TensorTooLarge, TransportError
+from ..errors import ArenaFull, CallTimeout, LocalProtocolError, TensorTooLarge, TransportError
 from ..units import size_text
-from .descriptor import TensorDescriptor
+from .descriptor import DEVICE_OFFSET, TensorDescriptor
 from .dtypes import INTEGERS, AnyDType, DType
 from .plain import address_of, check_content, refuse_copy, row_of, row_of_array, sizes_of, without_bytes
 from .segment import Segment
@@ -43,7 +43,12 @@ class DeviceCopy(Protocol):
 class Device(Protocol):
     """What an arena uses of a GPU that copies to it by itself; see ``cuda.copies``."""
 
+    @property
+    def arena(self) -> Any: ...
+
     def find(self, value: Any) -> Any: ...
+
+    def export(self, found: Any, out: list[TensorDescriptor]) -> DeviceCopy | None: ...
 
     def to_arena(self, found: Any, address: int) -> DeviceCopy: ...
 
@@ -222,6 +227,23 @@ class SendArena:
         self._export_from_device(self._device, found, out)
         return out[0]
 
+    def finish(self) -> None:
+        """Wait until the device has copied in the tensors of the message that this thread has just encoded.
+
+        Raises:
+            CallTimeout: It has not in time.
+            DeviceError: It has failed.
+        """
+        unfinished = None if self._device is None else vars(self._this_thread).get("unfinished")
+        if unfinished is None:
+            return
+        deadline: float = getattr(self._this_thread, "deadline", time.monotonic() + self._claim_timeout_s)
+        while not unfinished.done():
+            if time.monotonic() > deadline:
+                raise CallTimeout("the call was not sent: the GPU has not completed its arguments in time")
+            time.sleep(FIRST_PAUSE_S)
+        self.take_unfinished()
+
     def take_unfinished(self) -> Unfinished | None:
         """Return the tensors of the message that this thread has just encoded, if the device is copying any in."""
         return None if self._device is None else vars(self._this_thread).pop("unfinished", None)
@@ -236,21 +258,23 @@ class SendArena:
         """Take back descriptors that were never sent."""
         unfinished = self.take_unfinished()
         for descriptor in descriptors:
-            if descriptor.sequence:
-                self.copies.pop(descriptor.sequence, None)
-                if unfinished is None or descriptor not in unfinished:
-                    self.loans.end_hold(descriptor.slot, descriptor.sequence)
+            if descriptor.sequence and (unfinished is None or descriptor not in unfinished):
+                self._end_hold(descriptor)
         if unfinished is not None:
             self.withdraw_unfinished(unfinished)
 
     def withdraw_unfinished(self, unfinished: Unfinished) -> None:
         """Take back a message that was never sent; its blocks are free again once the device no longer writes there."""
         for descriptor, copy in unfinished.copies:
-            self._behind(copy, functools.partial(self.loans.end_hold, descriptor.slot, descriptor.sequence))
+            if self._device is not None:
+                self._device.when_done(copy, functools.partial(self._end_hold, descriptor))
 
-    def _behind(self, copy: DeviceCopy, action: Callable[[], None]) -> None:
-        if self._device is not None:
-            self._device.when_done(copy, action)
+    def _end_hold(self, descriptor: TensorDescriptor) -> None:
+        if descriptor.offset < DEVICE_OFFSET:
+            self.copies.pop(descriptor.sequence, None)
+            self.loans.end_hold(descriptor.slot, descriptor.sequence)
+        elif self._device is not None and self._device.arena is not None:
+            self._device.arena.loans.end_hold(descriptor.slot, descriptor.sequence)
 
     def _export_copy(
         self,
@@ -287,7 +311,11 @@ class SendArena:
             without_bytes(shape, row)
             out.append(TensorDescriptor(0, shape, row.name, 0, 0))
             return
-        claim, copy = None, None
+        copy = device.export(found, out)
+        if copy is not None:
+            self._expect(out[-1], copy)
+            return
+        claim = None
         try:
             while (claim := self.loans.claim(nbytes)) is None:
                 self._wait_for_room(nbytes)
@@ -300,9 +328,13 @@ class SendArena:
             elif claim is not None:
                 self.loans.give_back(claim)
             raise
-        unfinished = vars(self._this_thread).setdefault("unfinished", Unfinished())
-        unfinished.copies.append((out[-1], copy))
+        self._expect(out[-1], copy)
         self.copies[out[-1].sequence] = nbytes
+
+    def _expect(self, descriptor: TensorDescriptor, copy: DeviceCopy) -> None:
+        """Note that a tensor of the message in the making is not there yet."""
+        unfinished = vars(self._this_thread).setdefault("unfinished", Unfinished())
+        unfinished.copies.append((descriptor, copy))
 
     def _write(
         self, offset: int, source: torch.Tensor | np.ndarray[Any, Any], shape: tuple[int, ...], row: DType

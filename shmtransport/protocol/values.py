@@ -57,6 +57,8 @@ class Exporter(Protocol):
 
     def export_foreign(self, tensor: Any) -> TensorDescriptor: ...
 
+    def finish(self) -> None: ...
+
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None: ...
 
 
@@ -169,7 +171,7 @@ class Codec:
     ) -> tuple[bytes, Sequence[TensorDescriptor]]:
         """Return the bytes of a request, and the descriptors of its tensors.
 
-        On any error no block stays held.
+        Tensors on a GPU are complete then. On any error no block stays held.
 
         Args:
             call_id: names the call in its reply.
@@ -195,6 +197,7 @@ class Codec:
                 packed = [outbox.pack(argument, ARGUMENT_DEPTH) for argument in arguments]
                 named = {name: outbox.pack(argument, ARGUMENT_DEPTH) for name, argument in keywords.items()}
                 data = encode(kind(call_id, method, packed, named, tuple(outbox)), self.max_message_bytes)
+            self._exporter.finish()
             self._count_sent(data, outbox, started)
         except BaseException as error:
             self._exporter.withdraw(outbox)

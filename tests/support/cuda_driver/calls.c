@@ -1,5 +1,6 @@
 /* The gate of every entry point, in this order: counted, failed on request, refused for good after an error that
    sticks, refused before cuInit or without a current context. */
+#define _GNU_SOURCE
 #include "calls.h"
 
 #include <pthread.h>
@@ -35,6 +36,8 @@ bool set_faults(const char *text)
         if (equals == NULL || fault_count == MOST_FAULTS || (size_t)(equals - item) >= sizeof faults[0].name)
             continue;
         *equals = '\0';
+        if (equals - item > 3 && strcmp(equals - 3, "_v2") == 0) /* calls are named without their version */
+            equals[-3] = '\0';
         char *at = NULL;
         struct fault *fault = &faults[fault_count++];
         strcpy(fault->name, item);

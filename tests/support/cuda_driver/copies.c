@@ -1,6 +1,6 @@
 /* Copies and fills. An asynchronous one poisons its destination when it is queued, or when its turn comes if work that
-   is queued may still use those bytes; then it is carried out late. With pageable memory it is synchronous, and counted.
-   A range that leaves one registration, or a read-only one as a destination, is CUDA_ERROR_INVALID_VALUE. */
+   is queued may still use those bytes; then it is carried out late. With pageable memory it is synchronous, and
+   counted. A range that leaves a registration, or a read-only destination, is CUDA_ERROR_INVALID_VALUE. */
 #include "calls.h"
 #include "counters.h"
 #include "streams.h"
@@ -49,12 +49,12 @@ static CUresult copy(enum route route, uintptr_t to, uintptr_t from, size_t size
         return CUDA_ERROR_INVALID_HANDLE;
     if (size == 0)
         return CUDA_SUCCESS;
-    if (to == 0 || from == 0 || range_of(to, size, &into) != CUDA_SUCCESS || range_of(from, size, &out_of) != CUDA_SUCCESS)
+    if (to == 0 || from == 0 || range_of(to, size, &into) != CUDA_SUCCESS)
         return CUDA_ERROR_INVALID_VALUE;
-    if (!takes(route, into, out_of))
+    if (range_of(from, size, &out_of) != CUDA_SUCCESS || !takes(route, into, out_of))
         return CUDA_ERROR_INVALID_VALUE;
-    bool in_device = into != NULL && out_of != NULL && into->kind == DEVICE_MEMORY && out_of->kind == DEVICE_MEMORY;
     struct operation operation = {.what = COPY, .to = to, .from = from, .size = size};
+    bool in_device = into != NULL && out_of != NULL && into->kind == DEVICE_MEMORY && out_of->kind == DEVICE_MEMORY;
     return queue_copy(stream, operation, into, into == NULL || out_of == NULL, async || in_device);
 }
 

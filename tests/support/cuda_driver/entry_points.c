@@ -12,17 +12,22 @@ static const struct {
     int since;
     const char *suffix;
 } versions[] = {
-    {"cuCtxCreate", 12050, "_v4"},      {"cuCtxGetDevice", 13000, "_v2"},   {"cuCtxSynchronize", 13000, "_v2"},
-    {"cuEventElapsedTime", 12080, "_v2"}, {"cuGetProcAddress", 12000, "_v2"}, {"cuLaunchHostFunc", 13020, "_v2"},
+    {"cuCtxCreate", 12050, "_v4"},
+    {"cuCtxCreate", 11040, "_v3"}, /* there is none here */
+    {"cuCtxGetDevice", 13000, "_v2"},
+    {"cuCtxSynchronize", 13000, "_v2"},
+    {"cuEventElapsedTime", 12080, "_v2"},
+    {"cuGetProcAddress", 12000, "_v2"},
+    {"cuLaunchHostFunc", 13020, "_v2"},
     {"cuStreamGetCtx", 12050, "_v2"},
 };
 /* The versions of these that have no suffix came before any CUDA that is supported. */
 static const char *const always_second[] = {
-    "cuCtxCreate", "cuCtxDestroy", "cuCtxPopCurrent", "cuCtxPushCurrent", "cuDevicePrimaryCtxRelease", "cuDeviceGetUuid",
-    "cuDeviceTotalMem", "cuEventDestroy", "cuMemAlloc", "cuMemAllocHost", "cuMemFree", "cuMemGetAddressRange",
-    "cuMemGetInfo", "cuMemHostGetDevicePointer", "cuMemHostRegister", "cuMemcpyDtoD", "cuMemcpyDtoDAsync", "cuMemcpyDtoH",
-    "cuMemcpyDtoHAsync", "cuMemcpyHtoD", "cuMemcpyHtoDAsync", "cuMemsetD16", "cuMemsetD32", "cuMemsetD8",
-    "cuStreamDestroy",
+    "cuCtxCreate", "cuCtxDestroy", "cuCtxPopCurrent", "cuCtxPushCurrent", "cuDeviceGetUuid",
+    "cuDevicePrimaryCtxRelease", "cuDeviceTotalMem", "cuEventDestroy", "cuMemAlloc", "cuMemAllocHost", "cuMemFree",
+    "cuMemGetAddressRange", "cuMemGetInfo", "cuMemHostGetDevicePointer", "cuMemHostRegister", "cuMemcpyDtoD",
+    "cuMemcpyDtoDAsync", "cuMemcpyDtoH", "cuMemcpyDtoHAsync", "cuMemcpyHtoD", "cuMemcpyHtoDAsync", "cuMemsetD16",
+    "cuMemsetD32", "cuMemsetD8", "cuStreamDestroy",
 };
 
 static const char *suffix_of(const char *name, int version)

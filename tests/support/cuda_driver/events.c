@@ -46,7 +46,7 @@ bool event_is_orphan(struct event *event)
 void event_await(struct event *event, uint64_t ticket)
 {
     object_hold(&event->object);
-    for (unsigned looks = 1; !event_is_done(event, ticket) && !is_closing() && sticky_error() == CUDA_SUCCESS; looks++) {
+    for (unsigned looks = 1; !event_is_done(event, ticket) && !is_lost(); looks++) {
         if (!(event->flags & EVENT_INTERPROCESS)) {
             wait_change();
             continue;

@@ -46,9 +46,8 @@ CUresult cuMemHostUnregister(void *memory)
     lock();
     struct range *range = range_at(REGISTERED_MEMORY, (uintptr_t)memory);
     if (range != NULL) {
-        unsigned long long gone = registrations_without_memory();
         range_take_out(range);
-        counters.unmapped_while_registered += gone - registrations_without_memory();
+        counters.unmapped_while_registered += has_lost_memory(range);
         counters.unregistered_in_use += is_in_use(range->base, range->size);
         free(range);
     }
@@ -92,7 +91,7 @@ CUresult cuMemFreeHost(void *memory)
     struct range *range = range_at(HOST_MEMORY, (uintptr_t)memory);
     if (range != NULL) {
         range_take_out(range);
-        while (is_in_use(range->base, range->size) && !settings.stall && sticky_error() == CUDA_SUCCESS && !is_closing())
+        while (is_in_use(range->base, range->size) && !settings.stall && !is_lost())
             wait_change();
         if (!is_in_use(range->base, range->size))
             munmap(memory, range->size);

@@ -57,10 +57,10 @@ static bool move(struct operation *operation)
 static void move_late(struct operation *operation)
 {
     bool moved = !operation->poisons_late || poison(operation->to, operation->size, POISON_PENDING);
-    while (settings.stall && !is_closing() && sticky_error() == CUDA_SUCCESS)
+    while (settings.stall && !is_lost())
         wait_change();
     unsigned long delay = operation->is_late ? settings.delay_us : 0;
-    bool lost = is_closing() || sticky_error() != CUDA_SUCCESS;
+    bool lost = is_lost();
     unlock();
     if (!lost && delay > 0)
         sleep_us(delay);

@@ -122,10 +122,13 @@ CUresult cuMemPoolSetAttribute(CUmemoryPool handle, int attribute, void *value)
     return result;
 }
 
-static bool is_access(const CUmemAccessDesc *access)
+static bool is_access(const CUmemAccessDesc *access, struct pool *pool)
 {
-    return access->location.type == LOCATION_DEVICE && is_device(access->location.id) &&
-           (access->flags == ACCESS_NONE || access->flags == ACCESS_READ_WRITE);
+    if (access->location.type != LOCATION_DEVICE || !is_device(access->location.id))
+        return false;
+    if (access->location.id == pool->device) /* its own device's access can't be taken away */
+        return access->flags == ACCESS_READ_WRITE;
+    return access->flags == ACCESS_NONE || access->flags == ACCESS_READ_WRITE;
 }
 
 CUresult cuMemPoolSetAccess(CUmemoryPool handle, const CUmemAccessDesc *accesses, size_t count)
@@ -134,8 +137,8 @@ CUresult cuMemPoolSetAccess(CUmemoryPool handle, const CUmemAccessDesc *accesses
     lock();
     struct pool *pool = object_find(POOL, handle);
     bool valid = pool != NULL && accesses != NULL;
-    for (size_t i = 0; valid && i < count; i++) /* its own device's access can't be taken away */
-        valid = is_access(&accesses[i]) && (accesses[i].flags != ACCESS_NONE || accesses[i].location.id != pool->device);
+    for (size_t i = 0; valid && i < count; i++)
+        valid = is_access(&accesses[i], pool);
     for (size_t i = 0; valid && i < count; i++)
         pool->access[accesses[i].location.id] = accesses[i].flags;
     unlock();

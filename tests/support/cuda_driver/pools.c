@@ -105,7 +105,7 @@ CUresult pool_take(struct pool *pool, size_t size, struct stream *stream, CUdevi
         return CUDA_ERROR_INVALID_VALUE;
     uintptr_t at;
     while ((at = find_room(pool, room)) == 0 || bytes_of_device() + room > settings.device_bytes) {
-        if (!is_freeing(pool) || settings.stall || is_closing() || sticky_error() != CUDA_SUCCESS)
+        if (!is_freeing(pool) || settings.stall || is_lost())
             return CUDA_ERROR_OUT_OF_MEMORY;
         wait_change();
     }

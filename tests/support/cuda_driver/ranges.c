@@ -105,16 +105,16 @@ unsigned long long bytes_of_host(void)
     return bytes_of(HOST_MEMORY, false);
 }
 
+bool has_lost_memory(struct range *range)
+{
+    struct mapping was = range->mapping, now = mapping_of(range->base, range->size);
+    return !now.whole || now.device != was.device || now.inode != was.inode || now.offset != was.offset;
+}
+
 unsigned long long registrations_without_memory(void)
 {
     unsigned long long gone = 0;
-    for (struct range *range = ranges; range != NULL; range = range->next) {
-        if (range->kind != REGISTERED_MEMORY)
-            continue;
-        struct mapping now = mapping_of(range->base, range->size);
-        if (!now.whole || now.device != range->mapping.device || now.inode != range->mapping.inode ||
-            now.offset != range->mapping.offset)
-            gone++;
-    }
+    for (struct range *range = ranges; range != NULL; range = range->next)
+        gone += range->kind == REGISTERED_MEMORY && has_lost_memory(range);
     return gone;
 }

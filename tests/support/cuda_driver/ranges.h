@@ -33,6 +33,7 @@ struct range *range_with(uintptr_t address);
 bool ranges_overlap(uintptr_t one, size_t one_size, uintptr_t other, size_t other_size);
 /* The range that all these bytes are in, NULL if none of them is in any; an error if they leave a range. */
 CUresult range_of(uintptr_t base, size_t size, struct range **found);
+bool has_lost_memory(struct range *range); /* what was there when it was registered is unmapped */
 bool overlaps_host_range(uintptr_t base, size_t size);
 
 unsigned long long bytes_of_device(void);

@@ -1,6 +1,7 @@
 /* The settings: FAKE_CUDA_* variables, read when the library is loaded; fake_cuda_configure changes them later. */
 #include "state.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -59,12 +60,14 @@ int fake_cuda_configure(const char *name, const char *value)
 __attribute__((constructor)) static void read_environment(void)
 {
     static const char *const names[] = {
-        "FAKE_CUDA_DEVICES", "FAKE_CUDA_DRIVER_VERSION", "FAKE_CUDA_UUID",   "FAKE_CUDA_DELAY_US", "FAKE_CUDA_STALL",
-        "FAKE_CUDA_REGISTER_LIMIT", "FAKE_CUDA_DEVICE_BYTES", "FAKE_CUDA_STICKY", "FAKE_CUDA_REPORT",   "FAKE_CUDA_FAIL",
+        "DEVICES",        "DRIVER_VERSION", "UUID",   "DELAY_US", "STALL",
+        "REGISTER_LIMIT", "DEVICE_BYTES",   "STICKY", "REPORT",   "FAIL",
     };
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const char *value = getenv(names[i]);
+        char variable[64];
+        snprintf(variable, sizeof variable, "FAKE_CUDA_%s", names[i]);
+        const char *value = getenv(variable);
         if (value != NULL)
-            set_setting(names[i] + strlen("FAKE_CUDA_"), value);
+            set_setting(names[i], value);
     }
 }

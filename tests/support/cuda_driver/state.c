@@ -44,6 +44,11 @@ CUresult sticky_error(void)
     return atomic_load(&sticky);
 }
 
+bool is_lost(void)
+{
+    return is_closing() || sticky_error() != CUDA_SUCCESS;
+}
+
 void stick(CUresult error)
 {
     atomic_store(&sticky, error);

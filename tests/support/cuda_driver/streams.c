@@ -1,5 +1,6 @@
 /* The queues and their threads. Work runs in the order of its stream; the legacy default stream and the streams that
    are not NON_BLOCKING wait for each other, as in CUDA. Once an error sticks or the process ends nothing runs. */
+#define _GNU_SOURCE
 #include "streams.h"
 
 #include <pthread.h>
@@ -44,7 +45,7 @@ static void *work(void *argument)
             continue;
         }
         carry_out(operation);
-        if (is_closing() || sticky_error() != CUDA_SUCCESS)
+        if (is_lost())
             continue;
         stream->first = operation->next;
         if (stream->first == NULL)
@@ -95,7 +96,7 @@ uint64_t enqueue(struct stream *stream, struct operation operation)
 CUresult stream_wait(struct stream *stream, uint64_t number)
 {
     object_hold(&stream->object);
-    while (stream->finished < number && !is_closing() && sticky_error() == CUDA_SUCCESS)
+    while (stream->finished < number && !is_lost())
         wait_change();
     object_drop(&stream->object);
     return is_closing() ? CUDA_ERROR_DEINITIALIZED : sticky_error();
@@ -111,7 +112,7 @@ CUresult context_wait_idle(struct context *context)
             busy = busy->next;
         if (busy != NULL)
             wait_change();
-    } while (busy != NULL && !is_closing() && sticky_error() == CUDA_SUCCESS);
+    } while (busy != NULL && !is_lost());
     return is_closing() ? CUDA_ERROR_DEINITIALIZED : sticky_error();
 }
 
@@ -127,7 +128,7 @@ bool is_in_use(uintptr_t base, size_t size)
 {
     for (struct stream *stream = streams; stream != NULL; stream = stream->next)
         for (struct operation *queued = stream->first; queued != NULL; queued = queued->next)
-            if ((queued->what == COPY || queued->what == FILL) &&
+            if ((queued->what == COPY || queued->what == FILL || queued->what == ALLOCATED) &&
                 (ranges_overlap(base, size, queued->to, queued->size) ||
                  ranges_overlap(base, size, queued->from, queued->what == COPY ? queued->size : 0)))
                 return true;
