@@ -119,8 +119,15 @@ class Copies:
         """Call ``action`` once a copy is complete, or the GPU has failed; in any thread."""
         self._gpu.watcher.when_done(copy, action)
 
-    def close(self) -> None:
-        """Give back the memory behind the last copy; at once if the GPU has failed, since nothing moves there then."""
+    def close(self, peer_lives: Callable[[], bool]) -> None:
+        """Give back the memory behind the last copy; at once if the GPU has failed, since nothing moves there then.
+
+        Args:
+            peer_lives: Whether the peer's process does, which may still use tensors in this side's arena on the GPU.
+        """
+        arena, self.arena = self.arena, None
+        if arena is not None and not arena.is_over(peer_lives):
+            self._gpu.watcher.linger(functools.partial(arena.is_over, peer_lives), arena)
         try:
             with self._gpu.current():
                 last = self._gpu.fence(self.stream)

@@ -140,6 +140,11 @@ class DeviceArena:
         """How many tensors of the peer are borrowed."""
         return len(self._borrows)
 
+    def is_over(self, peer_lives: Callable[[], bool]) -> bool:
+        """Whether no tensor of this side is in use at the peer, now that the connection has ended."""
+        self.loans.collect()
+        return self.loans.held_by_peer == 0 or not peer_lives()
+
     def lend(self, shape: tuple[int, ...], row: DType) -> Any:
         """Lend an uninitialised tensor; None if there is no room now, or it has no elements."""
         with self._work.gpu.current():

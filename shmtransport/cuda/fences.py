@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import DeviceError
 from ..memory.send_arena import DeviceCopy
@@ -20,7 +20,8 @@ from .driver import errors_in_words
 
 logger = logging.getLogger("shmtransport")
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 20e-6, 200e-6  # between two looks: a copy of a MiB takes about 50 µs
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 20e-6, 2e-3  # between two looks: a copy of a MiB takes about 50 µs
+_LINGER_PAUSE_S = 0.1
 _FLUSH_TIMEOUT_S = 1.0
 
 
@@ -73,7 +74,7 @@ class FenceWatcher:
 
     def __init__(self, current: Callable[[], AbstractContextManager[None]]) -> None:
         # A SimpleQueue, since a tensor may die, in a garbage collection, in the middle of this thread's own ``put``.
-        self._queue: SimpleQueue[_Task | threading.Event | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Told] = SimpleQueue()
         self._thread = threading.Thread(
             target=_watch, args=(self._queue, current), name="shmtransport fences", daemon=True
         )
@@ -87,6 +88,10 @@ class FenceWatcher:
         else:
             self._queue.put((fence, action))
 
+    def linger(self, is_over: Callable[[], bool], keep: Any) -> None:
+        """Keep something until ``is_over``, which is asked a few times a second; ``flush`` does not wait for it."""
+        self._queue.put(_Lingering(is_over, keep))
+
     def flush(self) -> None:
         """Wait until nothing is left to do, for a short time: a GPU that hangs keeps what it has."""
         idle = threading.Event()
@@ -94,35 +99,70 @@ class FenceWatcher:
         idle.wait(_FLUSH_TIMEOUT_S)
 
 
+class _Lingering(NamedTuple):
+    """What is kept until it is over."""
+
+    is_over: Callable[[], bool]
+    keep: Any
+
+
 _Task: TypeAlias = "tuple[DeviceCopy, Callable[[], None]]"
+_Told: TypeAlias = "_Task | _Lingering | threading.Event | None"
 
 
-def _watch(
-    queue: SimpleQueue[_Task | threading.Event | None], current: Callable[[], AbstractContextManager[None]]
-) -> None:
-    """Until None comes, look at fences and do what is due; set an event that comes once there is nothing to do."""
-    waiting: list[_Task] = []
-    flushing: list[threading.Event] = []
-    pause_s = FIRST_PAUSE_S
+def _watch(queue: SimpleQueue[_Told], current: Callable[[], AbstractContextManager[None]]) -> None:
+    """What the thread does, until it is told None and nothing is left to do."""
+    watch = _Watch(queue)
     with contextlib.suppress(DeviceError), current():
-        while True:
-            with contextlib.suppress(Empty):
-                told = queue.get(timeout=pause_s if waiting else None)
-                if told is None:
-                    return
-                if isinstance(told, threading.Event):
-                    flushing.append(told)
-                else:
-                    waiting.append(told)
-                    pause_s = FIRST_PAUSE_S
-                del told
-            due = [task for task in waiting if _is_over(task[0])]
-            waiting = [task for task in waiting if task not in due]
-            pause_s = FIRST_PAUSE_S if due else min(2 * pause_s, LONGEST_PAUSE_S)
-            while due:
-                due.pop()[1]()
-            while flushing and not waiting:
-                flushing.pop().set()
+        while watch.goes_on:
+            watch.step()
+
+
+class _Watch:
+    """What the thread waits for. It refers to no watcher, which would never be dropped otherwise."""
+
+    def __init__(self, queue: SimpleQueue[_Told]) -> None:
+        self._queue = queue
+        self._waiting: list[_Task] = []
+        self._lingering: list[_Lingering] = []
+        self._flushing: list[threading.Event] = []
+        self._is_last = False
+        self._pause_s = FIRST_PAUSE_S
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether more may come, or something is left to do."""
+        return bool(self._waiting or self._lingering or not self._is_last)
+
+    def step(self) -> None:
+        """Take in what comes within a pause, and do what is due."""
+        with contextlib.suppress(Empty):
+            self._take(self._queue.get(timeout=self._timeout_s()))
+        due = [task for task in self._waiting if _is_over(task[0])]
+        self._waiting = [task for task in self._waiting if task not in due]
+        self._pause_s = FIRST_PAUSE_S if due else min(2 * self._pause_s, LONGEST_PAUSE_S)
+        while due:
+            due.pop()[1]()
+        if not self._waiting:
+            self._lingering = [one for one in self._lingering if not one.is_over()]
+            while self._flushing:
+                self._flushing.pop().set()
+
+    def _timeout_s(self) -> float | None:
+        if self._waiting:
+            return self._pause_s
+        return _LINGER_PAUSE_S if self._lingering else None
+
+    def _take(self, told: _Told) -> None:
+        if told is None:
+            self._is_last = True
+        elif isinstance(told, threading.Event):
+            self._flushing.append(told)
+        elif isinstance(told, _Lingering):
+            self._lingering.append(told)
+        else:
+            self._waiting.append(told)
+            self._pause_s = FIRST_PAUSE_S
 
 
 def _is_over(fence: DeviceCopy) -> bool:

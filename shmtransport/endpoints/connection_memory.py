@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import select
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -174,10 +178,27 @@ class ConnectionMemory:
         """Give the segments back; tensors that still refer to them keep their memory."""
         self._peer_check.closed = True
         if self.copies is not None:
-            self.copies.close()
+            self.copies.close(_life_of(self.watch))
         self.watch.close()
         self._own.close()
         self._peer.close()
+
+
+def _life_of(watch: PeerWatch) -> Callable[[], bool]:
+    """Return what tells whether the peer's process lives when the watch is closed; False where that isn't known."""
+    descriptor = watch.fileno()
+    if descriptor is None:
+        return lambda: False
+    kept = os.dup(descriptor)
+    ended = select.poll()
+    ended.register(kept, select.POLLIN)
+    lives = functools.partial(_has_not_ended, ended)
+    weakref.finalize(lives, os.close, kept)
+    return lives
+
+
+def _has_not_ended(ended: select.poll) -> bool:
+    return not ended.poll(0)
 
 
 def tensor_on_device(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import zmq
 
 from shmtransport.diagnostics import measure
+from tests.support import cuda_driver
 from tests.support.children import Child, Mother
+from tests.support.cuda import Gpus
+from tests.support.helpers import Spawn
 from tests.support.process import ROOT
 from tests.support.strangers import Stranger
 
@@ -22,6 +26,21 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, mother: Mother) -> I
     process.wait_until_ready()
     yield address
     process.end()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for CUDA's driver."""
+    pytest.importorskip("cuda.core", reason="needs cuda-core: the extra [cuda]")
+    if cuda_driver.compiler() is None:
+        pytest.skip("needs a C compiler for the stand-in of CUDA's driver")
+    return cuda_driver.build(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def gpus(spawn: Spawn, address: str, library: Path) -> Gpus:
+    """Servers and clients with a GPU, which is the stand-in."""
+    return Gpus(spawn, address, library)
 
 
 @pytest.fixture

@@ -18,43 +18,19 @@ import torch
 from shmtransport import CallTimeout, Client, DeviceError, LocalProtocolError, RemoteError, Server
 from shmtransport.protocol.messages import ChannelKind
 from shmtransport.units import KIB, MIB
-from tests.support import cuda_driver
 from tests.support.children import Child, Mother
+from tests.support.cuda import LATE_US, SERVER, Gpus
 from tests.support.helpers import Spawn, eventually
 from tests.support.left_behind import kill
 from tests.support.loops import on_each_channel
 from tests.support.process import ROOT, Process
 
-pytest.importorskip("cuda.core", reason="needs cuda-core: the extra [cuda]")
-if cuda_driver.compiler() is None:
-    pytest.skip("needs a C compiler for the stand-in of CUDA's driver", allow_module_level=True)
-
-SERVER = ROOT / "tests/support/processes/cuda_server.py"
-LATE_US = 200_000  # so that what does not wait for a copy is sure to be seen
 SERVERS: dict[str, dict[str, Any]] = {"one thread": {}, "threads": {"threads": 3}, "asyncio": {"asynchronous": True}}
 PATHS = {
     "pinned": {},
     "bounced": {"FAIL": "cuMemHostRegister=801"},
     "neither": {"FAIL": "cuMemHostRegister=2,cuMemHostAlloc=2"},
 }
-
-StartGpu = Callable[..., Process]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-in, compiled."""
-    return cuda_driver.build(tmp_path_factory.mktemp("driver"))
-
-
-@pytest.fixture
-def start(spawn: Spawn, address: str, library: Path) -> StartGpu:
-    """Start a server with a GPU, with settings of the stand-in and options of the server."""
-
-    def begin(settings: dict[str, Any] | None = None, **options: Any) -> Process:
-        return spawn(SERVER, address, str(library), json.dumps(settings or {}), json.dumps(options))
-
-    return begin
 
 
 def client_of(address: str, channel: ChannelKind = "doorbell", **options: Any) -> Client:
@@ -76,11 +52,11 @@ def left_behind(process: Process) -> dict[str, int]:
 @pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
 @on_each_channel
 def test_tensors_reach_the_gpu_and_come_back(
-    start: StartGpu, address: str, channel: ChannelKind, settings: dict[str, Any], options: dict[str, Any]
+    gpus: Gpus, channel: ChannelKind, settings: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Every dtype and size crosses unchanged, however it gets there; a reply is sent only when all of it has."""
-    start(settings, **options)
-    with client_of(address, channel, arena_bytes=8 * MIB) as client:
+    gpus.start_server(settings, **options)
+    with client_of(gpus.address, channel, arena_bytes=8 * MIB) as client:
         for count in (0, 1, 1000, MIB):
             for dtype in (torch.float32, torch.bfloat16, torch.bool):
                 x = (torch.arange(count) % 251).to(dtype)
@@ -93,10 +69,10 @@ def test_tensors_reach_the_gpu_and_come_back(
         assert [part.sum().item() for part in client.stream("parts", torch.ones(1000), 4)] == [1000] * 4
 
 
-def test_a_pinned_arena_is_copied_from_and_to_directly(start: StartGpu, address: str) -> None:
+def test_a_pinned_arena_is_copied_from_and_to_directly(gpus: Gpus) -> None:
     """No copy goes through other memory, none makes its caller wait, and nothing waits for the whole device."""
-    server = start()
-    with client_of(address) as client:
+    server = gpus.start_server()
+    with client_of(gpus.address) as client:
         for _ in range(5):
             client.call("there_and_back", torch.ones(1000))
         assert client.call("facts") == {"path": "pinned", "pinned": 10, "bounced": 0}
@@ -107,41 +83,41 @@ def test_a_pinned_arena_is_copied_from_and_to_directly(start: StartGpu, address:
     assert left["registered_bytes"] == left["unmapped_while_registered"] == left["context_synchronizations"] == 0
 
 
-def test_arenas_are_pinned_in_pieces(start: StartGpu, address: str) -> None:
+def test_arenas_are_pinned_in_pieces(gpus: Gpus) -> None:
     """An arena larger than the driver registers at once is pinned all the same; tensors over the borders cross."""
-    start({"REGISTER_LIMIT": 256 * KIB}, piece_bytes=256 * KIB)
-    with client_of(address, arena_bytes=2 * MIB) as client:
+    gpus.start_server({"REGISTER_LIMIT": 256 * KIB}, piece_bytes=256 * KIB)
+    with client_of(gpus.address, arena_bytes=2 * MIB) as client:
         x = torch.arange(300_000, dtype=torch.int32)
         assert torch.equal(client.call("there_and_back", x), x)
         assert client.call("facts") == {"path": "pinned", "pinned": 2, "bounced": 0}
         assert client.call("count", "calls:cuMemHostRegister") == 16
 
 
-def test_an_argument_is_released_behind_the_copy_that_reads_it(start: StartGpu, address: str) -> None:
+def test_an_argument_is_released_behind_the_copy_that_reads_it(gpus: Gpus) -> None:
     """A client may not reuse the memory of an argument while the GPU still has to read it."""
-    start({"DELAY_US": LATE_US})
-    with client_of(address, arena_bytes=64 * KIB) as client:
+    gpus.start_server({"DELAY_US": LATE_US})
+    with client_of(gpus.address, arena_bytes=64 * KIB) as client:
         for value in (1.0, 2.0, 3.0):  # each has room only when the one before has been released
             client.call("keep", torch.full((10_000,), value))
         assert [client.call("kept_again", index).unique().tolist() for index in range(3)] == [[1.0], [2.0], [3.0]]
 
 
 @pytest.mark.parametrize("options", SERVERS.values(), ids=SERVERS)
-def test_others_are_served_while_a_copy_is_under_way(start: StartGpu, address: str, options: dict[str, Any]) -> None:
+def test_others_are_served_while_a_copy_is_under_way(gpus: Gpus, options: dict[str, Any]) -> None:
     """A reply that waits for the GPU holds up no other client, and no other call of its own."""
-    start({"DELAY_US": LATE_US}, **options)
-    with client_of(address) as client, client_of(address, "zmq") as other:
+    gpus.start_server({"DELAY_US": LATE_US}, **options)
+    with client_of(gpus.address) as client, client_of(gpus.address, "zmq") as other:
         pending = client.submit("there_and_back", torch.ones(1000))
         assert (client.call("echo", 1), other.call("echo", 2)) == (1, 2)
         assert not pending.done()
         assert torch.equal(pending.result(), torch.ones(1000))
 
 
-def test_memory_that_cannot_be_pinned_is_told_once(start: StartGpu, address: str) -> None:
+def test_memory_that_cannot_be_pinned_is_told_once(gpus: Gpus) -> None:
     """One warning gives the cause and what it costs; statistics and health show the path in use."""
-    server = start({"FAIL": "cuMemHostRegister=801"})
+    server = gpus.start_server({"FAIL": "cuMemHostRegister=801"})
     for _ in range(3):
-        with client_of(address) as client:
+        with client_of(gpus.address) as client:
             client.call("there_and_back", torch.ones(1000))
             facts, health = client.call("facts"), client.health()
     assert (facts["pinned"], facts["bounced"]) == (0, 6)
@@ -154,10 +130,10 @@ def test_memory_that_cannot_be_pinned_is_told_once(start: StartGpu, address: str
     assert "confidential-computing" in told[0]
 
 
-def test_a_failed_gpu_fails_calls_and_nothing_else(start: StartGpu, address: str) -> None:
+def test_a_failed_gpu_fails_calls_and_nothing_else(gpus: Gpus) -> None:
     """After an error that the driver does not forget, calls that need the GPU fail; others, and clients, go on."""
-    server = start({"STICKY": "cuMemcpyDtoHAsync"})
-    client, other = client_of(address), client_of(address, "zmq")
+    server = gpus.start_server({"STICKY": "cuMemcpyDtoHAsync"})
+    client, other = client_of(gpus.address), client_of(gpus.address, "zmq")
     for _ in range(2):
         with pytest.raises(RemoteError, match=r"DeviceError: .*CUDA_ERROR_ILLEGAL_ADDRESS.*restart"):
             client.call("there_and_back", torch.ones(1000))
@@ -169,10 +145,10 @@ def test_a_failed_gpu_fails_calls_and_nothing_else(start: StartGpu, address: str
     assert server.wait(10) == 0
 
 
-def test_a_gpu_that_hangs_hangs_nobody(start: StartGpu, address: str) -> None:
+def test_a_gpu_that_hangs_hangs_nobody(gpus: Gpus) -> None:
     """A copy that never ends costs its caller a time-out; others are served, and the server ends when it is told to."""
-    server = start({"STALL": 1})
-    with client_of(address, timeout_s=0.3) as client, client_of(address, "zmq") as other:
+    server = gpus.start_server({"STALL": 1})
+    with client_of(gpus.address, timeout_s=0.3) as client, client_of(gpus.address, "zmq") as other:
         with pytest.raises(CallTimeout):
             client.call("there_and_back", torch.ones(1000))
         assert client.call("echo", 1) == other.call("echo", 1)
@@ -180,13 +156,13 @@ def test_a_gpu_that_hangs_hangs_nobody(start: StartGpu, address: str) -> None:
     assert server.wait(20) == 0
 
 
-def test_a_client_killed_in_mid_copy_leaves_nothing_pinned(start: StartGpu, spawn: Spawn, address: str) -> None:
+def test_a_client_killed_in_mid_copy_leaves_nothing_pinned(gpus: Gpus, spawn: Spawn) -> None:
     """Its arenas are taken back from the driver behind the last copy, before they are unmapped."""
-    server = start({"DELAY_US": LATE_US})
-    with client_of(address) as client:
+    server = gpus.start_server({"DELAY_US": LATE_US})
+    with client_of(gpus.address) as client:
         alone = client.call("count", "registered_bytes")
         script = ROOT / "tests/support/processes/copying_client.py"
-        copying = spawn(script, address)
+        copying = spawn(script, gpus.address)
         assert client.call("count", "registered_bytes") > alone
         kill(copying)
         assert eventually(lambda: client.call("count", "registered_bytes") == alone)
@@ -195,10 +171,10 @@ def test_a_client_killed_in_mid_copy_leaves_nothing_pinned(start: StartGpu, spaw
 
 
 @pytest.mark.parametrize("method", ["unsendable", "given up"])
-def test_what_is_not_sent_gives_its_room_back_behind_the_copy(start: StartGpu, address: str, method: str) -> None:
+def test_what_is_not_sent_gives_its_room_back_behind_the_copy(gpus: Gpus, method: str) -> None:
     """The block of a reply that fails or is given up is free again, but not while the GPU still writes there."""
-    start({"DELAY_US": LATE_US})
-    with client_of(address) as client:
+    gpus.start_server({"DELAY_US": LATE_US})
+    with client_of(gpus.address) as client:
         if method == "unsendable":
             with pytest.raises(LocalProtocolError, match="object"):
                 client.call("unsendable", torch.ones(1000))

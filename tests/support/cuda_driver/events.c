@@ -107,8 +107,10 @@ CUresult cuEventDestroy_v2(CUevent handle)
     ENTER(cuEventDestroy, INITIALISED);
     lock();
     struct event *event = object_find(EVENT, handle);
-    if (event != NULL)
+    if (event != NULL) {
+        close_event_file(event);
         object_retire(&event->object);
+    }
     unlock();
     return event == NULL ? CUDA_ERROR_INVALID_HANDLE : CUDA_SUCCESS;
 }

@@ -35,6 +35,7 @@ struct event *event_of(struct shared_event *shared, int file, bool imported);
 
 /* Of ipc_events.c */
 struct shared_event *share_event(int *file);
+void close_event_file(struct event *event); /* its handle opens nothing from now on */
 void unshare_event(struct event *event);
 bool is_alive(int process);
 

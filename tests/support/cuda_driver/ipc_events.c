@@ -54,11 +54,17 @@ struct shared_event *share_event(int *out)
     return shared;
 }
 
-void unshare_event(struct event *event)
+void close_event_file(struct event *event)
 {
-    munmap(event->shared, sizeof *event->shared);
     if (event->file >= 0)
         close(event->file);
+    event->file = -1;
+}
+
+void unshare_event(struct event *event)
+{
+    close_event_file(event);
+    munmap(event->shared, sizeof *event->shared);
 }
 
 bool is_alive(int process)

@@ -20,6 +20,8 @@ import torch
 
 from shmtransport import AsyncServer, Server
 from shmtransport.cuda import registration
+from shmtransport.cuda.driver import ask
+from shmtransport.memory.dtypes import BY_TORCH
 
 address, library = sys.argv[1:3]
 os.environ.update({f"FAKE_CUDA_{name}": str(value) for name, value in json.loads(sys.argv[3]).items()})
@@ -29,7 +31,8 @@ registration.PIECE_BYTES = options.pop("piece_bytes", registration.PIECE_BYTES)
 stand_in = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL) if library else None
 
 
-server: Any = (AsyncServer if asynchronous else Server)(address, device=f"cuda:{ordinal}", **options)
+options.setdefault("device", f"cuda:{ordinal}")
+server: Any = (AsyncServer if asynchronous else Server)(address, **options)
 kept: list[Any] = []
 
 
@@ -77,6 +80,48 @@ def unsendable(x: torch.Tensor) -> Any:
 @server.method
 def echo(value: Any) -> Any:
     return value
+
+
+def fill(tensor: Any, value: int) -> Any:
+    """Set all bytes of a tensor on the GPU, as a kernel would: later."""
+    ask("cuMemsetD8Async", pointer(tensor), value, tensor.nbytes, server.cuda_stream.handle)
+    return tensor
+
+
+def pointer(tensor: Any) -> int:
+    address, _ = tensor.__cuda_array_interface__["data"]
+    return int(address)
+
+
+@server.method
+def made(count: int, value: int) -> Any:
+    """A tensor of bytes that is made in the caller's arena on the GPU."""
+    with server._gpu.current():
+        return fill(server.empty((count,), torch.uint8, device=f"cuda:{ordinal}"), value)
+
+
+@server.method
+def copy_later(x: Any) -> None:
+    """Have the GPU copy a tensor that is there, and answer at once."""
+    with server._gpu.current():
+        copy = server._new_copies([]).empty(x.shape, BY_TORCH[x.dtype])
+        ask("cuMemcpyDtoDAsync", pointer(copy), pointer(x), x.nbytes, server.cuda_stream.handle)
+    kept.append(copy)
+
+
+@server.method
+def keep_borrowed(x: Any) -> None:
+    kept.append(x)
+
+
+@server.method
+def forget() -> None:
+    kept.clear()
+
+
+@server.method
+def kind(x: Any) -> str:
+    return type(x).__name__
 
 
 @server.method
