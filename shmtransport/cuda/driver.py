@@ -35,8 +35,8 @@ def libraries() -> Libraries:
         ) from error
     try:
         (status,) = driver.cuInit(0)
-    except RuntimeError as error:  # from cuda-bindings, which finds no libcuda.so.1
-        raise DeviceError(f"no GPU can be used: {error}; install NVIDIA's driver") from error
+    except RuntimeError as error:  # from cuda-bindings
+        raise DeviceError("no GPU can be used: there is no libcuda.so.1; install NVIDIA's driver") from error
     if status:
         raise DeviceError(f"no GPU can be used: cuInit failed with {_name_of(driver, status)}")
     return Libraries(driver, core)

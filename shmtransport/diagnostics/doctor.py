@@ -116,6 +116,53 @@ def _of_machine(machine: MachineFacts) -> Iterator[Verdict]:
             "SHMTRANSPORT_SIGBUS is off",
             "install shmtransport where there is a C compiler, and unset SHMTRANSPORT_SIGBUS",
         )
+    yield from _of_gpus(machine)
+
+
+def _of_gpus(machine: MachineFacts) -> Iterator[Verdict]:
+    for gpu in machine.gpus:
+        if gpu.not_pinned:
+            yield Verdict(
+                "advice",
+                f"arenas can't be pinned for cuda:{gpu.ordinal}, so tensors are copied once more on their way there: "
+                f"{gpu.not_pinned}",
+                "none where confidential computing forbids it; otherwise raise the limit on locked memory (ulimit -l)",
+            )
+        if gpu.not_shared:
+            yield Verdict(
+                "advice",
+                f"arenas on cuda:{gpu.ordinal} can't be shared between processes: {gpu.not_shared}",
+                "pinned arenas are used in their place",
+            )
+    if machine.gpus and "expandable_segments:True" in machine.environment.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        yield Verdict(
+            "advice",
+            "torch allocates in expandable segments, whose tensors are copied by the GPU before they are sent",
+            'send tensors made by empty(…, device="cuda"), which are not copied',
+        )
+
+
+def _of_servers_gpu(server: ServerFacts, machine: MachineFacts) -> Iterator[Verdict]:
+    if server.device.startswith("not pinned"):
+        yield Verdict(
+            "advice",
+            f"the server's tensors get to its GPU through a buffer: {server.device}",
+            "none where confidential computing forbids it; otherwise raise its limit on locked memory (ulimit -l)",
+        )
+    if not (server.gpu and machine.gpus):
+        return
+    if server.gpu not in {gpu.uuid for gpu in machine.gpus}:
+        yield Verdict(
+            "advice",
+            f"the server uses the GPU {server.gpu}, which this process does not see: tensors on a GPU can't be shared",
+            "set CUDA_VISIBLE_DEVICES to the same GPU on both sides",
+        )
+    elif server.server_pid <= 0:
+        yield Verdict(
+            "advice",
+            "the server runs in another PID namespace, where memory on a GPU can't be shared with it",
+            "run both in one namespace (docker run --pid=container:…)",
+        )
 
 
 def _of_server(server: ServerFacts, machine: MachineFacts) -> Iterator[Verdict]:
@@ -135,6 +182,7 @@ def _of_server(server: ServerFacts, machine: MachineFacts) -> Iterator[Verdict]:
                 "if a program takes its address from there, unset it, or examine that address too",
             )
     yield from _of_channels(server, machine)
+    yield from _of_servers_gpu(server, machine)
     extra_s = server.first_touch_s_per_mib - server.second_touch_s_per_mib
     if extra_s > _COSTLY_TOUCH_S_PER_MIB:
         arena = size_text(server.arena_bytes)

@@ -12,7 +12,7 @@ import re
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..channels.address import IPC
 from ..core import CORE, CORE_REASON
@@ -22,7 +22,10 @@ from ..memory.mapped_file import guards_are_on
 from ..memory.segment import shared_memory_room
 from ..version import VERSION
 
-_PACKAGES = ("torch", "numpy", "pyzmq", "posix_ipc", "msgspec")
+if TYPE_CHECKING:
+    from .gpus import GpuFacts
+
+_PACKAGES = ("torch", "numpy", "pyzmq", "posix_ipc", "msgspec", "cuda-core", "cuda-bindings")
 _VARIABLES = {
     "CUDA_VISIBLE_DEVICES",
     "GLIBC_TUNABLES",
@@ -83,6 +86,8 @@ class MachineFacts:
         environment: the variables that matter to the transport.
         huge_pages: the kernel's rule for shared memory, and the mount option of /dev/shm.
         core: which twin of the core is in use, and why.
+        gpus: the GPUs that this process sees.
+        no_gpu: why it sees none; empty if it does.
         guarded: whether a segment that a peer cuts short costs its connection only; otherwise it ends the process.
     """
 
@@ -99,11 +104,16 @@ class MachineFacts:
     huge_pages: str
     core: str
     guarded: bool
+    gpus: tuple[GpuFacts, ...] = ()
+    no_gpu: str = ""
 
 
 def machine_facts() -> MachineFacts:
     """Collect the facts about this machine and this process."""
+    from .gpus import gpu_facts  # only here: it imports torch
+
     total, free = shm_room()
+    gpus, no_gpu = gpu_facts()
     return MachineFacts(
         versions=versions(),
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -118,6 +128,8 @@ def machine_facts() -> MachineFacts:
         huge_pages=f"{_huge_pages_rule()}, /dev/shm: {_huge_pages_mount()}",
         core=f"{CORE}: {CORE_REASON}{_without_exchange()}",
         guarded=guards_are_on(),
+        gpus=gpus,
+        no_gpu=no_gpu,
     )
 
 

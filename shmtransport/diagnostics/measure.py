@@ -20,6 +20,7 @@ import torch
 from ..channels import address as addresses
 from ..endpoints.built_in import ECHO, PROBE
 from ..endpoints.client import Client
+from ..endpoints.device_sharing import NO_GPU, OFFER
 from ..errors import ConnectRefused, ConnectTimeout, LocalProtocolError, SegmentError, TransportError
 from ..protocol.messages import ChannelKind
 from ..units import KIB, MIB
@@ -105,6 +106,8 @@ class ServerFacts:
         first_touch_s_per_mib: the time to fill a MiB of a new arena, in seconds.
         second_touch_s_per_mib: the time to fill it once more.
         channels: the times of each channel.
+        device: how tensors get to its GPU, in words.
+        gpu: which GPU that is; empty if it has none.
     """
 
     address: str
@@ -116,6 +119,8 @@ class ServerFacts:
     first_touch_s_per_mib: float
     second_touch_s_per_mib: float
     channels: tuple[ChannelTimes, ...]
+    device: str = NO_GPU
+    gpu: str = ""
 
 
 def measure(address: str, connect_timeout_s: float = 5.0) -> ServerFacts:
@@ -145,10 +150,19 @@ def measure(address: str, connect_timeout_s: float = 5.0) -> ServerFacts:
         first_s, second_s = _touch(client, min(arena_bytes, _TOUCHED_BYTES))
         channels = [_measure_channel(client, 0.0, arena_bytes)]
         pid = client.server_pid
+        device, gpu = _device_of(client)
     channels += [_measure_other(address, channel, spin_us, connect_timeout_s) for channel, spin_us in _CHANNELS[1:]]
     return ServerFacts(
-        address, scheme, listening, pid, command_of(pid), arena_bytes, first_s, second_s, tuple(channels)
+        address, scheme, listening, pid, command_of(pid), arena_bytes, first_s, second_s, tuple(channels), device, gpu
     )
+
+
+def _device_of(client: Client) -> tuple[str, str]:
+    """Return how tensors get to a server's GPU, and which GPU that is."""
+    device = str(client.health().get("device", NO_GPU))
+    if device == NO_GPU:
+        return device, ""
+    return device, bytes(client.call(OFFER)["gpu"]).hex()
 
 
 def socket_facts(address: str) -> SocketFacts:

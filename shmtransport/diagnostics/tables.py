@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .connections import Connections
     from .doctor import Verdict
     from .facts import ConnectedSegments, Limit, MachineFacts
+    from .gpus import GpuFacts
     from .measure import ServerFacts
 
 console = Console(highlight=False, soft_wrap=True)
@@ -62,6 +63,7 @@ def print_machine(machine: MachineFacts) -> None:
         "huge pages": machine.huge_pages,
         "core": machine.core,
         "segment guards": "on" if machine.guarded else "off",
+        "GPUs": "\n".join(map(_gpu_text, machine.gpus)) or machine.no_gpu,
         "in use": _connected_text(machine.connected),
         "by name": _named_text(machine.named),
         "open files": _limit_text(machine.open_files),
@@ -78,11 +80,17 @@ def print_server(server: ServerFacts) -> None:
         rows["socket"] = f"mode {server.socket.mode:04o}, in a directory of {server.socket.directory_mode:04o}"
         rows["listening"] = f"process {server.socket.listener_pid}: {server.socket.listener_command}"
     rows["answering"] = f"process {server.server_pid}: {server.server_command}"
+    rows["GPU"] = f"{server.gpu} {server.device}".strip()
     rows["arenas granted"] = f"{size_text(server.arena_bytes)} each way"
     first, second = server.first_touch_s_per_mib, server.second_touch_s_per_mib
     rows["filling an arena"] = f"{time_text(first)} per MiB the first time, {time_text(second)} the second"
     console.print(_facts_table("server", rows))
     console.print(_times_table(server))
+
+
+def _gpu_text(gpu: GpuFacts) -> str:
+    pinned, shared = gpu.not_pinned or "arenas can be pinned", gpu.not_shared or "arenas can be shared"
+    return f"cuda:{gpu.ordinal} {gpu.name}, {gpu.uuid}: {pinned}; {shared}"
 
 
 def _times_table(server: ServerFacts) -> Table:

@@ -37,6 +37,7 @@ from ..text import printable
 from .connection_memory import ConnectionMemory
 
 OFFER, SHARE = "__device__", "__share_device__"
+NO_GPU = "no GPU"
 SHARED = "on the GPU"
 """The path of tensors whose arenas are there."""
 

@@ -47,7 +47,7 @@ from ..text import forget_frames, printable, traceback_text
 from ..units import size_text
 from ..version import VERSION
 from .connection_memory import tensor_on_device
-from .device_sharing import Rendezvous
+from .device_sharing import NO_GPU, Rendezvous
 from .handlers import Handlers
 from .handshake import Admission, Admitted
 from .options import ServerOptions, cuda_device, patience_of
@@ -229,7 +229,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         connected, and "no GPU" if the server has none.
         """
         if self._gpu is None:
-            return "no GPU"
+            return NO_GPU
         paths = {one.memory.copies.path for one in self._connections.values() if one.memory.copies is not None}
         return "; ".join(sorted(paths)) or "no client"
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from shmtransport import CallTimeout, Client, DeviceError, LocalProtocolError, RemoteError, Server
 from shmtransport.protocol.messages import ChannelKind
 from shmtransport.units import KIB, MIB
+from tests.support import cuda_driver
 from tests.support.children import Child, Mother
 from tests.support.cuda import LATE_US, SERVER, Gpus
 from tests.support.helpers import Spawn, eventually
@@ -185,6 +188,28 @@ def test_what_is_not_sent_gives_its_room_back_behind_the_copy(gpus: Gpus, method
         assert client.call("held") == 1
         assert eventually(lambda: client.call("held") == 0)
         assert client.call("count", "async_copies") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({}, []), ({"fail": "cuMemHostRegister=800,cuMemPoolCreate=801"}, ["NOT_PERMITTED", "NOT_SUPPORTED"])],
+    ids=["all", "nothing"],
+)
+def test_the_doctor_tries_what_a_gpu_can(library: Path, settings: dict[str, str], told: list[str]) -> None:
+    """It pins memory and makes some that can be shared, and tells the driver's reason where that fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "shmtransport", "doctor", "--json"],
+        env=cuda_driver.environment(library.parent, **settings),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    (gpu,) = found["machine"]["gpus"]
+    reasons = [gpu["not_pinned"], gpu["not_shared"]]
+    assert all(name in reason for name, reason in zip(told, reasons, strict=False)) if told else reasons == ["", ""]
+    assert sum("cuda:0" in verdict["finding"] for verdict in found["verdicts"]) == len(told)
 
 
 def test_a_gpu_that_is_not_there_is_an_error_at_once(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from shmtransport.diagnostics.doctor import Facts, Verdict, has_problem, report, verdicts
 from shmtransport.diagnostics.facts import ConnectedSegments, Limit, MachineFacts, environment
+from shmtransport.diagnostics.gpus import GpuFacts
 from shmtransport.diagnostics.measure import SIZES, ChannelTimes, ServerFacts, SizeTimes, SocketFacts
 from shmtransport.memory.leftovers import SharedObject
 from shmtransport.units import MIB, time_text
@@ -298,3 +299,32 @@ def test_only_variables_that_matter_are_reported() -> None:
         }
     )
     assert list(found) == ["APP_WORKER", "KMP_BLOCKTIME", "OMP_NUM_THREADS", "TMPDIR"]
+
+
+# GPUs
+
+GPU = GpuFacts(0, "a GPU", "ab12", "", "")
+
+
+def test_a_gpu_that_can_do_everything_needs_no_advice() -> None:
+    """Arenas can be pinned and shared, and the server uses the same GPU."""
+    machine = replace(MACHINE, gpus=(GPU,))
+    assert of_machine(gpus=(GPU,)) == []
+    assert of_server(machine, device="pinned", gpu="ab12") == []
+
+
+def test_why_a_gpu_is_slow_is_told() -> None:
+    """What can't be pinned or shared is told with the driver's reason, and so is torch's way of allocating."""
+    only(of_machine(gpus=(replace(GPU, not_pinned="ERROR_801"),)), "advice", "cuda:0", "ERROR_801", "ulimit -l")
+    only(of_machine(gpus=(replace(GPU, not_shared="ERROR_801"),)), "advice", "cuda:0", "ERROR_801", "pinned arenas")
+    expandable = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    only(of_machine(gpus=(GPU,), environment=expandable), "advice", "expandable segments", "empty(")
+    assert of_machine(environment=expandable) == []
+
+
+def test_why_a_servers_gpu_is_slow_is_told() -> None:
+    """A failed registration, another GPU, and another PID namespace each have a remedy."""
+    machine = replace(MACHINE, gpus=(GPU,))
+    only(of_server(machine, device="not pinned: ERROR_801", gpu="ab12"), "advice", "ERROR_801", "ulimit -l")
+    only(of_server(machine, device="pinned", gpu="cd34"), "advice", "cd34", "CUDA_VISIBLE_DEVICES")
+    only(of_server(machine, device="pinned", gpu="ab12", server_pid=0, socket=None), "advice", "PID namespace")
