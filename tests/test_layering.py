@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 WINGS: dict[str, tuple[str, ...]] = {
     "shmtransport": ("core", "memory", "cuda", "protocol", "channels", "endpoints", "diagnostics"),
     "llama_split": ("boundary", "model", "checkpoint", "trusted", "worker", "serving", "placement", "commands"),
-    "bench": ("harness", "contenders", "baseline", "engine", "reports", "commands"),
+    "bench": ("harness", "contenders", "baseline", "engine", "device", "reports", "commands"),
 }
 GROUND = {
     "shmtransport": {"channel_kinds", "errors", "units", "text", "statistics", "version"},

@@ -7,6 +7,7 @@ import typer
 from .baseline import baseline
 from .check import check
 from .engine import engine
+from .gpu import gpu
 from .presets import engine_all, everything, quick
 from .report import report
 from .round_trips import latency, throughput
@@ -22,7 +23,7 @@ def root() -> None:
     """Measure our transport beside others on this machine, all in one run."""
 
 
-for command in (latency, throughput, baseline, engine, sharing, check, report):
+for command in (latency, throughput, baseline, engine, gpu, sharing, check, report):
     app.command()(command)
 app.command("seed", hidden=True)(baseline)  # the former name
 app.command("all", rich_help_panel=_PRESETS)(everything)

@@ -30,6 +30,8 @@ SpinOption = Annotated[
 ]
 PeersOption = Annotated[bool, typer.Option(help="Run llama.cpp too, alone and with its RPC server, where it is found.")]
 
+DeviceOption = Annotated[str, typer.Option(help="Where workers and the unsplit model compute: cpu, cuda:0.")]
+
 _ALL_MODES = ",".join(mode.value for mode in Mode)
 
 
@@ -47,6 +49,7 @@ class EngineOptions:
     threads: ThreadsOption = 2
     spin_us: SpinOption = 0.0
     peers: PeersOption = True
+    device: DeviceOption = "cpu"
     json_file: JsonOption = None
 
     def plan(self) -> EnginePlan:
@@ -65,7 +68,8 @@ class EngineOptions:
             repeats=self.repeats,
             threads=self.threads,
             spin_us=self.spin_us,
-            peers=self.peers,
+            peers=self.peers and self.device == "cpu",
+            device=self.device,
         )
 
 

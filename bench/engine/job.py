@@ -33,7 +33,7 @@ class Job(msgspec.Struct, frozen=True):
     Only the worker spins for ``spin_us``: the trusted side would spin on a core that the worker computes on. ``mode``
     is that of a split, or ``UNSPLIT`` with OpenMP's default threads, which spin while they wait, or
     ``UNSPLIT_PASSIVE`` with passive ones, as both processes of a split have them. Passive threads are faster on a busy
-    machine.
+    machine. The worker, or the unsplit model, computes on ``device``.
     """
 
     model: str
@@ -45,6 +45,7 @@ class Job(msgspec.Struct, frozen=True):
     new_tokens: int
     repeats: int
     threads: int
+    device: str = "cpu"
 
 
 class Prefill(msgspec.Struct, frozen=True):
@@ -107,6 +108,8 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
             str(job.threads),
             "--spin-us",
             str(job.spin_us),
+            "--device",
+            job.device,
             *_model_options(job.model),
         ]
         mode = Mode(job.mode)
@@ -114,7 +117,7 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
         own = stack.enter_context(WorkerProcess(options, computes_alone=mode.worker_keeps_kv))
     checkpoint = _checkpoint(job.model)
     if own is None:
-        return _unsplit(checkpoint, job.dtype), None
+        return _unsplit(checkpoint, job.dtype).to(job.device), None
     from llama_split import SplitLlamaForCausalLM
     from llama_split.boundary.choices import parse_channel
 
@@ -200,7 +203,8 @@ def _measure(job: Job, model: LlamaForCausalLM, worker_pid: int | None) -> Outco
 def _prompt(model: LlamaForCausalLM, tokens: int) -> torch.Tensor:
     import torch
 
-    return torch.randint(100, model.config.vocab_size - 100, (1, tokens), generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(100, model.config.vocab_size - 100, (1, tokens), generator=generator).to(model.device)
 
 
 def _prefill(model: LlamaForCausalLM, tokens: int, repeats: int) -> Prefill:
@@ -211,6 +215,7 @@ def _prefill(model: LlamaForCausalLM, tokens: int, repeats: int) -> Prefill:
     for _ in range(repeats + 1):
         started = time.perf_counter()
         output = model(ids, use_cache=True, logits_to_keep=1)
+        output.logits.cpu()  # which waits for a GPU
         seconds.append(time.perf_counter() - started)
         del output
         if len(seconds) == 1:  # a later forward also ends the session of the previous one

@@ -25,7 +25,7 @@ _TIMEOUT_S = 900.0
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """What to run: all combinations of the first four, and the unsplit model in every dtype.
+    """What to run: all combinations of the first four, and the unsplit model in every dtype, on ``device``.
 
     ``prompts`` are lengths in tokens, ``repeats`` the forwards of each; ``threads`` are for each process; the worker
     spins for ``spin_us`` on the doorbell. With ``peers``, llama.cpp runs the same models where it can.
@@ -41,6 +41,7 @@ class EnginePlan:
     threads: int
     spin_us: float
     peers: bool
+    device: str = "cpu"
 
 
 def measure_engine(plan: EnginePlan) -> EngineRun:
@@ -56,6 +57,7 @@ def measure_engine(plan: EnginePlan) -> EngineRun:
         new_tokens=plan.new_tokens,
         repeats=plan.repeats,
         spin_us=plan.spin_us,
+        device=plan.device,
     )
     rows: list[EngineRow] = []
     tokens: dict[tuple[str, str], list[int]] = {}
@@ -102,6 +104,7 @@ def _jobs(plan: EnginePlan) -> Iterator[Job]:
             new_tokens=plan.new_tokens,
             repeats=plan.repeats,
             threads=plan.threads,
+            device=plan.device,
         )
 
 

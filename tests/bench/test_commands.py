@@ -33,7 +33,9 @@ def test_check_fails_on_a_loss_only(p50: float, code: int, tmp_path: Path, monke
     assert checked(p50) == code
 
 
-@pytest.mark.parametrize("name", ["latency", "throughput", "baseline", "engine", "sharing", "check", "report", "seed"])
+@pytest.mark.parametrize(
+    "name", ["latency", "throughput", "baseline", "engine", "gpu", "sharing", "check", "report", "seed"]
+)
 def test_every_command_explains_itself(name: str) -> None:
     """Also the former name of ``baseline``, which the list of commands doesn't show."""
     assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
