@@ -82,8 +82,7 @@ def test_a_pinned_arena_is_copied_from_and_to_directly(gpus: Gpus) -> None:
         assert client.health()["device"] == "pinned"
         assert client.call("count", "pageable_copies") == client.call("count", "calls:cuStreamSynchronize") == 0
         assert client.call("count", "registered_bytes") >= 2 * client.call("echo", MIB)
-    left = left_behind(server)
-    assert left["registered_bytes"] == left["unmapped_while_registered"] == left["context_synchronizations"] == 0
+    assert not any(left_behind(server).values())
 
 
 def test_arenas_are_pinned_in_pieces(gpus: Gpus) -> None:
@@ -170,7 +169,7 @@ def test_a_client_killed_in_mid_copy_leaves_nothing_pinned(gpus: Gpus, spawn: Sp
         kill(copying)
         assert eventually(lambda: client.call("count", "registered_bytes") == alone)
         assert torch.equal(client.call("there_and_back", torch.ones(9)), torch.ones(9))
-    assert left_behind(server)["unmapped_while_registered"] == 0
+    assert not any(left_behind(server).values())
 
 
 @pytest.mark.parametrize("method", ["unsendable", "given up"])

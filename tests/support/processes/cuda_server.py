@@ -156,5 +156,5 @@ else:
         print("ready", flush=True)
         server.serve()
 kept.clear()
-names = ("registered_bytes", "host_bytes", "device_bytes", "unmapped_while_registered", "context_synchronizations")
+names = ("registered_bytes", "unregistered_in_use", "unmapped_while_registered", "context_synchronizations")
 print(json.dumps({name: counter(name) for name in names} if stand_in else {}), flush=True)
