@@ -29,7 +29,7 @@ SANITIZER_RUN = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-fi
 export PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-cluster fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs wheel clean llama-cpp
+.PHONY: help install demo test test-unit test-cluster test-gpu fuzz sanitize coverage soak check fix bench bench-engine bench-quick bench-check docs wheel clean llama-cpp
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,9 @@ test-unit: install ## run the tests that need no second process, in half a minut
 
 test-cluster: $(RAY_STAMP) ## run the tests on a Ray cluster of two nodes, in four minutes
 	$(BIN)/python -m pytest -m cluster tests/cluster
+
+test-gpu: install ## run the tests that need a GPU, where there is one, in ten minutes
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 $(RAY_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[ray]'

@@ -20,21 +20,21 @@ class Gpus:
     Args:
         spawn: Starts a process, and waits until it is ready.
         address: Where the server is to listen.
-        library: The stand-in.
+        library: The stand-in; None for the driver of this machine.
     """
 
-    def __init__(self, spawn: Callable[..., Process], address: str, library: Path) -> None:
+    def __init__(self, spawn: Callable[..., Process], address: str, library: Path | None) -> None:
         self._spawn = spawn
         self.address = address
-        self.library = library
+        self._library = "" if library is None else str(library)
 
     def start_server(self, settings: dict[str, Any] | None = None, **options: Any) -> Process:
         """Start ``processes/cuda_server.py`` with settings of the stand-in and options of the server."""
-        return self._spawn(SERVER, self.address, str(self.library), json.dumps(settings or {}), json.dumps(options))
+        return self._spawn(SERVER, self.address, self._library, json.dumps(settings or {}), json.dumps(options))
 
     def start_client(self, what: str, settings: dict[str, Any] | None = None) -> Process:
         """Start ``processes/cuda_client.py``."""
-        return self._spawn(CLIENT, self.address, str(self.library), json.dumps(settings or {}), what)
+        return self._spawn(CLIENT, self.address, self._library, json.dumps(settings or {}), what)
 
     def client(self, what: str, settings: dict[str, Any] | None = None) -> Any:
         """Return what such a client prints."""
