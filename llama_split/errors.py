@@ -38,6 +38,10 @@ class WorkerMismatch(LlamaSplitError):
     """The worker serves another model or dtype than this side needs, or returned what the boundary does not allow."""
 
 
+class WorkerTampered(LlamaSplitError):
+    """A worker returned a wrong result, by more than rounding explains; nothing that was computed from it is shown."""
+
+
 class WorkerFailed(LlamaSplitError):
     """A worker that this side started did not become ready."""
 

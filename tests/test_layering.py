@@ -14,7 +14,17 @@ ROOT = Path(__file__).parent.parent
 # wings are either the ground that all stand on or the face above them; within one wing, modules form no circle.
 WINGS: dict[str, tuple[str, ...]] = {
     "shmtransport": ("core", "memory", "cuda", "protocol", "channels", "endpoints", "diagnostics"),
-    "llama_split": ("boundary", "model", "checkpoint", "trusted", "worker", "serving", "placement", "commands"),
+    "llama_split": (
+        "boundary",
+        "model",
+        "checkpoint",
+        "shields",
+        "trusted",
+        "worker",
+        "serving",
+        "placement",
+        "commands",
+    ),
     "bench": ("harness", "contenders", "baseline", "engine", "device", "reports", "commands"),
 }
 GROUND = {

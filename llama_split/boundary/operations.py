@@ -89,13 +89,15 @@ def _integers(dims: str) -> TensorSpec:
 class Operation:
     """One operation of the worker: its wire name, its arguments and its result.
 
-    ``per_layer`` is true if a forward runs it once for each layer. Each of them exists once.
+    ``per_layer`` is true if a forward runs it once for each layer, ``is_linear`` if the result is linear in the first
+    argument, but for a bias. Each of them exists once.
     """
 
     name: str
     arguments: tuple[TensorSpec, ...]
     result: TensorSpec
     per_layer: bool = True
+    is_linear: bool = False
 
     def bind(self, arguments: Sequence[torch.Tensor], geometry: Geometry, **known: int) -> Mapping[str, int]:
         """Find the size of every dimension from the shapes of the arguments.
@@ -136,25 +138,25 @@ def sizes_of(
 EMBED = Operation("embed", (_integers("B T"),), _tensor("B T D"), per_layer=False)
 """Rows of the embedding for token ids."""
 
-QKV = Operation("qkv", (_tensor("B T D"),), _tensor("B T Q+2K"))
+QKV = Operation("qkv", (_tensor("B T D"),), _tensor("B T Q+2K"), is_linear=True)
 """The three attention projections in one product; the result is query, key, value side by side."""
 
-SCORES = Operation("scores", (_tensor("B H T d"), _tensor("B H S d")), _tensor("B H T S"))
+SCORES = Operation("scores", (_tensor("B H T d"), _tensor("B H S d")), _tensor("B H T S"), is_linear=True)
 """Q·Kᵀ, neither scaled nor masked. The trusted side repeats the keys for all query heads before it sends them."""
 
-MIX = Operation("mix", (_tensor("B H T S"), _tensor("B H S d")), _tensor("B H T d"))
+MIX = Operation("mix", (_tensor("B H T S"), _tensor("B H S d")), _tensor("B H T d"), is_linear=True)
 """Attention weights times values. The trusted side repeats the values for all query heads before it sends them."""
 
-OUT_PROJ = Operation("o", (_tensor("B T Q"),), _tensor("B T D"))
+OUT_PROJ = Operation("o", (_tensor("B T Q"),), _tensor("B T D"), is_linear=True)
 """The output projection of attention."""
 
-GATE_UP = Operation("gate_up", (_tensor("B T D"),), _tensor("B T 2I"))
+GATE_UP = Operation("gate_up", (_tensor("B T D"),), _tensor("B T 2I"), is_linear=True)
 """Both input projections of the MLP in one product; the result is gate, up side by side."""
 
-DOWN = Operation("down", (_tensor("B T I"),), _tensor("B T D"))
+DOWN = Operation("down", (_tensor("B T I"),), _tensor("B T D"), is_linear=True)
 """The output projection of the MLP."""
 
-LM_HEAD = Operation("lm_head", (_tensor("B N D"),), _tensor("B N V"), per_layer=False)
+LM_HEAD = Operation("lm_head", (_tensor("B N D"),), _tensor("B N V"), per_layer=False, is_linear=True)
 """Logits of the tokens that are asked for."""
 
 LAYER = Operation("layer", (_tensor("B T D"),), _tensor("B T D"))

@@ -34,6 +34,8 @@ from ..model.decoder import RMSNorm
 from ..model.kv_cache import GrowingCache
 from ..model.program import HeapWorkspace
 from ..model.rotary import TextLengths
+from ..shields.base import Shield, ShieldReport
+from ..shields.named import shield_named
 from .batched_sessions import BatchedSessions
 from .connection import Reachable, open_connection
 from .history import ForwardInput
@@ -65,14 +67,23 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         workers: the connected workers.
         arena_bytes: size of each direction's arena, of each worker.
         pipeline: the most chunks of a prompt in flight at once at a worker.
+        shield: what stands between the model and the workers. Default: nothing.
     """
 
     _supports_flash_attn = False
     _supports_flex_attn = False
 
-    def __init__(self, config: LlamaConfig, mode: Mode, workers: Workers, arena_bytes: int, pipeline: int = 1) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        mode: Mode,
+        workers: Workers,
+        arena_bytes: int,
+        pipeline: int = 1,
+        shield: Shield | None = None,
+    ) -> None:
         super(LlamaForCausalLM, self).__init__(config)
-        self._offload = Offload(workers, arena_bytes, pipeline)
+        self._offload = Offload(workers, arena_bytes, pipeline, shield)
         self.model = TrustedPart(config, mode, self._offload)
         self.lm_head = RemoteHead(self._offload, config.dtype)
         self.vocab_size = config.vocab_size
@@ -103,6 +114,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         pipeline: int = 1,
         channel: ChannelKind = "zmq",
         spin_us: float | None = None,
+        shield: str | Shield | None = None,
         progress: Progress | None = None,
     ) -> SplitLlamaForCausalLM:
         """Load this side's weights and connect to the worker, or to several; they must serve the same model.
@@ -129,7 +141,9 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                 layer and stack only with several workers.
             channel: as in ``shmtransport.Client``: "zmq" or "doorbell".
             spin_us: as in ``shmtransport.Client``, in microseconds.
-            progress: called with how many tensors are loaded, of how many.
+            shield: what stands between the model and the workers: "verify" checks their results; or a ``Shield``. None
+                and "none": nothing. In op and fused only.
+            progress: called with how many tensors are loaded, of how many; with a shield, then with how many matrices.
 
         Raises:
             CheckpointError: there is no model, or none that can be split.
@@ -139,6 +153,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         """
         checkpoint = open_checkpoint(path_or_hub_id, gguf_file)
         mode = parse_mode(mode)
+        shield = shield_named(shield, mode)
         named = list(worker) if isinstance(worker, Sequence) and not isinstance(worker, str) else [worker]
         check_pipeline(pipeline, mode, len(named))
         dtype = torch_dtype if dtype is None else dtype
@@ -169,8 +184,10 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             config = copy.deepcopy(checkpoint.config)
             config.dtype = compute
             with torch.device("meta"):
-                model = cls(config, mode, workers, arena_bytes, pipeline)
+                model = cls(config, mode, workers, arena_bytes, pipeline, shield)
             model._load(checkpoint, compute, progress)
+            if shield is not None:
+                shield.load(checkpoint, compute, wire, progress)
             undo.pop_all()
         return model
 
@@ -197,6 +214,10 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             return super().generate(*arguments, **kwargs)
         finally:
             self._sessions.end_sessions()
+
+    def shield_report(self) -> ShieldReport | None:
+        """What the shield has done since this was last asked; None without a shield."""
+        return None if self._offload.shield is None else self._offload.shield.report()
 
     def new_cache(self, reserved: int = 0) -> Cache:
         """An empty KV cache as this split needs it, with room for about ``reserved`` tokens per row."""

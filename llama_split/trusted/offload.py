@@ -18,7 +18,8 @@ from shmtransport import Closed, PeerDied
 from ..boundary.compute import DTYPE_NAMES
 from ..boundary.geometry import Geometry
 from ..boundary.operations import EMBED, LM_HEAD, Operation, sizes_of
-from ..model.program import WorkerOp
+from ..model.program import HeapWorkspace, WorkerOp, Workspace
+from ..shields.base import Shield
 from .worker_client import CheckedReply, WorkerClient
 from .workers import Workers
 
@@ -76,17 +77,40 @@ class Offload:
         workers: who computes.
         arena_bytes: the size of each direction's arena, of each worker.
         in_flight: how many operations may be in flight at once at a worker; they share its arenas.
+        shield: what stands between the model and the workers. Default: nothing.
     """
 
-    def __init__(self, workers: Workers, arena_bytes: int, in_flight: int = 1) -> None:
+    def __init__(self, workers: Workers, arena_bytes: int, in_flight: int = 1, shield: Shield | None = None) -> None:
         self._workers = workers
+        self.shield = shield
         self._limit = arena_bytes // (_ARENA_SHARE * in_flight * workers.wire.itemsize)
-        spaces = {worker: ArenaWorkspace(worker, self._limit) for worker in workers}
+        spaces: dict[WorkerClient, Workspace] = {worker: self._workspace_of(worker) for worker in workers}
         self.workspaces = [spaces[workers.of_layer(index)] for index in range(workers.geometry.layers)]
         self.last_workspace = spaces[workers.last]
 
+    def _workspace_of(self, worker: WorkerClient) -> Workspace:
+        """Where arguments are written; with a shield not into the arena, where the worker could change them."""
+        if self.shield is not None:
+            return HeapWorkspace(torch.device("cpu"), self._workers.wire)
+        return ArenaWorkspace(worker, self._limit)
+
+    def settle(self) -> None:
+        """Finish what the shield has put off; called before anything that was computed from results is shown.
+
+        Raises:
+            WorkerTampered: a result was wrong.
+        """
+        if self.shield is not None:
+            self.shield.settle()
+
     def execute(self, op: WorkerOp) -> torch.Tensor:
         """Execute one operation, in one call or several."""
+        if self.shield is None:
+            return self._execute(op)
+        covered = self.shield.cover(op)
+        return covered.uncover(self._execute(covered.op))
+
+    def _execute(self, op: WorkerOp) -> torch.Tensor:
         extent = self._extent(op)
         if extent.rows * extent.width > self._limit:
             return self._execute_in_chunks(op, extent)
@@ -97,6 +121,13 @@ class Offload:
 
         That function executes the operation itself where the arenas have no room beside others, or the worker has died.
         """
+        if self.shield is None:
+            return self._begin(op)
+        covered = self.shield.cover(op)
+        finish = self._begin(covered.op)
+        return lambda: covered.uncover(finish())
+
+    def _begin(self, op: WorkerOp) -> Callable[[], torch.Tensor]:
         begun: list[CheckedReply] = []
         extent = self._extent(op)
         if extent.rows * extent.width <= self._limit:
@@ -108,7 +139,7 @@ class Offload:
             if begun:
                 with contextlib.suppress(PeerDied, Closed):
                     return begun.pop().result()  # in no variable: an error's traceback would hold it, and it the error
-            return self.execute(op)
+            return self._execute(op)
 
         return finish
 
@@ -118,7 +149,9 @@ class Offload:
 
     def lm_head(self, hidden_BND: torch.Tensor) -> torch.Tensor:
         """Compute logits: [B, N, V] in the wire's dtype."""
-        return self.execute(WorkerOp(LM_HEAD, 0, (hidden_BND,)))
+        logits_BNV = self.execute(WorkerOp(LM_HEAD, 0, (hidden_BND,)))
+        self.settle()
+        return logits_BNV
 
     def rows_per_call(self, width: int) -> int:
         """The most rows of ``width`` elements that one call may carry; at least one."""

@@ -151,7 +151,7 @@ def test_in_mid_handshake(
     server = start_server(spawn, address)
 
     def interrupted(
-        options: ClientOptions, claim_timeout_s: float, counters: Counters
+        options: ClientOptions, claim_timeout_s: float, counters: Counters, _new_copies: None
     ) -> Generator[bytes, bytes, ConnectionMemory]:
         """The client's half; the server is killed after this many answers, before the client acts on the last one."""
         ours = client_handshake(options, claim_timeout_s, counters)

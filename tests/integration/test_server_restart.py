@@ -102,7 +102,7 @@ def test_a_server_is_restarted_between_offer_and_attach(
     servers = [start_server(spawn, address)]
 
     def interrupted(
-        options: ClientOptions, claim_timeout_s: float, counters: Counters
+        options: ClientOptions, claim_timeout_s: float, counters: Counters, _new_copies: None
     ) -> Generator[bytes, bytes, ConnectionMemory]:
         """The client's half; once, the server is replaced before the client answers its Offer."""
         ours = client_handshake(options, claim_timeout_s, counters)
@@ -132,7 +132,7 @@ def test_a_server_that_is_killed_just_after_its_welcome_has_died(
     server = start_server(spawn, address)
 
     def interrupted(
-        options: ClientOptions, claim_timeout_s: float, counters: Counters
+        options: ClientOptions, claim_timeout_s: float, counters: Counters, _new_copies: None
     ) -> Generator[bytes, bytes, ConnectionMemory]:
         """The client's half; the server is killed before the client acts on its Welcome."""
         ours = client_handshake(options, claim_timeout_s, counters)

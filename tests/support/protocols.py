@@ -46,6 +46,12 @@ class Direction:
     def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor:
         return self.export(torch.from_numpy(array))
 
+    def export_foreign(self, tensor: Any) -> TensorDescriptor:
+        raise AssertionError(f"a {type(tensor).__name__} on a GPU")
+
+    def finish(self) -> None:
+        """No GPU has anything left to do."""
+
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:
         for descriptor in descriptors:
             self._end(descriptor.sequence)

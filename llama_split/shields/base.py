@@ -1,0 +1,105 @@
+"""The interface of a shield, and its report."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from ..boundary.operations import Mode
+from ..checkpoint import Checkpoint, Progress
+from ..model.program import WorkerOp
+
+VERIFIED, MASKED, NEITHER = "verified", "masked", "neither"
+"""What became of an operation."""
+
+
+@dataclass(frozen=True)
+class ShieldReport:
+    """What a shield has done since it was last asked.
+
+    Attributes:
+        name: the shield's.
+        treated: for each operation that was executed, by name, what became of it.
+        rows: how many rows of each operation's results there were.
+        bound: what holds for them, in words.
+    """
+
+    name: str
+    treated: Mapping[str, str]
+    rows: Mapping[str, int]
+    bound: str
+
+
+class Covered(NamedTuple):
+    """An operation under a shield.
+
+    ``op`` is what the worker is sent. ``uncover`` turns its result, which may lie in memory of the worker's, into the
+    one that the model goes on with, in memory of this process.
+    """
+
+    op: WorkerOp
+    uncover: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Shield(ABC):
+    """Stands between a model and its workers, on the trusted side.
+
+    The model writes all arguments of operations into memory of this process, never into an arena, where a worker could
+    change them. A subclass that is registered as an entry point of the group ``llama_split.shields`` can be chosen by
+    its entry point's name; it is made without arguments.
+    """
+
+    name: ClassVar[str]
+    modes: ClassVar[tuple[Mode, ...]] = (Mode.OP, Mode.FUSED)
+    """The splits that it works with. Others do more than linear operations on the worker."""
+
+    def __init__(self) -> None:
+        self._rows: Counter[str] = Counter()
+
+    @abstractmethod
+    def load(
+        self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
+    ) -> None:
+        """Prepare for a model.
+
+        Args:
+            checkpoint: its files.
+            compute: the dtype that workers compute in.
+            wire: the dtype of what crosses.
+            progress: called with how many matrices are done, of how many.
+        """
+
+    @abstractmethod
+    def cover(self, op: WorkerOp) -> Covered:
+        """Take an operation that is about to be sent."""
+
+    @abstractmethod
+    def treatment(self, operation: str) -> str:
+        """Return what becomes of an operation: ``VERIFIED``, ``MASKED`` or ``NEITHER``."""
+
+    @property
+    @abstractmethod
+    def bound(self) -> str:
+        """What holds for what it has treated, in words."""
+
+    def settle(self) -> None:  # noqa: B027 - a shield need not put anything off
+        """Finish what was put off; called before anything that was computed from results is shown.
+
+        Raises:
+            WorkerTampered: a result was wrong.
+        """
+
+    def count(self, op: WorkerOp) -> None:
+        """Count an operation for the report."""
+        shape = op.arguments[0].shape
+        self._rows[op.operation.name] += shape[0] * shape[1]
+
+    def report(self) -> ShieldReport:
+        """Return what was done since this was last asked, for example in one generation."""
+        rows, self._rows = self._rows, Counter()
+        return ShieldReport(self.name, {name: self.treatment(name) for name in rows}, dict(rows), self.bound)

@@ -1,0 +1,239 @@
+"""Checks every product of a worker by Freivalds' test, without repeating it.
+
+For a matrix W with m rows and k columns, a secret vector s of m normally distributed numbers is drawn and c = sᵀW kept.
+A result y for an argument x is right if s·y = c·x (+ s·b with a bias b): two dot products in place of m. Floating-point
+numbers are not exact, so the two may differ by a threshold. Rows are checked independently.
+
+The threshold. Let u be the unit roundoff of float32 (2⁻²⁴), in which products are accumulated, and e an honest worker's
+error. By the probabilistic analysis of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error
+Analysis" (SIAM J. Sci. Comput. 41, 2019, theorem 2.4), a dot product of length k has an error of at most λ√k·u·|w|·|x|,
+for any order of summation, except with probability 2·exp(−λ²/2); so ‖e‖₂ ≤ λ√k·u·‖W‖_F·‖x‖₂. Since s is independent of
+e, s·e is normal with deviation ‖e‖₂, and beyond λ‖e‖₂ with probability 2·exp(−λ²/2). The two dot products here have
+errors of the same kind: λ²√k·u·‖W‖_F·‖x‖₂ for c·x and λ²√m·u·‖y‖₂ for s·y. A result that is rounded to a dtype with
+unit roundoff v adds λv·‖y‖₂. With λ = 6 an honest row is refused with a probability of about 10⁻⁷ in this model.
+
+What is caught. A result that is wrong by δ passes only if |s·δ| is within twice the threshold τ. Since s·δ is normal
+with deviation ‖δ‖₂, that has a probability of at most √(2/π)·2τ/‖δ‖₂, for each repetition with another s. A worker
+learns nothing of s but that its results were accepted: the first that is not ends the generation.
+
+Rules that it keeps: arguments and results are copied to memory of this process before they are checked, and the model
+goes on with those copies. The checks of a few rows, as in decoding, are put off until the forward ends, and are made
+together then: nothing that was computed from a result is shown before.
+
+Shape suffixes: N rows, R repetitions, k input width, m output width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..boundary.operations import LINEARS, MIX, SCORES, Operation
+from ..checkpoint import Checkpoint, Progress
+from ..errors import WorkerTampered
+from ..model.program import WorkerOp
+from .base import NEITHER, VERIFIED, Covered, Shield
+
+LAMBDA = 6.0
+_ROUNDOFF = 2.0**-24  # of float32
+_FEW_ROWS = 16
+_BLOCK_BYTES = 1 << 20  # a part of a result that stays in the processor's cache while it is copied and checked
+_BLOCK_NUMBERS = 1 << 20
+
+
+class _Secret(NamedTuple):
+    """What is kept of one matrix."""
+
+    s_mR: torch.Tensor
+    c_kR: torch.Tensor
+    of_bias_R: torch.Tensor
+    frobenius: float
+
+
+class _Done(NamedTuple):
+    """A product whose check is put off."""
+
+    op: WorkerOp
+    x_Nk: torch.Tensor
+    y_Nm: torch.Tensor
+
+
+class VerifyShield(Shield):
+    """Verifies linear operations; see this module for what that promises.
+
+    Args:
+        repetitions: how many independent secrets there are for each matrix.
+    """
+
+    name = "verify"
+
+    def __init__(self, repetitions: int = 1) -> None:
+        super().__init__()
+        self._repetitions = repetitions
+        self._random = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(32), "little")))
+        self._secrets: dict[tuple[Operation, int], _Secret] = {}
+        self._of_thread = threading.local()
+        self._compute = self._wire = torch.float32
+        self._rounding = 0.0
+
+    def load(
+        self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
+    ) -> None:
+        self._compute, self._wire = compute, wire
+        self._rounding = max(_roundoff_of(compute), _roundoff_of(wire))
+        outline = checkpoint.outline
+        groups = outline.worker_groups(embedding=False)
+        wanted: dict[tuple[Operation, int], list[str]] = {}
+        for key, names in groups.items():
+            if isinstance(key, tuple) and key[2] == "weight":
+                wanted[key[1], key[0]] = names
+        wanted[LINEARS[-1], 0] = [outline.lm_head]
+        for done, ((operation, layer), names) in enumerate(wanted.items(), start=1):
+            biases = groups.get((layer, operation, "bias"), [])
+            self._secrets[operation, layer] = self._secret_of(checkpoint, names, biases)
+            if progress is not None:
+                progress(done, len(wanted))
+
+    def cover(self, op: WorkerOp) -> Covered:
+        self.count(op)
+        if not op.operation.is_linear:
+            return Covered(op, torch.Tensor.clone)
+        return Covered(op, lambda result: self._taken(op, result))
+
+    def treatment(self, operation: str) -> str:
+        verified = {one.name for one in (*LINEARS, SCORES, MIX)}
+        return VERIFIED if operation in verified else NEITHER
+
+    @property
+    def bound(self) -> str:
+        power = f" to the power of {self._repetitions}" if self._repetitions > 1 else ""
+        return (
+            "a row that is wrong by r times the threshold of rounding is accepted with a probability of at most "
+            f"1.6/r{power}"
+        )
+
+    def settle(self) -> None:
+        put_off = self._put_off()
+        try:
+            for several in put_off.values():
+                self._check_together(several)
+        finally:
+            put_off.clear()
+
+    def _put_off(self) -> defaultdict[Hashable, list[_Done]]:
+        """The checks that this thread's forward has put off, by what can be checked together."""
+        put_off: defaultdict[Hashable, list[_Done]] = vars(self._of_thread).setdefault("put_off", defaultdict(list))
+        return put_off
+
+    def _secret_of(self, checkpoint: Checkpoint, names: list[str], biases: list[str]) -> _Secret:
+        """Draw the secret of a matrix that is stacked of several, in one pass that keeps no rows."""
+        width = checkpoint.shape(names[0])[1]
+        c_kR, squares, parts = torch.zeros(width, self._repetitions, dtype=torch.float64), 0.0, []
+        for name in names:
+            rows, _ = checkpoint.shape(name)
+            step = max(1, _BLOCK_NUMBERS // width)
+            for start in range(0, rows, step):
+                block = checkpoint.rows(name, start, min(start + step, rows)).to(self._compute).to(torch.float32)
+                s_mR = torch.from_numpy(self._random.standard_normal((len(block), self._repetitions), np.float32))
+                c_kR += block.t() @ s_mR
+                squares += float(block.square().sum(dtype=torch.float64))
+                parts.append(s_mR)
+        s_mR = torch.cat(parts)
+        of_bias_R = torch.zeros(self._repetitions, dtype=torch.float64)
+        if biases:
+            bias = torch.cat([checkpoint.read(name) for name in biases]).to(self._compute).to(torch.float64)
+            of_bias_R = bias @ s_mR.to(torch.float64)
+        return _Secret(s_mR, c_kR.to(torch.float32), of_bias_R.to(torch.float32), math.sqrt(squares))
+
+    def _taken(self, op: WorkerOp, result: torch.Tensor) -> torch.Tensor:
+        """A copy of a result that was checked, or will be before anything of it is shown."""
+        if op.operation not in LINEARS:
+            own = result.clone()
+            self._check_pair(op, own)
+            return own
+        argument = op.arguments[0]
+        rows = argument.shape[0] * argument.shape[1]
+        x_Nk = argument.reshape(rows, -1)
+        if rows <= _FEW_ROWS:
+            own = result.clone()
+            self._put_off()[op.operation, rows].append(_Done(op, x_Nk, own.view(rows, -1)))
+            return own
+        own = torch.empty_like(result, memory_format=torch.contiguous_format)
+        secret = self._secrets[op.operation, op.layer]
+        y_Nm, told_Nm = own.view(rows, -1), result.reshape(rows, -1)
+        step = max(1, _BLOCK_BYTES // (told_Nm.shape[1] * told_Nm.element_size()))
+        for start in range(0, rows, step):
+            block = slice(start, start + step)
+            y = y_Nm[block].copy_(told_Nm[block])
+            self._check(op, secret, x_Nk[block], y)
+        return own
+
+    def _check(self, op: WorkerOp, secret: _Secret, x_Nk: torch.Tensor, y_Nm: torch.Tensor) -> None:
+        """Check rows of one product."""
+        x_Nk, y_Nm = self._as_used(x_Nk), y_Nm.to(torch.float32)
+        difference_NR = torch.mm(y_Nm, secret.s_mR).sub_(torch.mm(x_Nk, secret.c_kR)).sub_(secret.of_bias_R)
+        sizes = torch.linalg.vector_norm(x_Nk, dim=1).mul_(secret.frobenius), torch.linalg.vector_norm(y_Nm, dim=1)
+        self._judge(op, difference_NR, self._threshold(*sizes, len(secret.c_kR), len(secret.s_mR)))
+
+    def _check_together(self, several: list[_Done]) -> None:
+        """Check products of one operation and as many rows each, of several layers."""
+        secrets = [self._secrets[done.op.operation, done.op.layer] for done in several]
+        x_LNk = self._as_used(torch.stack([done.x_Nk for done in several]))
+        y_LNm = torch.stack([done.y_Nm for done in several]).to(torch.float32)
+        s_LmR, c_LkR = torch.stack([one.s_mR for one in secrets]), torch.stack([one.c_kR for one in secrets])
+        of_bias_L1R = torch.stack([one.of_bias_R for one in secrets])[:, None]
+        difference_LNR = torch.bmm(y_LNm, s_LmR) - torch.bmm(x_LNk, c_LkR) - of_bias_L1R
+        frobenius_L1 = torch.tensor([one.frobenius for one in secrets])[:, None]
+        x_norms, y_norms = torch.linalg.vector_norm(x_LNk, dim=2) * frobenius_L1, torch.linalg.vector_norm(y_LNm, dim=2)
+        threshold_LN = self._threshold(x_norms, y_norms, c_LkR.shape[1], s_LmR.shape[1])
+        if not self._is_within(difference_LNR, threshold_LN):
+            for done, difference_NR, threshold_N in zip(several, difference_LNR, threshold_LN, strict=True):
+                self._judge(done.op, difference_NR, threshold_N)
+
+    def _check_pair(self, op: WorkerOp, y: torch.Tensor) -> None:
+        """Check a product of two tensors that this process has: attention's, in mode op."""
+        left, right = (self._as_used(argument) for argument in op.arguments)
+        matrix = right.transpose(2, 3) if op.operation is SCORES else right  # B H k m
+        s_mR = torch.from_numpy(self._random.standard_normal((matrix.shape[3], self._repetitions), np.float32))
+        found = y.to(torch.float32)
+        difference = found @ s_mR - left @ (matrix @ s_mR)
+        frobenius = torch.linalg.vector_norm(matrix, dim=(2, 3))[..., None]
+        sizes = torch.linalg.vector_norm(left, dim=3) * frobenius, torch.linalg.vector_norm(found, dim=3)
+        self._judge(op, difference, self._threshold(*sizes, matrix.shape[2], matrix.shape[3]))
+
+    def _as_used(self, argument: torch.Tensor) -> torch.Tensor:
+        """An argument as the worker uses it, after it has crossed."""
+        return argument.to(self._wire).to(self._compute).to(torch.float32)
+
+    def _threshold(self, scaled_x: torch.Tensor, y: torch.Tensor, k: int, m: int) -> torch.Tensor:
+        """By how much each row may be off; ``scaled_x`` is ‖W‖_F·‖x‖₂ and ``y`` is ‖y‖₂."""
+        by_x = LAMBDA**2 * _ROUNDOFF * (2 * math.sqrt(k) + 1)
+        by_y = LAMBDA**2 * _ROUNDOFF * math.sqrt(m) + LAMBDA * self._rounding
+        return scaled_x * by_x + y * by_y
+
+    @staticmethod
+    def _is_within(difference: torch.Tensor, threshold: torch.Tensor) -> bool:
+        """Whether all rows are right; a difference that is not a number is not."""
+        return bool((difference.abs_() <= threshold[..., None]).all())
+
+    def _judge(self, op: WorkerOp, difference: torch.Tensor, threshold: torch.Tensor) -> None:
+        if self._is_within(difference, threshold):
+            return
+        off = float((difference.abs() / threshold[..., None]).nan_to_num(math.inf).max())
+        where = f"{op.operation.name} of layer {op.layer}" if op.operation.per_layer else op.operation.name
+        raise WorkerTampered(
+            f"the worker returned a wrong result of {where}: it is off by {off:.3g} times what rounding explains. "
+            "It is hostile, computes wrongly, or holds other weights"
+        )
+
+
+def _roundoff_of(dtype: torch.dtype) -> float:
+    """The unit roundoff of a dtype that results are rounded to; 0 for float32, whose rounding counts elsewhere."""
+    return 0.0 if dtype == torch.float32 else float(torch.finfo(dtype).eps) / 2
