@@ -72,7 +72,9 @@ class Opening:
         self._addresses = addresses
         limit_threads(advanced.threads)
         from ..boundary.compute import parse_dtype
+        from ..shields.named import shield_named
 
+        self._shield = shield_named(advanced.shield, self._mode)
         self._dtype = parse_dtype(dtype)
         self._wire = self._dtype if split.wire_dtype is None else parse_dtype(split.wire_dtype)
         self.checkpoint = open_model(name, advanced.seed if advanced.random_weights else None)
@@ -129,6 +131,7 @@ class Opening:
                     connect_timeout_s=self._advanced.connect_timeout_s,
                     channel=self._channel,
                     pipeline=self._advanced.pipeline,
+                    shield=self._shield,
                     reconnect=self._advanced.reconnect,
                     revive=_nothing if self._own is None else self._own.revive,
                     progress=progress,

@@ -81,6 +81,13 @@ class AdvancedOptions:
             "cores; in layer and stack for several workers.",
         ),
     ] = 1
+    shield: Annotated[
+        str,
+        typer.Option(
+            help="What stands between the model and the worker: none, or verify, which checks every result; others by "
+            "packages that register one. In op and fused."
+        ),
+    ] = "none"
     arena_bytes: Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")] = None
     connect_timeout_s: Annotated[
         float,

@@ -94,6 +94,13 @@ class Shield(ABC):
             WorkerTampered: a result was wrong.
         """
 
+    def work(self) -> None:  # noqa: B027 - as ``settle``
+        """Do what can be done while a worker computes; called once each operation has been sent.
+
+        Raises:
+            WorkerTampered: an earlier result was wrong.
+        """
+
     def count(self, op: WorkerOp) -> None:
         """Count an operation for the report."""
         shape = op.arguments[0].shape

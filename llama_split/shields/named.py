@@ -45,5 +45,7 @@ def _made(name: str) -> Shield | None:
         raise LlamaSplitError(f"there is no shield {name!r}; there are: {', '.join(names())}")
     made = found[0].load()()
     if not isinstance(made, Shield):
-        raise LlamaSplitError(f"the entry point {name!r} makes a {type(made).__name__}, which is no shield")
+        raise LlamaSplitError(
+            f"the entry point {name!r} makes an object of type {type(made).__name__}, which is no shield"
+        )
     return made

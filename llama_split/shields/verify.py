@@ -17,8 +17,9 @@ with deviation ‖δ‖₂, that has a probability of at most √(2/π)·2τ/‖
 learns nothing of s but that its results were accepted: the first that is not ends the generation.
 
 Rules that it keeps: arguments and results are copied to memory of this process before they are checked, and the model
-goes on with those copies. The checks of a few rows, as in decoding, are put off until the forward ends, and are made
-together then: nothing that was computed from a result is shown before.
+goes on with those copies. Checks are put off: those of many rows until the worker computes the next operation, those of
+a few rows, as in decoding, until the forward ends, when they are made together. Nothing that was computed from a result
+is shown before.
 
 Shape suffixes: N rows, R repetitions, k input width, m output width.
 """
@@ -43,8 +44,10 @@ from .base import NEITHER, VERIFIED, Covered, Shield
 
 LAMBDA = 6.0
 _ROUNDOFF = 2.0**-24  # of float32
+_TINY = 1e-30  # for a row of zeros, whose difference is exactly 0
 _FEW_ROWS = 16
-_BLOCK_BYTES = 1 << 20  # a part of a result that stays in the processor's cache while it is copied and checked
+_MANY = "many rows"
+_BLOCK_BYTES = 1 << 20
 _BLOCK_NUMBERS = 1 << 20
 
 
@@ -122,6 +125,7 @@ class VerifyShield(Shield):
     def settle(self) -> None:
         put_off = self._put_off()
         try:
+            self.work()
             for several in put_off.values():
                 self._check_together(several)
         finally:
@@ -161,19 +165,23 @@ class VerifyShield(Shield):
         argument = op.arguments[0]
         rows = argument.shape[0] * argument.shape[1]
         x_Nk = argument.reshape(rows, -1)
-        if rows <= _FEW_ROWS:
-            own = result.clone()
-            self._put_off()[op.operation, rows].append(_Done(op, x_Nk, own.view(rows, -1)))
-            return own
-        own = torch.empty_like(result, memory_format=torch.contiguous_format)
-        secret = self._secrets[op.operation, op.layer]
-        y_Nm, told_Nm = own.view(rows, -1), result.reshape(rows, -1)
-        step = max(1, _BLOCK_BYTES // (told_Nm.shape[1] * told_Nm.element_size()))
+        own = result.clone(memory_format=torch.contiguous_format)
+        kind: Hashable = (op.operation, rows) if rows <= _FEW_ROWS else _MANY
+        self._put_off()[kind].append(_Done(op, x_Nk, own.view(rows, -1)))
+        return own
+
+    def work(self) -> None:
+        for done in self._put_off().pop(_MANY, ()):
+            self._check_in_blocks(done)
+
+    def _check_in_blocks(self, done: _Done) -> None:
+        """Check many rows of one product, in parts that stay in the processor's cache."""
+        secret = self._secrets[done.op.operation, done.op.layer]
+        rows, width = done.y_Nm.shape
+        step = max(1, _BLOCK_BYTES // (4 * width))
         for start in range(0, rows, step):
             block = slice(start, start + step)
-            y = y_Nm[block].copy_(told_Nm[block])
-            self._check(op, secret, x_Nk[block], y)
-        return own
+            self._check(done.op, secret, done.x_Nk[block], done.y_Nm[block])
 
     def _check(self, op: WorkerOp, secret: _Secret, x_Nk: torch.Tensor, y_Nm: torch.Tensor) -> None:
         """Check rows of one product."""
@@ -216,12 +224,12 @@ class VerifyShield(Shield):
         """By how much each row may be off; ``scaled_x`` is ‖W‖_F·‖x‖₂ and ``y`` is ‖y‖₂."""
         by_x = LAMBDA**2 * _ROUNDOFF * (2 * math.sqrt(k) + 1)
         by_y = LAMBDA**2 * _ROUNDOFF * math.sqrt(m) + LAMBDA * self._rounding
-        return scaled_x * by_x + y * by_y
+        return scaled_x * by_x + y * by_y + _TINY
 
     @staticmethod
     def _is_within(difference: torch.Tensor, threshold: torch.Tensor) -> bool:
-        """Whether all rows are right; a difference that is not a number is not."""
-        return bool((difference.abs_() <= threshold[..., None]).all())
+        """Whether all rows are right; a difference that is no number is not, and one that is infinite."""
+        return bool((difference.abs_() < threshold[..., None]).all())
 
     def _judge(self, op: WorkerOp, difference: torch.Tensor, threshold: torch.Tensor) -> None:
         if self._is_within(difference, threshold):

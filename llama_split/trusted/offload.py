@@ -52,6 +52,13 @@ class ArenaWorkspace:
         return self.empty(tensor.shape).copy_(tensor)
 
 
+class _PrivateWorkspace(HeapWorkspace):
+    """A ``Workspace`` in ordinary memory, in the wire's dtype."""
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype).contiguous()
+
+
 class _Extent(NamedTuple):
     """The result's shape, how many rows (of the first two dimensions) cross, and the widest tensor's elements a row."""
 
@@ -91,7 +98,7 @@ class Offload:
     def _workspace_of(self, worker: WorkerClient) -> Workspace:
         """Where arguments are written; with a shield not into the arena, where the worker could change them."""
         if self.shield is not None:
-            return HeapWorkspace(torch.device("cpu"), self._workers.wire)
+            return _PrivateWorkspace(torch.device("cpu"), self._workers.wire)
         return ArenaWorkspace(worker, self._limit)
 
     def settle(self) -> None:
@@ -107,8 +114,9 @@ class Offload:
         """Execute one operation, in one call or several."""
         if self.shield is None:
             return self._execute(op)
-        covered = self.shield.cover(op)
-        return covered.uncover(self._execute(covered.op))
+        finish = self.begin(op)
+        self.shield.work()
+        return finish()
 
     def _execute(self, op: WorkerOp) -> torch.Tensor:
         extent = self._extent(op)

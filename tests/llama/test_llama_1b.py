@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,13 +50,17 @@ def test_a_forward_of_op_moves_what_the_original_moved(serve: Serve, address: st
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_trusted_side_holds_little_more_than_the_embedding(serve: Serve, address: str) -> None:
+def test_the_trusted_side_holds_little_more_than_the_embedding(serve: Serve, address: str, tmp_path: Path) -> None:
     """Peak resident memory in fused mode, bfloat16, imports included: the embedding and less than 400 MiB.
 
     Loading itself takes no more than a few blocks beside its result.
     """
     serve_hollow(serve, RandomCheckpoint("llama-3.2-1b"), torch.bfloat16)
-    environment = {**Process.environment(), "OMP_NUM_THREADS": "2"}
+    # torch imports NVIDIA's packages where they are installed, which is 11 MiB; a trusted side without a GPU has none.
+    without_gpu = tmp_path / "cuda"
+    without_gpu.mkdir()
+    (without_gpu / "__init__.py").write_text("raise ModuleNotFoundError('no GPU here', name='cuda')\n")
+    environment = {**Process.environment(), "OMP_NUM_THREADS": "2", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     output = subprocess.run(
         [sys.executable, str(SCRIPTS / "trusted_memory.py"), address],
         check=True,

@@ -8,8 +8,6 @@ import os
 import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# torch imports NVIDIA's packages where they are installed, which is 11 MiB; a trusted side without a GPU has none.
-sys.modules["cuda"] = None  # type: ignore[assignment]
 
 import torch
 
