@@ -12,6 +12,7 @@ from .presets import engine_all, everything, quick
 from .report import report
 from .round_trips import latency, throughput
 from .sharing import sharing
+from .shield import shield
 
 _PRESETS = "Presets"
 
@@ -23,7 +24,7 @@ def root() -> None:
     """Measure our transport beside others on this machine, all in one run."""
 
 
-for command in (latency, throughput, baseline, engine, gpu, sharing, check, report):
+for command in (latency, throughput, baseline, engine, gpu, sharing, shield, check, report):
     app.command()(command)
 app.command("seed", hidden=True)(baseline)  # the former name
 app.command("all", rich_help_panel=_PRESETS)(everything)

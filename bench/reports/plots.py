@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -55,6 +56,17 @@ def latency_plot(run: LatencyRun, directory: Path) -> Path:
     axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     return _save(figure, directory / "latency.png")
+
+
+def plot_found(file: Path, sizes: Sequence[float], found: Mapping[str, Sequence[float]]) -> Path:
+    """Plot which part of wrong rows is found by the size of the error, for each model and dtype."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for place, (name, shares) in enumerate(found.items()):
+        axes.plot(sizes, shares, marker=_MARKERS[place % len(_MARKERS)], label=name)
+    axes.set(xscale="log", xlabel="error / length of the row", ylabel="share of wrong rows that are found")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    return _save(figure, file)
 
 
 def throughput_plot(run: ThroughputRun, directory: Path) -> Path:

@@ -5,12 +5,14 @@ A result y for an argument x is right if s·y = c·x (+ s·b with a bias b): two
 numbers are not exact, so the two may differ by a threshold. Rows are checked independently.
 
 The threshold. Let u be the unit roundoff of float32 (2⁻²⁴), in which products are accumulated, and e an honest worker's
-error. By the probabilistic analysis of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error
-Analysis" (SIAM J. Sci. Comput. 41, 2019, theorem 2.4), a dot product of length k has an error of at most λ√k·u·|w|·|x|,
-for any order of summation, except with probability 2·exp(−λ²/2); so ‖e‖₂ ≤ λ√k·u·‖W‖_F·‖x‖₂. Since s is independent of
-e, s·e is normal with deviation ‖e‖₂, and beyond λ‖e‖₂ with probability 2·exp(−λ²/2). The two dot products here have
-errors of the same kind: λ²√k·u·‖W‖_F·‖x‖₂ for c·x and λ²√m·u·‖y‖₂ for s·y. A result that is rounded to a dtype with
-unit roundoff v adds λv·‖y‖₂. With λ = 6 an honest row is refused with a probability of about 10⁻⁷ in this model.
+error. In the model of N. J. Higham and T. Mary, "A New Approach to Probabilistic Rounding Error Analysis" (SIAM J. Sci.
+Comput. 41, 2019), where roundings are independent and 0 on average, the error of a dot product of length k deviates by
+at most √k·u·|w|·|x|, whatever the order of summation (their theorem 2.4 bounds it by λ times that, except with
+probability 2·exp(−λ²/2)). So ‖e‖₂ is about √k·u·‖W‖_F·‖x‖₂ at most, and since s is independent of e, s·e is normal with
+that deviation. The two dot products here have errors of the same kind: their partial sums deviate by at most ‖W‖_F·‖x‖₂
+and ‖y‖₂, which gives √k·u·‖W‖_F·‖x‖₂ for c·x, another u·‖W‖_F·‖x‖₂ since c is rounded, and √m·u·‖y‖₂ for s·y. A result
+that is rounded to a dtype with unit roundoff v adds v·‖y‖₂. The threshold is λ = 6 times the sum of these: an honest
+row is refused with a probability of 10⁻⁸ in this model.
 
 What is caught. A result that is wrong by δ passes only if |s·δ| is within twice the threshold τ. Since s·δ is normal
 with deviation ‖δ‖₂, that has a probability of at most √(2/π)·2τ/‖δ‖₂, for each repetition with another s. A worker
@@ -222,8 +224,8 @@ class VerifyShield(Shield):
 
     def _threshold(self, scaled_x: torch.Tensor, y: torch.Tensor, k: int, m: int) -> torch.Tensor:
         """By how much each row may be off; ``scaled_x`` is ‖W‖_F·‖x‖₂ and ``y`` is ‖y‖₂."""
-        by_x = LAMBDA**2 * _ROUNDOFF * (2 * math.sqrt(k) + 1)
-        by_y = LAMBDA**2 * _ROUNDOFF * math.sqrt(m) + LAMBDA * self._rounding
+        by_x = LAMBDA * _ROUNDOFF * (2 * math.sqrt(k) + 1)
+        by_y = LAMBDA * (_ROUNDOFF * math.sqrt(m) + self._rounding)
         return scaled_x * by_x + y * by_y + _TINY
 
     @staticmethod

@@ -17,7 +17,7 @@ from ..errors import DeviceError, PeerProtocolError
 from ..memory.descriptor import TensorDescriptor
 from ..memory.dtypes import DType
 from ..memory.send_arena import DeviceCopy
-from .device_arena import DeviceArena
+from .device_arena import DeviceArena, Work
 from .device_memory import DeviceMemory
 from .driver import ask
 from .fences import Fence
@@ -43,8 +43,9 @@ class Copies:
         self._tensors = tensors
         self.stream = gpu.new_stream()
         self._registration = Registration(gpu, memories)
+        self.prepared: DeviceArena | None = None
         self.arena: DeviceArena | None = None
-        """The connection's arenas on the GPU, if both sides have agreed on them."""
+        """The connection's arenas on the GPU, if both sides have them."""
 
     @property
     def path(self) -> str:
@@ -83,9 +84,26 @@ class Copies:
             self._tensors.before_use(tensor, self.stream)
             return tensor
 
-    def share(self, own: DeviceMemory, peers: DeviceMemory, released: memoryview, releases: memoryview) -> None:
-        """Use this memory as the connection's arenas on the GPU; see ``DeviceArena``."""
-        self.arena = DeviceArena(self._gpu, self._tensors, self.stream, own, peers, released, releases)
+    def prepare(
+        self,
+        own: DeviceMemory,
+        peers: DeviceMemory,
+        released: memoryview,
+        releases: memoryview,
+        peer_lives: Callable[[], bool],
+    ) -> None:
+        """Make the connection's arenas on the GPU, to be used from ``use_arena`` on; see ``DeviceArena``."""
+        work = Work(self._gpu, self._tensors, self.stream)
+        self.prepared = DeviceArena(work, own, peers, released, releases, peer_lives)
+
+    def use_arena(self) -> None:
+        """Use the arenas on the GPU, if they are prepared: the other side has them as well."""
+        self.arena = self.prepared
+
+    def abandon(self) -> None:
+        """In a forked child: what dies here is still in use in the parent."""
+        if self.prepared is not None:
+            self.prepared.abandon()
 
     def export(self, found: Found, out: list[TensorDescriptor]) -> Fence | None:
         """Append the descriptor of a tensor in the GPU's arena; None if there is no such arena, or no room."""
@@ -119,20 +137,19 @@ class Copies:
         """Call ``action`` once a copy is complete, or the GPU has failed; in any thread."""
         self._gpu.watcher.when_done(copy, action)
 
-    def close(self, peer_lives: Callable[[], bool]) -> None:
-        """Give back the memory behind the last copy; at once if the GPU has failed, since nothing moves there then.
+    def close(self) -> None:
+        """Give back the memory behind the last copy, or soon if the GPU has failed, since nothing moves there then.
 
-        Args:
-            peer_lives: Whether the peer's process does, which may still use tensors in this side's arena on the GPU.
+        The peer may still use tensors in this side's arena on the GPU, which stays for as long.
         """
-        arena, self.arena = self.arena, None
-        if arena is not None and not arena.is_over(peer_lives):
-            self._gpu.watcher.linger(functools.partial(arena.is_over, peer_lives), arena)
+        arena, self.arena, self.prepared = self.arena, None, None
+        if arena is not None and not arena.is_over():
+            self._gpu.watcher.linger(arena.is_over, arena)
         try:
             with self._gpu.current():
                 last = self._gpu.fence(self.stream)
         except DeviceError:
-            self._registration.close()
+            self._gpu.watcher.later(self._registration.close)
         else:
             self._gpu.watcher.when_done(last, self._registration.close)
 

@@ -21,7 +21,7 @@ from typing import Any
 from ..core.borrows import Borrows
 from ..core.loans import Loans
 from ..core.tensors import Tensors
-from ..errors import ArenaFull, DeviceError, PeerProtocolError
+from ..errors import DeviceError, PeerProtocolError
 from ..memory.descriptor import DEVICE_OFFSET, TensorDescriptor
 from ..memory.dtypes import BY_NAME, BY_TORCH, DType
 from .device_memory import DeviceMemory
@@ -37,14 +37,16 @@ CELLS_BYTES = 8 * SLOTS
 class Range:
     """A part of an arena, for as long as a tensor over it lives."""
 
-    __slots__ = ("__weakref__", "handle", "memory")
+    __slots__ = ("__weakref__", "handle", "keeper", "memory")
 
     def __init__(self, memory: DeviceMemory, offset: int) -> None:
         self.memory = memory
         self.handle = memory.address + offset
+        self.keeper: object = None
+        """What is to be told of its death."""
 
 
-class _Work:
+class Work:
     """What a program does on the GPU for one connection. It refers to no arena, which would be a cycle.
 
     Args:
@@ -57,6 +59,8 @@ class _Work:
         self.gpu = gpu
         self.tensors = tensors
         self.stream = stream
+        self.is_abandoned = False
+        """Whether this is a forked child, where the GPU can't be used."""
 
     def view(self, data: Any, offset: int, row: DType, shape: tuple[int, ...]) -> tuple[Any, Any]:
         """Make a tensor over a part of an arena, and the part, which lives as long."""
@@ -69,6 +73,8 @@ class _Work:
 
     def behind(self, action: Callable[[], None]) -> None:
         """Do something once the GPU has done what it has been told so far; called where a tensor dies."""
+        if self.is_abandoned:
+            return
         try:
             with self.gpu.current():
                 fence = self.so_far()
@@ -81,7 +87,7 @@ class _Work:
 class _EndedBehindFences(deque[Any]):
     """Loans that have ended; one is added once the GPU has passed the point at which its last view died."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: Work) -> None:
         super().__init__()
         self._work = work
 
@@ -90,15 +96,22 @@ class _EndedBehindFences(deque[Any]):
 
 
 class _DeviceLoans(Loans):
-    def __init__(self, data: Any, released: memoryview, tensors: Tensors, work: _Work) -> None:
+    def __init__(self, data: Any, released: memoryview, tensors: Tensors, work: Work) -> None:
         super().__init__(data, released, tensors, address=data.address)
         self._ended = _EndedBehindFences(work)
 
 
 class _DeviceBorrows(Borrows):
-    def __init__(self, data: Any, released: memoryview, tensors: Tensors, work: _Work) -> None:
+    def __init__(self, data: Any, released: memoryview, tensors: Tensors, work: Work) -> None:
         super().__init__(data, released, tensors)
         self._work = work
+
+    def borrow(self, offset: int, shape: tuple[int, ...], dtype: str, slot: int, sequence: int) -> Any:
+        tensor = super().borrow(offset, shape, dtype, slot, sequence)
+        anchor = None if tensor is None else self._held.get(slot)
+        if anchor is not None and (part := anchor()) is not None:
+            part.keeper = self  # a result may outlive its client, and must still be released
+        return tensor
 
     def _end(self, anchor: Any) -> None:
         self._work.behind(functools.partial(super()._end, anchor))
@@ -108,27 +121,26 @@ class DeviceArena:
     """Both arenas that one connection has on a GPU.
 
     Args:
-        gpu: The GPU.
-        tensors: How tensors on it are made and looked at.
-        stream: The connection's.
+        work: What the program does there.
         own: This side's memory.
         peers: The other side's.
         released: The cells in which the peer releases this side's tensors, in its segment.
         releases: The cells in which this side releases the peer's, in its own segment.
+        peer_lives: Whether the peer's process does.
     """
 
     def __init__(
         self,
-        gpu: Gpu,
-        tensors: DeviceTensors,
-        stream: Any,
+        work: Work,
         own: DeviceMemory,
         peers: DeviceMemory,
         released: memoryview,
         releases: memoryview,
+        peer_lives: Callable[[], bool],
     ) -> None:
-        self._work = work = _Work(gpu, tensors, stream)
+        self._work = work
         self._own = own
+        self._peer_lives = peer_lives
         made = Tensors(object, (), BY_TORCH, BY_NAME, work.view, _describe)
         self.loans: Loans = _DeviceLoans(own, released, made, work)
         self._borrows: Borrows = _DeviceBorrows(peers, releases, made, work)
@@ -140,10 +152,15 @@ class DeviceArena:
         """How many tensors of the peer are borrowed."""
         return len(self._borrows)
 
-    def is_over(self, peer_lives: Callable[[], bool]) -> bool:
+    def is_over(self) -> bool:
         """Whether no tensor of this side is in use at the peer, now that the connection has ended."""
         self.loans.collect()
-        return self.loans.held_by_peer == 0 or not peer_lives()
+        return self.loans.held_by_peer == 0 or not self._peer_lives()
+
+    def abandon(self) -> None:
+        """In a forked child: what dies here is still in use in the parent."""
+        self._work.is_abandoned = True
+        self._borrows.abandon()
 
     def lend(self, shape: tuple[int, ...], row: DType) -> Any:
         """Lend an uninitialised tensor; None if there is no room now, or it has no elements."""
@@ -154,30 +171,36 @@ class DeviceArena:
         """Append the descriptor of a tensor on the GPU, which is copied unless it is a loan of this arena.
 
         Returns:
-            What the tensor may be told behind; None if there is no room for it.
+            What the peer may be told of the tensor behind; None if there is no room or slot for it.
 
         Raises:
-            ArenaFull: The peer holds as many tensors as there are slots.
+            DeviceError: The GPU has failed.
         """
         with self._work.gpu.current():
+            made = self._work.so_far(keep=found.keep)  # first: nothing is held yet if this fails
             if self.loans.has(found.start):
-                held = self.loans.hold(found.start, found.pointer - self._own.address, found.shape, found.row.name, out)
-                if held:
-                    return self._work.so_far(keep=found.keep)
-                if held is False:
-                    raise _no_slot()
-            claim = self.loans.claim(found.nbytes)
-            if claim is None:
-                self.loans.collect()
-                claim = self.loans.claim(found.nbytes)
-            if claim is None:
-                return None
-            self._work.tensors.after_use(found, self._work.stream)
-            copy = self._copy(found, self._own.address + claim.offset)
-            if not self.loans.hold(claim, claim.offset, found.shape, found.row.name, out):
-                self._work.gpu.watcher.when_done(copy, lambda: self.loans.give_back(claim))
-                raise _no_slot()
+                offset = found.pointer - self._own.address
+                if self.loans.hold(found.start, offset, found.shape, found.row.name, out):
+                    return made
+            return self._export_copy(found, out)
+
+    def _export_copy(self, found: Found, out: list[TensorDescriptor]) -> Fence | None:
+        self.loans.collect()
+        claim = self.loans.claim(found.nbytes) if self.loans.has_slot else None
+        if claim is None:
+            return None
+        try:
+            work = self._work
+            work.tensors.after_use(found, work.stream)
+            ask("cuMemcpyDtoDAsync", self._own.address + claim.offset, found.pointer, found.nbytes, work.stream.handle)
+            copy = work.gpu.fence(work.stream, keep=found.keep)
+        except BaseException:
+            self._work.behind(functools.partial(self.loans.give_back, claim))
+            raise
+        if self.loans.hold(claim, claim.offset, found.shape, found.row.name, out):
             return copy
+        self._work.gpu.watcher.when_done(copy, functools.partial(self.loans.give_back, claim))
+        return None
 
     def borrow(self, descriptor: TensorDescriptor) -> Any:
         """Make a view of a tensor of the peer; it is released behind what is done with it.
@@ -197,15 +220,6 @@ class DeviceArena:
             )
         return tensor
 
-    def _copy(self, found: Found, address: int) -> Fence:
-        stream = self._work.stream
-        ask("cuMemcpyDtoDAsync", address, found.pointer, found.nbytes, stream.handle)
-        return self._work.gpu.fence(stream, keep=found.keep)
-
 
 def _describe(offset: int, shape: tuple[int, ...], dtype: str, slot: int, sequence: int) -> TensorDescriptor:
     return TensorDescriptor(DEVICE_OFFSET + offset, shape, dtype, slot, sequence)
-
-
-def _no_slot() -> ArenaFull:
-    return ArenaFull(f"{SLOTS} tensors on the GPU are unreleased, as many as may be; release results")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import resource
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,13 +20,21 @@ class Libraries(NamedTuple):
     core: Any
 
 
-@functools.cache
+_loading = threading.Lock()  # cuda-core can't be imported by several threads at once
+
+
 def libraries() -> Libraries:
-    """Load the driver.
+    """Load the driver, once.
 
     Raises:
         DeviceError: A package or the driver is missing.
     """
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> Libraries:
     try:
         from cuda import core
         from cuda.bindings import driver

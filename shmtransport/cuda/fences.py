@@ -79,7 +79,8 @@ class FenceWatcher:
             target=_watch, args=(self._queue, current), name="shmtransport fences", daemon=True
         )
         self._thread.start()
-        weakref.finalize(self, self._queue.put, None)
+        ending = weakref.finalize(self, self._queue.put, None)
+        ending.atexit = False  # what is still in use then is the driver's to free, in a process that ends
 
     def when_done(self, fence: DeviceCopy, action: Callable[[], None]) -> None:
         """Call ``action`` once the fence was reached, or the GPU has failed; at once if that is so already."""
@@ -87,6 +88,10 @@ class FenceWatcher:
             action()
         else:
             self._queue.put((fence, action))
+
+    def later(self, action: Callable[[], None]) -> None:
+        """Call ``action`` soon, in the watcher's thread: for what must not run in the middle of something else."""
+        self._queue.put((Fence(None), action))
 
     def linger(self, is_over: Callable[[], bool], keep: Any) -> None:
         """Keep something until ``is_over``, which is asked a few times a second; ``flush`` does not wait for it."""

@@ -65,7 +65,7 @@ class Staging:
 
 
 def _size_of(nbytes: int) -> int:
-    """The size of the buffer for so many bytes: a power of two."""
+    """The size of the buffer for this many bytes: a power of two."""
     return max(_SMALLEST_BYTES, 1 << (nbytes - 1).bit_length())
 
 

@@ -83,11 +83,14 @@ class TorchTensors(DeviceTensors):
 
     def __init__(self, gpu: Gpu) -> None:
         self._device = torch.device("cuda", gpu.ordinal)
+        # torch keeps what was freed for the stream that it was made on, so that stream must not be a connection's.
+        self._making = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def empty(self, shape: tuple[int, ...], row: DType, stream: Any) -> tuple[Any, int]:
         try:
-            with torch.cuda.stream(self._outside(stream)):
+            with torch.cuda.stream(self._making):
                 tensor = torch.empty(shape, dtype=row.torch, device=self._device)
+            tensor.record_stream(self._outside(stream))
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from error
         return tensor, tensor.data_ptr()

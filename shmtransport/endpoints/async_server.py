@@ -31,7 +31,7 @@ from ..protocol.calls import Call
 from ..protocol.messages import CHANNEL_KINDS, DEFAULT_MAX_MESSAGE_BYTES, ChannelKind, More
 from .async_parts import Credit, InProgress, Parts, parts_of
 from .connection_memory import ASK_INTERVAL_S
-from .deferred import encoded
+from .deferred import LONGEST_DEVICE_PAUSE_S, encoded
 from .event_loops import MESSAGES_AT_ONCE, called_by_signals, in_a_thread
 from .options import DEFAULT_MAX_ARENA_BYTES, ServerOptions, whole
 from .server_base import ServerBase
@@ -309,7 +309,7 @@ class AsyncServer(ServerBase[LoopDoorbells]):
         try:
             while (data := outcome.encode()) is None:
                 await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S if outcome.waits_for_room else LONGEST_DEVICE_PAUSE_S)
             return data
         finally:
             in_progress.waits_for_room = False

@@ -10,12 +10,12 @@ import torch
 
 from ..errors import LocalProtocolError
 from ..memory.dtypes import AnyDType
-from .device_sharing import OFFER, SHARE
+from .device_sharing import OFFER, SHARE, USE
 
 ECHO, PROBE, METHODS, HEALTH = "__echo__", "__probe__", "__methods__", "__health__"
 """ECHO returns its tensor, copied into the reply arena, or nothing for nothing; PROBE returns as many bytes of the
 reply arena as it is asked for, uninitialised and not copied; METHODS and HEALTH are ``methods`` and ``health`` of a
-server. ``device_sharing`` has two more."""
+server. ``device_sharing`` has three more."""
 
 
 class BuiltIn(Protocol):
@@ -31,6 +31,8 @@ class BuiltIn(Protocol):
 
     def share_device(self, secret: bytes, cells: int) -> int: ...
 
+    def use_device(self) -> None: ...
+
 
 def built_in(name: str, server: BuiltIn) -> Callable[..., Any] | None:
     """Return the built-in method of this name, or None."""
@@ -41,6 +43,7 @@ def built_in(name: str, server: BuiltIn) -> Callable[..., Any] | None:
         HEALTH: server.health,
         OFFER: server.offer_device,
         SHARE: server.share_device,
+        USE: server.use_device,
     }
     return methods.get(name)
 

@@ -13,7 +13,7 @@ from ..core import Counters
 from ..cuda.copies import Copies
 from ..cuda.gpu import Gpu
 from ..cuda.tensors import device_tensors
-from ..errors import Closed, ConnectRefused, PeerDied
+from ..errors import Closed, ConnectRefused, LocalProtocolError, PeerDied
 from ..protocol.in_flight import CallInFlight, StreamInFlight
 from ..protocol.messages import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
 from ..protocol.uncompiled import uncompiled
@@ -88,6 +88,8 @@ class Client(ClientBase[ClientConnection]):
             max_message_bytes=max_message_bytes,
             device=device,
         )
+        if options.snapshot and options.device is not None:
+            raise LocalProtocolError("snapshot copies results in ordinary memory only: leave out snapshot or device")
         counters = Counters()
         gpu = None if options.device is None else Gpu(options.device)
         new_copies = None if gpu is None else functools.partial(Copies, gpu, device_tensors(gpu))

@@ -16,8 +16,9 @@ from ..core import Counters, MessageRing
 from ..core.layout import PAGE_BYTES, Layout, round_up
 from ..core.message_ring import message_ring_bytes
 from ..cuda.copies import Copies
-from ..errors import ArenaFull, Closed, LocalProtocolError, PeerDied, PeerProtocolError
+from ..errors import ArenaFull, Closed, DeviceError, LocalProtocolError, PeerDied, PeerProtocolError
 from ..memory.dtypes import AnyDType
+from ..memory.opening import reason
 from ..memory.peer_watch import PeerWatch
 from ..memory.plain import row_of, sizes_of
 from ..memory.receive_arena import ReceiveArena, release_cells
@@ -170,6 +171,8 @@ class ConnectionMemory:
     def abandon(self) -> None:
         """Give up the memory in a forked child; tensors that die there release nothing."""
         self._peer_check.closed = True
+        if self.copies is not None:
+            self.copies.abandon()
         self.receive_arena.abandon()
         self._own.abandon()
         self._peer.abandon()
@@ -178,22 +181,29 @@ class ConnectionMemory:
         """Give the segments back; tensors that still refer to them keep their memory."""
         self._peer_check.closed = True
         if self.copies is not None:
-            self.copies.close(_life_of(self.watch))
+            self.copies.close()
         self.watch.close()
         self._own.close()
         self._peer.close()
 
 
-def _life_of(watch: PeerWatch) -> Callable[[], bool]:
-    """Return what tells whether the peer's process lives when the watch is closed; False where that isn't known."""
+def life_of(watch: PeerWatch) -> Callable[[], bool]:
+    """Return what tells whether the peer's process lives, also when the watch is closed.
+
+    Raises:
+        DeviceError: the kernel does not show the process, or file descriptors are short.
+    """
     descriptor = watch.fileno()
     if descriptor is None:
-        return lambda: False
-    kept = os.dup(descriptor)
+        raise DeviceError("the other process can't be seen from here: is it in another PID namespace?")
+    try:
+        kept = os.dup(descriptor)
+    except OSError as error:
+        raise DeviceError(f"the other process can't be watched: {reason(error)}") from error
     ended = select.poll()
     ended.register(kept, select.POLLIN)
     lives = functools.partial(_has_not_ended, ended)
-    weakref.finalize(lives, os.close, kept)
+    weakref.finalize(lives, os.close, kept).atexit = False
     return lives
 
 

@@ -106,8 +106,12 @@ class Deferred:
         self.connection.deferred_bytes -= self._nbytes
         if self._waited_for_room:
             counters.count_stalled(time.monotonic() - self._since)
-        if self._encoded is not None and self._encoded.unfinished is not None:  # it was not sent
-            self.connection.memory.send_arena.withdraw_unfinished(self._encoded.unfinished)
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Give back the room that it has, unless it was sent."""
+        if self._encoded is not None:
+            self._encoded.withdraw(self.connection)
 
 
 def encoded(connection: ServerConnection, call_id: int, result: Any, *, is_part: bool = False) -> bytes | Deferred:
@@ -119,8 +123,13 @@ def encoded(connection: ServerConnection, call_id: int, result: Any, *, is_part:
     made = None
     if not (any(one.waits_for_room for one in connection.deferred) and _needs_room(connection, result)):
         made = _encode(connection, call_id, result, is_part)
-    if made is not None and made.is_ready():
-        return made.data
+    try:
+        if made is not None and made.is_ready():
+            return made.data
+    except BaseException:
+        if made is not None:
+            made.withdraw(connection)
+        raise
     return Deferred(connection, call_id, result, is_part, made)
 
 
@@ -133,6 +142,11 @@ class _Encoded(NamedTuple):
     def is_ready(self) -> bool:
         """Whether they may be sent."""
         return self.unfinished is None or self.unfinished.done()
+
+    def withdraw(self, connection: ServerConnection) -> None:
+        """Give back the room that its tensors have: it is not sent."""
+        if self.unfinished is not None:
+            connection.memory.send_arena.withdraw_unfinished(self.unfinished)
 
 
 def _encode(connection: ServerConnection, call_id: int, result: Any, is_part: bool) -> _Encoded | None:

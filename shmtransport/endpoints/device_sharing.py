@@ -8,13 +8,15 @@
       call SHARE(secret, its cells)    ──►          opens the client's memory, makes its own
                                        ◄──          (by that socket: a description, a file descriptor)
       opens it                         ◄──          its cells
+      call USE                         ──►          from now on, both may send tensors there
 
 Rules that it keeps:
 
 * neither side waits for the other by that socket: what is read has been sent before it was asked for;
-* the server takes what a secret belongs to, which only the connection's client knows, from nobody but the process that
-  the connection is with, where the kernel tells;
-* whatever is in the way is told in words, and the connection goes on without such arenas.
+* the server takes memory only with the secret that came over the connection as well, and from the process that the
+  connection is with. Processes of other users are not listened to;
+* memory that was made for clients counts until they have let go of it, also after they have gone;
+* if something is in the way, the reason is told, and the connection goes on without such arenas.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ import re
 import secrets
 import socket
 import struct
+import threading
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,9 +39,10 @@ from ..cuda.device_memory import DESCRIPTION_BYTES, DeviceMemory
 from ..cuda.gpu import Gpu
 from ..errors import DeviceError, LocalProtocolError, PeerProtocolError, TransportError
 from ..text import printable
-from .connection_memory import ConnectionMemory
+from ..units import size_text
+from .connection_memory import ConnectionMemory, life_of
 
-OFFER, SHARE = "__device__", "__share_device__"
+OFFER, SHARE, USE = "__device__", "__share_device__", "__use_device__"
 NO_GPU = "no GPU"
 SHARED = "on the GPU"
 """The path of tensors whose arenas are there."""
@@ -44,6 +50,7 @@ SHARED = "on the GPU"
 _SOCKET = re.compile("shmtransport-[0-9a-f]{32}")
 _SECRET_BYTES = 16
 _WAITING_AT_MOST = 64
+_WAITS_AT_MOST_S = 10.0
 _CREDENTIALS = struct.Struct("iII")  # of SO_PEERCRED: pid, uid, gid
 _ANSWER_TIMEOUT_S = 1.0
 
@@ -61,25 +68,42 @@ class _Brought(NamedTuple):
         os.close(self.descriptor)
 
 
+class _Caller(NamedTuple):
+    """A process that has connected to the socket and brought nothing yet."""
+
+    sock: socket.socket
+    since: float
+
+
 class Rendezvous:
-    """The socket by which file descriptors cross; clients that have come wait there until they call.
+    """The socket by which file descriptors cross; what clients have brought waits there until they call.
 
     Args:
         gpu: The server's.
+        limit_bytes: The most memory on the GPU for all clients together.
+        most: How many clients may have some.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, limit_bytes: int, most: int) -> None:
         self._gpu = gpu
+        self._limit_bytes = limit_bytes
+        self._most = most
         self._name = f"shmtransport-{secrets.token_hex(16)}"
         self._socket: socket.socket | None = None
+        self._silent: list[_Caller] = []
         self._waiting: OrderedDict[bytes, _Brought] = OrderedDict()
+        self._made: weakref.WeakSet[DeviceMemory] = weakref.WeakSet()
+        self._lock = threading.Lock()  # handlers may run in several threads
 
     def offer(self) -> dict[str, Any]:
         """Return which GPU this is, and the socket's name among the kernel's abstract ones."""
-        if self._socket is None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-            self._socket.bind(f"\0{self._name}")
-            self._socket.listen(_WAITING_AT_MOST)
+        with self._lock:
+            if self._socket is None:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+                sock.bind(f"\0{self._name}")
+                sock.listen(_WAITING_AT_MOST)
+                self._socket = sock
+            self._take_in(self._socket)
         return {"gpu": self._gpu.uuid, "socket": self._name}
 
     def share(self, memory: ConnectionMemory, sizes: tuple[int, int], secret: Any, cells: Any) -> int:
@@ -97,54 +121,88 @@ class Rendezvous:
         Raises:
             TransportError: That can't be done.
         """
-        if type(secret) is not bytes or type(cells) is not int or memory.copies is None or memory.copies.arena:
+        copies = memory.copies
+        if type(secret) is not bytes or type(cells) is not int or copies is None or copies.prepared is not None:
             raise LocalProtocolError(f"{SHARE} takes a secret and an offset, once")
-        self._take_in()
-        brought = self._waiting.pop(secret, None)
-        if brought is None:
-            raise DeviceError("nothing came by the socket: are both processes in one network namespace?")
-        with contextlib.closing(brought):
-            if 0 < memory.watch.pid != brought.pid:
-                raise DeviceError("another process has brought the client's memory, or one of another PID namespace")
-            requests, replies = sizes
-            own = DeviceMemory.make(self._gpu, replies)
-            peers = own.open_peers(self._gpu, requests, brought.descriptor, brought.description)
-            released = memory.peers_cells(cells, CELLS_BYTES)
-            offset, releases = memory.own_cells(CELLS_BYTES)
-            send(brought.sock, own.description(), own.descriptor)
-            memory.copies.share(own, peers, released, releases)
-            return offset
+        with self._lock:
+            if self._socket is not None:
+                self._take_in(self._socket)
+            brought = self._waiting.pop(secret, None)
+            if brought is None:
+                raise DeviceError("nothing came by the socket: are both processes in one network namespace?")
+            with contextlib.closing(brought):
+                lives = life_of(memory.watch)
+                if memory.watch.pid != brought.pid:
+                    raise DeviceError("another process has brought the client's memory")
+                requests, replies = sizes
+                self._check_limits(replies)
+                own = DeviceMemory.make(self._gpu, replies)
+                self._made.add(own)
+                peers = own.open_peers(self._gpu, requests, brought.descriptor, brought.description)
+                released = memory.peers_cells(cells, CELLS_BYTES)
+                offset, releases = memory.own_cells(CELLS_BYTES)
+                send(brought.sock, own.description(), own.descriptor)
+                copies.prepare(own, peers, released, releases, lives)
+                return offset
 
     def close(self) -> None:
         """Close the socket, and what waits there."""
-        if self._socket is not None:
-            self._socket.close()
-        while self._waiting:
-            self._waiting.popitem()[1].close()
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            for caller in self._silent:
+                caller.sock.close()
+            self._silent.clear()
+            while self._waiting:
+                self._waiting.popitem()[1].close()
 
-    def _take_in(self) -> None:
-        """Read what has come; of too many that wait, the oldest goes."""
-        for _ in range(_WAITING_AT_MOST):
-            if self._socket is None:
-                return
-            try:
-                sock, _ = self._socket.accept()
-            except OSError:  # none is left, or there are too few file descriptors
-                return
-            sock.setblocking(False)
-            try:
-                data, descriptor = receive(sock)
-            except (OSError, PeerProtocolError):
-                sock.close()
-                continue
-            secret, description = data[:_SECRET_BYTES], data[_SECRET_BYTES:]
-            if secret in self._waiting:
-                sock.close()
-                os.close(descriptor)
-                continue
-            self._waiting[secret] = _Brought(sock, _process_at(sock), description, descriptor)
-            if len(self._waiting) > _WAITING_AT_MOST:
-                self._waiting.popitem(last=False)[1].close()
+    def _check_limits(self, nbytes: int) -> None:
+        """Check that one more client may have memory.
+
+        Raises:
+            DeviceError: there is too much of it already.
+        """
+        taken = sum(len(one) for one in self._made)
+        if len(self._made) >= self._most or taken + nbytes > self._limit_bytes:
+            raise DeviceError(
+                f"{len(self._made)} clients, also such that have gone, hold {size_text(taken)} on the GPU; the "
+                f"server's max_clients is {self._most}, its max_total_arena_bytes {size_text(self._limit_bytes)}"
+            )
+
+    def _take_in(self, listening: socket.socket) -> None:
+        """Read what has come, and forget what has waited for too long; of too many that wait, the oldest go."""
+        now = time.monotonic()
+        with contextlib.suppress(OSError):  # none is left, or there are too few file descriptors
+            for _ in range(2 * _WAITING_AT_MOST):
+                sock, _ = listening.accept()
+                sock.setblocking(False)
+                if _process_at(sock)[1] == os.geteuid():
+                    self._silent.append(_Caller(sock, now))
+                else:
+                    sock.close()
+        self._silent = [caller for caller in self._silent if not self._has_brought(caller.sock)]
+        while self._silent and (len(self._silent) > _WAITING_AT_MOST or self._silent[0].since + _WAITS_AT_MOST_S < now):
+            self._silent.pop(0).sock.close()
+        while len(self._waiting) > _WAITING_AT_MOST:
+            self._waiting.popitem(last=False)[1].close()
+
+    def _has_brought(self, sock: socket.socket) -> bool:
+        """Whether a caller is to be waited for no longer: it has brought something, or gone."""
+        try:
+            data, descriptor = receive(sock)
+        except BlockingIOError:
+            return False
+        except (OSError, PeerProtocolError):
+            sock.close()
+            return True
+        secret, description = data[:_SECRET_BYTES], data[_SECRET_BYTES:]
+        pid, _ = _process_at(sock)
+        brought = _Brought(sock, pid, description, descriptor)
+        if secret in self._waiting:
+            brought.close()
+        else:
+            self._waiting[secret] = brought
+        return True
 
 
 def share_device(gpu: Gpu, memory: ConnectionMemory, sizes: tuple[int, int], call: Callable[..., Any]) -> str:
@@ -174,6 +232,7 @@ def _share(gpu: Gpu, memory: ConnectionMemory, sizes: tuple[int, int], call: Cal
         raise DeviceError("the server uses another GPU")
     if memory.copies is None:
         raise DeviceError("this client has no GPU")
+    lives = life_of(memory.watch)
     requests, replies = sizes
     own = DeviceMemory.make(gpu, requests)
     offset, releases = memory.own_cells(CELLS_BYTES)
@@ -181,7 +240,7 @@ def _share(gpu: Gpu, memory: ConnectionMemory, sizes: tuple[int, int], call: Cal
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(_ANSWER_TIMEOUT_S)
         sock.connect(f"\0{offer['socket']}")
-        if 0 < memory.watch.pid != _process_at(sock):
+        if memory.watch.pid != _process_at(sock)[0]:
             raise PeerProtocolError("the server has offered the socket of another process")
         send(sock, secret + own.description(), own.descriptor)
         cells = call(SHARE, secret, offset)
@@ -192,13 +251,15 @@ def _share(gpu: Gpu, memory: ConnectionMemory, sizes: tuple[int, int], call: Cal
         peers = own.open_peers(gpu, replies, descriptor, description)
     finally:
         os.close(descriptor)
-    memory.copies.share(own, peers, memory.peers_cells(cells, CELLS_BYTES), releases)
+    memory.copies.prepare(own, peers, memory.peers_cells(cells, CELLS_BYTES), releases, lives)
+    call(USE)
+    memory.copies.use_arena()
 
 
-def _process_at(sock: socket.socket) -> int:
-    """The process at the other end, as the kernel reports it."""
-    pid, _, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(pid)
+def _process_at(sock: socket.socket) -> tuple[int, int]:
+    """The process at the other end and its user, as the kernel reports them."""
+    pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(pid), int(uid)
 
 
 def send(sock: socket.socket, data: bytes, descriptor: int) -> None:

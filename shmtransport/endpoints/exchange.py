@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ..channels.backlog import QUEUE_LIMIT
 from ..core import Counters
 from ..cuda.gpu import Gpu
-from ..errors import CallTimeout, Closed, OutOfResources, PeerDied, PeerProtocolError, TransportError
+from ..errors import CallTimeout, Closed, DeviceError, OutOfResources, PeerDied, PeerProtocolError, TransportError
 from ..protocol.in_flight import CallInFlight, OneWayCall, StreamInFlight
 from ..protocol.messages import Cancel, encode
 from ..protocol.uncompiled import uncompiled
@@ -445,7 +445,7 @@ class Exchange(ConnectionState[ClientConnection]):
             if data is None:
                 return False
             completed = connection.protocol.take_reply(data)
-        except PeerDied as error:
+        except (PeerDied, DeviceError) as error:
             self._end(connection, error)
         except PeerProtocolError as error:
             connection.say_goodbye("protocol error")

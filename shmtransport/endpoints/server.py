@@ -324,7 +324,9 @@ class Server(ServerBase[ThreadDoorbells]):
         elif isinstance(outcome, Deferred):
             if isinstance(job, ServerStream):
                 job.waits_for_room = True
-            if not (connection.gone or job.cancelled):
+            if connection.gone or job.cancelled:
+                outcome.withdraw()
+            else:
                 self._deferred.add(outcome)
         elif isinstance(outcome, ServerStream):
             outcome.cancelled = isinstance(job, IncomingCall) and job.cancelled

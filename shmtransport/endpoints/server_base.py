@@ -91,7 +91,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         if options.device is not None:
             self._gpu = Gpu(options.device)
             self._new_copies = functools.partial(Copies, self._gpu, device_tensors(self._gpu))
-            self._rendezvous = Rendezvous(self._gpu)
+            self._rendezvous = Rendezvous(self._gpu, options.max_total_arena_bytes, options.max_clients)
         self._zmq = ZmqServerChannel(address, options.max_message_bytes)
         self._doorbells = doorbells(self._zmq, patience_of(options.spin_us))
         self._channel: ServerChannel = self._zmq  # the doorbells while a client uses them
@@ -250,6 +250,12 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         connection = self._caller()
         return self._rendezvous.share(connection.memory, connection.sizes, secret, cells)
 
+    def use_device(self) -> None:
+        """Send tensors on the GPU to the running handler's client from now on, which has opened the memory there."""
+        copies = self._caller().memory.copies
+        if copies is not None:
+            copies.use_arena()
+
     def statistics(self) -> Statistics:
         """Return totals over all clients since this server was made."""
         waits = self._counters.waits + self._zmq.waits + self._doorbells.waits
@@ -356,6 +362,11 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             call = connection.protocol.take_request(data)
         except PeerProtocolError as error:
             self._refuse(connection, error)
+            return True
+        except DeviceError as error:  # a tensor on the GPU can't be borrowed any more
+            logger.warning("client %d can't be served: %s", connection.connection_id, error)
+            self._send(client_key, Goodbye(shorten(str(error))))
+            self._drop(connection, "the GPU has failed")
             return True
         if isinstance(call, Call):
             return IncomingCall(connection, call.call_id, call.is_answered, len(data), [call])

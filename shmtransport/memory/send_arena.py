@@ -56,16 +56,23 @@ class Device(Protocol):
 
 
 class Unfinished:
-    """The tensors of a message that a GPU is still copying in; it must not be sent before."""
+    """A message some of whose tensors a GPU is still copying in; it must not be sent before."""
 
     def __init__(self) -> None:
         self.copies: list[tuple[TensorDescriptor, DeviceCopy]] = []
+        self.descriptors: Sequence[TensorDescriptor] = ()
+        """Of all its tensors, once it is encoded."""
 
-    def __contains__(self, descriptor: TensorDescriptor) -> bool:
-        return any(descriptor is known for known, _ in self.copies)
+    def take(self, descriptor: TensorDescriptor) -> DeviceCopy | None:
+        """Forget a tensor, and return the copy of it that is under way, if one is."""
+        for place, (known, copy) in enumerate(self.copies):
+            if known is descriptor:
+                del self.copies[place]
+                return copy
+        return None
 
     def done(self) -> bool:
-        """Return whether all of them are there, without waiting.
+        """Return whether all of its tensors are there, without waiting.
 
         Raises:
             DeviceError: The GPU has failed.
@@ -244,6 +251,12 @@ class SendArena:
             time.sleep(FIRST_PAUSE_S)
         self.take_unfinished()
 
+    def complete(self, descriptors: Sequence[TensorDescriptor]) -> None:
+        """The message that this thread has just encoded has these tensors."""
+        unfinished = None if self._device is None else vars(self._this_thread).get("unfinished")
+        if unfinished is not None:
+            unfinished.descriptors = tuple(descriptors)
+
     def take_unfinished(self) -> Unfinished | None:
         """Return the tensors of the message that this thread has just encoded, if the device is copying any in."""
         return None if self._device is None else vars(self._this_thread).pop("unfinished", None)
@@ -255,19 +268,23 @@ class SendArena:
         return held
 
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:
-        """Take back descriptors that were never sent."""
-        unfinished = self.take_unfinished()
-        for descriptor in descriptors:
-            if descriptor.sequence and (unfinished is None or descriptor not in unfinished):
-                self._end_hold(descriptor)
-        if unfinished is not None:
-            self.withdraw_unfinished(unfinished)
+        """Take back descriptors that were never sent; what a GPU still copies in, once it has done that."""
+        unfinished = None if self._device is None else vars(self._this_thread).get("unfinished")
+        self._withdraw(descriptors, unfinished)
+        if unfinished is not None and not unfinished.copies:
+            self.take_unfinished()
 
     def withdraw_unfinished(self, unfinished: Unfinished) -> None:
-        """Take back a message that was never sent; its blocks are free again once the device no longer writes there."""
-        for descriptor, copy in unfinished.copies:
-            if self._device is not None:
+        """Take back a message that was encoded and never sent; see ``withdraw``."""
+        self._withdraw(unfinished.descriptors, unfinished)
+
+    def _withdraw(self, descriptors: Sequence[TensorDescriptor], unfinished: Unfinished | None) -> None:
+        for descriptor in descriptors:
+            copy = None if unfinished is None else unfinished.take(descriptor)
+            if copy is not None and self._device is not None:
                 self._device.when_done(copy, functools.partial(self._end_hold, descriptor))
+            elif descriptor.sequence:
+                self._end_hold(descriptor)
 
     def _end_hold(self, descriptor: TensorDescriptor) -> None:
         if descriptor.offset < DEVICE_OFFSET:
@@ -323,7 +340,7 @@ class SendArena:
             while not self.loans.hold(claim, claim.offset, shape, row.name, out):
                 self._wait_for_slot()
         except BaseException:
-            if copy is not None:
+            if claim is not None and copy is not None:
                 device.when_done(copy, functools.partial(self.loans.give_back, claim))
             elif claim is not None:
                 self.loans.give_back(claim)

@@ -8,6 +8,7 @@ marker.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from ..core.codec import ARGUMENT_DEPTH, EXT_ARRAY, EXT_TENSOR, EXT_TUPLE, MAX_D
 from ..core.refusals import bad_key, changed_size, nested_too_deep
 from ..errors import LocalProtocolError, PeerProtocolError
 from ..memory.descriptor import TensorDescriptor
+from ..memory.dtypes import BY_NAME
 from ..memory.plain import is_on_device, of_a_library
 from .messages import (
     MAX_TENSORS,
@@ -56,6 +58,8 @@ class Exporter(Protocol):
     def export_array(self, array: np.ndarray[Any, Any]) -> TensorDescriptor: ...
 
     def export_foreign(self, tensor: Any) -> TensorDescriptor: ...
+
+    def complete(self, descriptors: Sequence[TensorDescriptor]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -117,7 +121,9 @@ class _Outbox(list[TensorDescriptor]):
         elif isinstance(tensor, np.ndarray):
             self.append(self._exporter.export_array(tensor))
         else:
-            self.append(self._exporter.export_foreign(tensor))
+            self.append(descriptor := self._exporter.export_foreign(tensor))
+            self.nbytes += prod(descriptor.shape) * BY_NAME[descriptor.dtype].itemsize
+            return index
         self.nbytes += tensor.nbytes
         return index
 
@@ -218,6 +224,7 @@ class Codec:
                 check_size(data, self.max_message_bytes)
             else:
                 data = encode(kind(call_id, outbox.pack(result, 0), tuple(outbox)), self.max_message_bytes)
+            self._exporter.complete(outbox)
             self._count_sent(data, outbox, started)
         except BaseException as error:
             self._exporter.withdraw(outbox)

@@ -6,6 +6,8 @@ destinations with other bytes until then: see ``tests/support/cuda_driver``.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from shmtransport import CallTimeout, Client, DeviceError, LocalProtocolError, RemoteError, Server
+from shmtransport import CallTimeout, Client, DeviceError, LocalProtocolError, RemoteError, Server, TransportError
 from shmtransport.protocol.messages import ChannelKind
 from shmtransport.units import KIB, MIB
 from tests.support import cuda_driver
@@ -172,21 +174,51 @@ def test_a_client_killed_in_mid_copy_leaves_nothing_pinned(gpus: Gpus, spawn: Sp
     assert not any(left_behind(server).values())
 
 
-@pytest.mark.parametrize("method", ["unsendable", "given up"])
-def test_what_is_not_sent_gives_its_room_back_behind_the_copy(gpus: Gpus, method: str) -> None:
-    """The block of a reply that fails or is given up is free again, but not while the GPU still writes there."""
-    gpus.start_server({"DELAY_US": LATE_US})
+@pytest.mark.parametrize("options", SERVERS.values(), ids=SERVERS)
+@pytest.mark.parametrize("method", ["unsendable", "with_too_large"])
+def test_what_can_not_be_sent_gives_its_room_back_behind_the_copy(
+    gpus: Gpus, method: str, options: dict[str, Any]
+) -> None:
+    """The block of a reply that fails is free again, but not while the GPU still writes there."""
+    gpus.start_server({"DELAY_US": LATE_US}, **options)
     with client_of(gpus.address) as client:
-        if method == "unsendable":
-            with pytest.raises(LocalProtocolError, match="object"):
-                client.call("unsendable", torch.ones(1000))
-        else:
-            pending = client.submit("there_and_back", torch.ones(1000))
-            assert eventually(lambda: client.call("held") == 1)
-            pending.cancel()
+        with pytest.raises(TransportError, match="on the server"):
+            client.call(method, torch.ones(1000))
         assert client.call("held") == 1
         assert eventually(lambda: client.call("held") == 0)
         assert client.call("count", "async_copies") == 2
+
+
+@pytest.mark.parametrize("options", SERVERS.values(), ids=SERVERS)
+@pytest.mark.parametrize("method", ["there_and_back", "mixed"])
+def test_what_is_given_up_gives_its_room_back_behind_the_copy(gpus: Gpus, method: str, options: dict[str, Any]) -> None:
+    """All blocks of a reply whose call was given up are free again once the GPU no longer writes to one of them."""
+    gpus.start_server({"DELAY_US": LATE_US}, **options)
+    with client_of(gpus.address) as client:
+        for wait in (True, False, False):
+            pending = client.submit(method, torch.ones(1000))
+            assert not wait or eventually(lambda: client.call("held") > 0)
+            pending.cancel()
+        assert eventually(lambda: client.call("held") == 0)
+
+
+@pytest.mark.parametrize("function", ["cuEventQuery", "cuEventRecord", "cuMemcpyDtoHAsync", "cuStreamWaitEvent"])
+def test_a_failure_of_the_driver_leaves_nothing_held(gpus: Gpus, function: str) -> None:
+    """Whichever call fails, and when: the caller learns of it or gets its result, and the room is free again."""
+    for number in range(1, 5):
+        server = gpus.start_server({"FAIL": f"{function}=2@{number}"})
+        with client_of(gpus.address, timeout_s=10.0) as client:
+            for _ in range(4):
+                with contextlib.suppress(RemoteError):
+                    assert torch.equal(client.call("there_and_back", torch.ones(1000)), torch.ones(1000))
+            assert client.call("echo", 5) == 5
+            assert eventually(functools.partial(nothing_is_held, client))
+        server.end()
+
+
+def nothing_is_held(client: Client) -> bool:
+    """Whether no block of the client's reply arena is in use."""
+    return bool(client.call("held") == 0)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,9 @@ class Direction:
     def export_foreign(self, tensor: Any) -> TensorDescriptor:
         raise AssertionError(f"a {type(tensor).__name__} on a GPU")
 
+    def complete(self, descriptors: Sequence[TensorDescriptor]) -> None:
+        """No GPU copies any of them."""
+
     def finish(self) -> None:
         """No GPU has anything left to do."""
 

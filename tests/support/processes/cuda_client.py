@@ -6,6 +6,7 @@ is one of the functions below, and prints what that returns in JSON, or its erro
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shmtransport import Client, TransportError
+from shmtransport import Client, RemoteError, TransportError
 from shmtransport.cuda.driver import ask
 from shmtransport.endpoints.device_sharing import SHARE
 from shmtransport.memory.descriptor import DEVICE_OFFSET, TensorDescriptor
@@ -63,7 +64,73 @@ def path() -> list[Any]:
     start, _ = x.__cuda_array_interface__["data"]
     with client._gpu.current():
         ask("cuMemsetD8Async", start, 5, x.nbytes, client.cuda_stream.handle)
+    result = client.call("made", 100, 9)
+    return [
+        client.device_path,
+        client.call("kind", x),
+        content(client.call("echo", x)),
+        [type(result).__name__, content(result)],
+    ]
+
+
+def no_gpu() -> list[Any]:
+    """The same of a server without a GPU."""
+    x = made(1000, torch.uint8, 5)
     return [client.device_path, client.call("kind", x), content(client.call("echo", x))]
+
+
+def after_a_failure() -> Any:
+    """Send a tensor on the GPU to a server whose GPU has failed."""
+    x = made(1000, torch.uint8, 1)
+    with contextlib.suppress(RemoteError):
+        client.call("there_and_back", torch.ones(3))
+    return client.call("kind", x)
+
+
+def released_late() -> None:
+    """Release a result after its client is closed, and a garbage collection."""
+    global client
+    result = client.call("made", 1000, 4)
+    client.close()
+    del client
+    gc.collect()
+    print("holding", flush=True)
+    time.sleep(0.3)
+    del result
+    print("released", flush=True)
+    time.sleep(5)
+    sys.exit()
+
+
+def keeping() -> list[str]:
+    """Keep a result of each of six clients that are closed then; how tensors crossed."""
+    results, paths = [client.call("made", 1000, 4)], [client.device_path]
+    for _ in range(5):
+        client.close()
+        client.reconnect()
+        paths.append(client.device_path)
+        results.append(client.call("made", 1000, 4))
+    return paths
+
+
+def forking() -> list[Any]:
+    """Let a result die in a forked child; the child's exit code, and the result's content after another call."""
+    result = client.call("made", 100_000, 4)
+    child = os.fork()
+    if child == 0:
+        del result
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    time.sleep(0.1)
+    client.call("made", 100_000, 5)
+    return [os.waitstatus_to_exitcode(status), content(result)]
+
+
+def many() -> list[int]:
+    """Hold more results than there are slots; how many are on the GPU, and how many are not."""
+    results = [client.call("made", 10, 4) for _ in range(1030)]
+    kinds = [type(result).__name__ for result in results]
+    return [kinds.count("CudaTensor"), kinds.count("Tensor")]
 
 
 def echoed() -> list[Any]:

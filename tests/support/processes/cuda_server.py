@@ -78,6 +78,16 @@ def unsendable(x: torch.Tensor) -> Any:
 
 
 @server.method
+def mixed(x: torch.Tensor) -> Any:
+    return [server.to_device(x), torch.ones(1000)]
+
+
+@server.method
+def with_too_large(x: torch.Tensor) -> Any:
+    return [server.to_device(x), torch.ones(1 << 24)]
+
+
+@server.method
 def echo(value: Any) -> Any:
     return value
 
@@ -140,7 +150,9 @@ def count(name: str) -> int:
 def held() -> int:
     """How many blocks of its caller's reply arena are held."""
     (connection,) = [one for one in server._connections.values() if one.connection_id == server.connection_id]
-    return int(connection.memory.send_arena.loans.blocks)
+    loans = connection.memory.send_arena.loans
+    loans.collect()
+    return int(loans.blocks)
 
 
 async def serve_async() -> None:
