@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         UnsupportedBySplit,
         WorkerFailed,
         WorkerMismatch,
+        WorkerTampered,
     )
     from .trusted.model import SplitLlamaForCausalLM
 
@@ -30,6 +31,7 @@ _HOMES = {
     "UnsupportedBySplit": "errors",
     "WorkerFailed": "errors",
     "WorkerMismatch": "errors",
+    "WorkerTampered": "errors",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "UnsupportedBySplit",
     "WorkerFailed",
     "WorkerMismatch",
+    "WorkerTampered",
 ]
 
 

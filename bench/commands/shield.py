@@ -32,10 +32,10 @@ class ShieldOptions:
 @command_of(ShieldOptions)
 def shield(options: ShieldOptions) -> None:
     """Time prompts and tokens with and without verification, count false alarms, and show which errors are found."""
-    from ..engine.shield import SIZES, measure_shield  # it imports torch
+    from ..engine.shield import SIZES, ShieldJob, measure_shield  # it imports torch
 
     runs = [
-        measure_shield(model, dtype, options.tokens, options.repeats, options.checks, options.threads)
+        measure_shield(ShieldJob(model, dtype, options.tokens, options.repeats, options.checks, options.threads))
         for model in names_of(options.models, MODELS)
         for dtype in names_of(options.dtypes, DTYPES)
     ]

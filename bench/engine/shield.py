@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 
 from llama_split import SplitLlamaForCausalLM
@@ -73,6 +77,10 @@ class _Counting(VerifyShield):
     checks = refused = 0
     largest = 0.0
 
+    @staticmethod
+    def _is_within(_difference: torch.Tensor, _threshold: torch.Tensor) -> bool:
+        return False  # so that each is judged by itself
+
     def _judge(self, op: WorkerOp, difference: torch.Tensor, threshold: torch.Tensor) -> None:
         parts = difference.abs() / threshold[..., None]
         self.checks += parts.numel()
@@ -80,10 +88,11 @@ class _Counting(VerifyShield):
         self.largest = max(self.largest, float(parts.max()))
 
 
-def measure_shield(model: str, dtype: str, tokens: int, repeats: int, checks: int, threads: int) -> ShieldRun:
-    """Measure one model; both splits use one worker, in turn.
+@dataclass(frozen=True)
+class ShieldJob:
+    """What one process measures.
 
-    Args:
+    Attributes:
         model: "smollm2", or a shape, which gets random weights.
         dtype: of weights, arithmetic and what crosses.
         tokens: the length of the prompt.
@@ -91,11 +100,38 @@ def measure_shield(model: str, dtype: str, tokens: int, repeats: int, checks: in
         checks: how many honest rows to check at least.
         threads: that each side computes with.
     """
-    torch.set_num_threads(threads)
+
+    model: str
+    dtype: str
+    tokens: int
+    repeats: int
+    checks: int
+    threads: int
+
+
+def measure_shield(job: ShieldJob) -> ShieldRun:
+    """Measure in a fresh process, with threads that sleep while the other side computes.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    command = [sys.executable, "-m", "bench.engine.shield", msgspec.json.encode(job).decode()]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(job.threads)}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{job.model} in {job.dtype} failed: {done.stderr.decode(errors='replace')}")
+    return msgspec.json.decode(done.stdout, type=ShieldRun)
+
+
+def _measure(job: ShieldJob) -> ShieldRun:
+    """Measure one model; both splits use one worker, in turn."""
+    model, dtype, tokens = job.model, job.dtype, job.tokens
+    torch.set_num_threads(job.threads)
     is_demo = model == DEMO
     name = str(demo_model()) if is_demo else model
     checkpoint = open_checkpoint(name) if is_demo else RandomCheckpoint(model)
-    options = ["--model", name, "--dtype", dtype, "--threads", str(threads), *([] if is_demo else ["--random-weights"])]
+    options = ["--model", name, "--dtype", dtype, "--threads", str(job.threads)]
+    options += [] if is_demo else ["--random-weights"]
     with ExitStack() as stack:
         worker = stack.enter_context(WorkerProcess(options))
         worker.wait_until_ready()
@@ -104,12 +140,12 @@ def measure_shield(model: str, dtype: str, tokens: int, repeats: int, checks: in
         started = time.perf_counter()
         verified = stack.enter_context(_split(checkpoint, worker.address, dtype, VerifyShield()))
         load_s = time.perf_counter() - started
-        prefill, decode = _costs((plain, verified), tokens, repeats)
+        prefill, decode = _costs((plain, verified), tokens, job.repeats)
         counting = _Counting()
         with _split(checkpoint, worker.address, dtype, counting) as honest:
             for seed in range(10**6):
                 honest(_prompt(honest, tokens, seed), logits_to_keep=1)
-                if counting.checks >= checks:
+                if counting.checks >= job.checks:
                     break
             found = tuple(_found(counting, honest, size) for size in SIZES)
     return ShieldRun(model, dtype, load_s, prefill, decode, counting.checks, counting.refused, counting.largest, found)
@@ -192,3 +228,7 @@ def _found(shield: _Counting, model: SplitLlamaForCausalLM, size: float) -> floa
     share = shield.refused / shield.checks
     shield.checks, shield.refused, shield.largest = counted
     return share
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.encode(_measure(msgspec.json.decode(sys.argv[1], type=ShieldJob))))

@@ -2,7 +2,7 @@
 
 Rules that it keeps:
 
-* a tensor is told to the peer when the GPU has completed it, and its block is free again when the GPU has passed the
+* the peer learns of a tensor when the GPU has completed it, and its block is free again when the GPU has passed the
   point at which the last view of it died. So neither side's streams ever wait for the other's, whatever it does;
 * a descriptor's offset is counted from ``DEVICE_OFFSET`` on, which no segment reaches; the ranges of the two arenas of
   a connection have slots and sequences of their own, in cells within the segments' data areas.
@@ -171,7 +171,7 @@ class DeviceArena:
         """Append the descriptor of a tensor on the GPU, which is copied unless it is a loan of this arena.
 
         Returns:
-            What the peer may be told of the tensor behind; None if there is no room or slot for it.
+            The fence behind which the peer may learn of the tensor; None if there is no room or slot for it.
 
         Raises:
             DeviceError: The GPU has failed.
