@@ -95,7 +95,7 @@ class Shield(ABC):
         """
 
     def work(self) -> None:  # noqa: B027 - as ``settle``
-        """Do what can be done while a worker computes; called once each operation has been sent.
+        """Do what can be done while a worker computes; called when an operation has been sent, before it is waited for.
 
         Raises:
             WorkerTampered: an earlier result was wrong.

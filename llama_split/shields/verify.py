@@ -173,8 +173,16 @@ class VerifyShield(Shield):
         return own
 
     def work(self) -> None:
-        for done in self._put_off().pop(_MANY, ()):
-            self._check_in_blocks(done)
+        several = self._put_off().pop(_MANY, [])
+        if not several:
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # in this thread: several would wait for each other where a worker has their cores
+        try:
+            for done in several:
+                self._check_in_blocks(done)
+        finally:
+            torch.set_num_threads(threads)
 
     def _check_in_blocks(self, done: _Done) -> None:
         """Check many rows of one product, in parts that stay in the processor's cache."""

@@ -114,9 +114,7 @@ class Offload:
         """Execute one operation, in one call or several."""
         if self.shield is None:
             return self._execute(op)
-        finish = self.begin(op)
-        self.shield.work()
-        return finish()
+        return self.begin(op)()
 
     def _execute(self, op: WorkerOp) -> torch.Tensor:
         extent = self._extent(op)
@@ -131,9 +129,14 @@ class Offload:
         """
         if self.shield is None:
             return self._begin(op)
-        covered = self.shield.cover(op)
-        finish = self._begin(covered.op)
-        return lambda: covered.uncover(finish())
+        shield, covered = self.shield, self.shield.cover(op)
+        wait = self._begin(covered.op)
+
+        def finish() -> torch.Tensor:
+            shield.work()
+            return covered.uncover(wait())
+
+        return finish
 
     def _begin(self, op: WorkerOp) -> Callable[[], torch.Tensor]:
         begun: list[CheckedReply] = []
