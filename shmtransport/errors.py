@@ -47,9 +47,6 @@ class OutOfResources(TransportError):
 class DeviceError(TransportError):
     """There is no such GPU, or it or its driver refused something or failed."""
 
-    status = 0
-    """The number of CUDA's error, see its ``CUresult``; 0 if there is none."""
-
 
 class AddressError(TransportError):
     """An address is malformed, unsafe to bind, or already served by a living process."""

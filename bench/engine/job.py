@@ -110,12 +110,12 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
             str(job.spin_us),
             "--device",
             job.device,
-            *_model_options(job.model),
+            *model_options(job.model),
         ]
         mode = Mode(job.mode)
         options += ["--embedding"] if mode is Mode.OP else []
         own = stack.enter_context(WorkerProcess(options, computes_alone=mode.worker_keeps_kv))
-    checkpoint = _checkpoint(job.model)
+    checkpoint = checkpoint_of(job.model)
     if own is None:
         return _unsplit(checkpoint, job.dtype).to(job.device), None
     from llama_split import SplitLlamaForCausalLM
@@ -133,13 +133,15 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
     return split, split.workers[0].client.server_pid
 
 
-def _model_options(model: str) -> list[str]:
+def model_options(model: str) -> list[str]:
+    """A worker's options for a model: the demo's, or a shape with random weights."""
     from llama_split.checkpoint.demo import demo_model
 
     return ["--model", str(demo_model())] if model == DEMO else ["--model", model, "--random-weights"]
 
 
-def _checkpoint(model: str) -> Checkpoint:
+def checkpoint_of(model: str) -> Checkpoint:
+    """The same model's files."""
     from llama_split.checkpoint import open_checkpoint
     from llama_split.checkpoint.demo import demo_model
     from llama_split.checkpoint.synthetic import RandomCheckpoint
@@ -200,15 +202,16 @@ def _measure(job: Job, model: LlamaForCausalLM, worker_pid: int | None) -> Outco
     return Outcome(prefills, intervals, (calls - prompt.calls) / steps, crossed / steps, ids, *cpu)
 
 
-def _prompt(model: LlamaForCausalLM, tokens: int) -> torch.Tensor:
+def prompt_for(model: LlamaForCausalLM, tokens: int, seed: int = 5) -> torch.Tensor:
+    """Random token ids [1, tokens], where the model is."""
     import torch
 
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(100, model.config.vocab_size - 100, (1, tokens), generator=generator).to(model.device)
 
 
 def _prefill(model: LlamaForCausalLM, tokens: int, repeats: int) -> Prefill:
-    ids = _prompt(model, tokens)
+    ids = prompt_for(model, tokens)
     seconds = []
     counted = _counter(model)
     crossed = (0, 0, 0)
@@ -226,7 +229,7 @@ def _prefill(model: LlamaForCausalLM, tokens: int, repeats: int) -> Prefill:
 def _generate(model: LlamaForCausalLM, tokens: int, new: int) -> tuple[_Clock, list[int]]:
     import torch
 
-    ids, clock = _prompt(model, tokens), _Clock()
+    ids, clock = prompt_for(model, tokens), _Clock()
     output: Any = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -17,15 +17,14 @@ import torch
 
 from llama_split import SplitLlamaForCausalLM
 from llama_split.boundary.operations import LINEARS
-from llama_split.checkpoint import Checkpoint, open_checkpoint
-from llama_split.checkpoint.demo import demo_model
-from llama_split.checkpoint.synthetic import RandomCheckpoint
+from llama_split.checkpoint import Checkpoint
 from llama_split.model.program import WorkerOp
 from llama_split.placement.local import WorkerProcess
 from llama_split.shields.base import Covered
 from llama_split.shields.verify import VerifyShield
 
-DEMO = "smollm2"
+from .job import checkpoint_of, model_options, prompt_for
+
 SIZES = tuple(10.0**power for power in (-6, -5.5, -5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0))
 """Sizes of an error, as a part of the length of the row that it is in."""
 _CURVE_ROWS = 400
@@ -127,11 +126,8 @@ def _measure(job: ShieldJob) -> ShieldRun:
     """Measure one model; both splits use one worker, in turn."""
     model, dtype, tokens = job.model, job.dtype, job.tokens
     torch.set_num_threads(job.threads)
-    is_demo = model == DEMO
-    name = str(demo_model()) if is_demo else model
-    checkpoint = open_checkpoint(name) if is_demo else RandomCheckpoint(model)
-    options = ["--model", name, "--dtype", dtype, "--threads", str(job.threads)]
-    options += [] if is_demo else ["--random-weights"]
+    checkpoint = checkpoint_of(model)
+    options = ["--dtype", dtype, "--threads", str(job.threads), *model_options(model)]
     with ExitStack() as stack:
         worker = stack.enter_context(WorkerProcess(options))
         worker.wait_until_ready()
@@ -144,7 +140,7 @@ def _measure(job: ShieldJob) -> ShieldRun:
         counting = _Counting()
         with _split(checkpoint, worker.address, dtype, counting) as honest:
             for seed in range(10**6):
-                honest(_prompt(honest, tokens, seed), logits_to_keep=1)
+                honest(prompt_for(honest, tokens, seed), logits_to_keep=1)
                 if counting.checks >= job.checks:
                     break
             found = tuple(_found(counting, honest, size) for size in SIZES)
@@ -160,18 +156,13 @@ def _split(
         yield split
 
 
-def _prompt(model: SplitLlamaForCausalLM, tokens: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(100, model.config.vocab_size - 100, (1, tokens), generator=generator)
-
-
 def _costs(models: Sequence[SplitLlamaForCausalLM], tokens: int, repeats: int) -> tuple[Cost, Cost]:
     """Forwards and generations of all models in turn, so that a busy machine slows all of them."""
     prefills: list[list[float]] = [[] for _ in models]
     decodes: list[list[float]] = [[] for _ in models]
     for _ in range(repeats + 1):
         for model, of_prefill, of_decode in zip(models, prefills, decodes, strict=True):
-            ids = _prompt(model, tokens)
+            ids = prompt_for(model, tokens)
             started = time.perf_counter()
             model(ids, logits_to_keep=1)
             of_prefill.append(time.perf_counter() - started)
@@ -182,7 +173,7 @@ def _costs(models: Sequence[SplitLlamaForCausalLM], tokens: int, repeats: int) -
 
 def _decode(model: SplitLlamaForCausalLM) -> float:
     """The median seconds between the tokens of a generation."""
-    ids = _prompt(model, _DECODE_PROMPT)
+    ids = prompt_for(model, _DECODE_PROMPT)
     cache = model.new_cache(_DECODE_PROMPT + _NEW_TOKENS)
     model(ids, past_key_values=cache, logits_to_keep=1)
     times = []
@@ -209,7 +200,7 @@ def _found(shield: _Counting, model: SplitLlamaForCausalLM, size: float) -> floa
 
     shield.cover = watch  # type: ignore[method-assign]
     try:
-        model(_prompt(model, 32, 1), logits_to_keep=1)
+        model(prompt_for(model, 32, 1), logits_to_keep=1)
     finally:
         shield.cover = cover  # type: ignore[method-assign]
     linear = [(op, told) for op, told in seen if op.operation in LINEARS]

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..boundary.operations import LINEARS, MIX, SCORES, Operation
+from ..boundary.operations import LINEARS, LM_HEAD, OPERATIONS, SCORES, Operation
 from ..checkpoint import Checkpoint, Progress
 from ..errors import WorkerTampered
 from ..model.program import WorkerOp
@@ -59,7 +59,7 @@ class _Secret(NamedTuple):
     s_mR: torch.Tensor
     c_kR: torch.Tensor
     of_bias_R: torch.Tensor
-    frobenius: float
+    frobenius: torch.Tensor
 
 
 class _Done(NamedTuple):
@@ -99,7 +99,7 @@ class VerifyShield(Shield):
         for key, names in groups.items():
             if isinstance(key, tuple) and key[2] == "weight":
                 wanted[key[1], key[0]] = names
-        wanted[LINEARS[-1], 0] = [outline.lm_head]
+        wanted[LM_HEAD, 0] = [outline.lm_head]
         for done, ((operation, layer), names) in enumerate(wanted.items(), start=1):
             biases = groups.get((layer, operation, "bias"), [])
             self._secrets[operation, layer] = self._secret_of(checkpoint, names, biases)
@@ -113,8 +113,8 @@ class VerifyShield(Shield):
         return Covered(op, lambda result: self._taken(op, result))
 
     def treatment(self, operation: str) -> str:
-        verified = {one.name for one in (*LINEARS, SCORES, MIX)}
-        return VERIFIED if operation in verified else NEITHER
+        is_linear = any(one.is_linear for one in OPERATIONS if one.name == operation)
+        return VERIFIED if is_linear else NEITHER
 
     @property
     def bound(self) -> str:
@@ -156,7 +156,7 @@ class VerifyShield(Shield):
         if biases:
             bias = torch.cat([checkpoint.read(name) for name in biases]).to(self._compute).to(torch.float64)
             of_bias_R = bias @ s_mR.to(torch.float64)
-        return _Secret(s_mR, c_kR.to(torch.float32), of_bias_R.to(torch.float32), math.sqrt(squares))
+        return _Secret(s_mR, c_kR.to(torch.float32), of_bias_R.to(torch.float32), torch.tensor(math.sqrt(squares)))
 
     def _taken(self, op: WorkerOp, result: torch.Tensor) -> torch.Tensor:
         """A copy of a result that was checked, or will be before anything of it is shown."""
@@ -195,22 +195,21 @@ class VerifyShield(Shield):
 
     def _check(self, op: WorkerOp, secret: _Secret, x_Nk: torch.Tensor, y_Nm: torch.Tensor) -> None:
         """Check rows of one product."""
-        x_Nk, y_Nm = self._as_used(x_Nk), y_Nm.to(torch.float32)
-        difference_NR = torch.mm(y_Nm, secret.s_mR).sub_(torch.mm(x_Nk, secret.c_kR)).sub_(secret.of_bias_R)
-        sizes = torch.linalg.vector_norm(x_Nk, dim=1).mul_(secret.frobenius), torch.linalg.vector_norm(y_Nm, dim=1)
-        self._judge(op, difference_NR, self._threshold(*sizes, len(secret.c_kR), len(secret.s_mR)))
+        difference_NR, threshold_N = self._compare(self._as_used(x_Nk), y_Nm, secret)
+        self._judge(op, difference_NR, threshold_N)
 
     def _check_together(self, several: list[_Done]) -> None:
         """Check products of one operation and as many rows each, of several layers."""
         secrets = [self._secrets[done.op.operation, done.op.layer] for done in several]
         x_LNk = self._as_used(torch.stack([done.x_Nk for done in several]))
-        y_LNm = torch.stack([done.y_Nm for done in several]).to(torch.float32)
-        s_LmR, c_LkR = torch.stack([one.s_mR for one in secrets]), torch.stack([one.c_kR for one in secrets])
-        of_bias_L1R = torch.stack([one.of_bias_R for one in secrets])[:, None]
-        difference_LNR = torch.bmm(y_LNm, s_LmR) - torch.bmm(x_LNk, c_LkR) - of_bias_L1R
-        frobenius_L1 = torch.tensor([one.frobenius for one in secrets])[:, None]
-        x_norms, y_norms = torch.linalg.vector_norm(x_LNk, dim=2) * frobenius_L1, torch.linalg.vector_norm(y_LNm, dim=2)
-        threshold_LN = self._threshold(x_norms, y_norms, c_LkR.shape[1], s_LmR.shape[1])
+        y_LNm = torch.stack([done.y_Nm for done in several])
+        secret_L = _Secret(
+            torch.stack([one.s_mR for one in secrets]),
+            torch.stack([one.c_kR for one in secrets]),
+            torch.stack([one.of_bias_R for one in secrets])[:, None],
+            torch.stack([one.frobenius for one in secrets])[:, None],
+        )
+        difference_LNR, threshold_LN = self._compare(x_LNk, y_LNm, secret_L)
         if not self._is_within(difference_LNR, threshold_LN):
             for done, difference_NR, threshold_N in zip(several, difference_LNR, threshold_LN, strict=True):
                 self._judge(done.op, difference_NR, threshold_N)
@@ -220,21 +219,24 @@ class VerifyShield(Shield):
         left, right = (self._as_used(argument) for argument in op.arguments)
         matrix = right.transpose(2, 3) if op.operation is SCORES else right  # B H k m
         s_mR = torch.from_numpy(self._random.standard_normal((matrix.shape[3], self._repetitions), np.float32))
-        found = y.to(torch.float32)
-        difference = found @ s_mR - left @ (matrix @ s_mR)
         frobenius = torch.linalg.vector_norm(matrix, dim=(2, 3))[..., None]
-        sizes = torch.linalg.vector_norm(left, dim=3) * frobenius, torch.linalg.vector_norm(found, dim=3)
-        self._judge(op, difference, self._threshold(*sizes, matrix.shape[2], matrix.shape[3]))
+        self._judge(op, *self._compare(left, y, _Secret(s_mR, matrix @ s_mR, torch.zeros(()), frobenius)))
+
+    def _compare(self, x: torch.Tensor, y: torch.Tensor, secret: _Secret) -> tuple[torch.Tensor, torch.Tensor]:
+        """By how much rows of a product differ from what they should be, [..., N, R], and may differ, [..., N].
+
+        Several products at once have dimensions in front, as has ``secret`` then.
+        """
+        y = y.to(torch.float32)
+        difference = (y @ secret.s_mR).sub_(x @ secret.c_kR).sub_(secret.of_bias_R)
+        by_x = LAMBDA * _ROUNDOFF * (2 * math.sqrt(x.shape[-1]) + 1)
+        by_y = LAMBDA * (_ROUNDOFF * math.sqrt(y.shape[-1]) + self._rounding)
+        x_norms, y_norms = (torch.linalg.vector_norm(one, dim=-1) for one in (x, y))
+        return difference, secret.frobenius * x_norms * by_x + y_norms * by_y + _TINY
 
     def _as_used(self, argument: torch.Tensor) -> torch.Tensor:
         """An argument as the worker uses it, after it has crossed."""
         return argument.to(self._wire).to(self._compute).to(torch.float32)
-
-    def _threshold(self, scaled_x: torch.Tensor, y: torch.Tensor, k: int, m: int) -> torch.Tensor:
-        """By how much each row may be off; ``scaled_x`` is ‖W‖_F·‖x‖₂ and ``y`` is ‖y‖₂."""
-        by_x = LAMBDA * _ROUNDOFF * (2 * math.sqrt(k) + 1)
-        by_y = LAMBDA * (_ROUNDOFF * math.sqrt(m) + self._rounding)
-        return scaled_x * by_x + y * by_y + _TINY
 
     @staticmethod
     def _is_within(difference: torch.Tensor, threshold: torch.Tensor) -> bool:

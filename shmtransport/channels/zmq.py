@@ -8,7 +8,6 @@ import errno
 import os
 import select
 import socket
-import struct
 import time
 
 import zmq
@@ -20,6 +19,7 @@ from . import listener, open_files, zmq_context
 from .alarm import Alarm
 from .backlog import QUEUE_LIMIT, QUEUED_BYTES_LIMIT, Backlogs
 from .base import Channel, ServerChannel
+from .credentials import CREDENTIALS
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _GOODBYE_LINGER_MS = 500
@@ -28,7 +28,6 @@ _CLOSE_PAUSE_S = 50e-6
 _HELD_BYTES = 2 << 20
 """Bytes that ZeroMQ itself may hold each way for one peer of a server; it frees them only with the peer's socket."""
 _FEWEST_HELD = 8
-_CREDENTIALS = struct.Struct("3i")  # struct ucred: process, user, group
 _SERVER_DESCRIPTORS = 20  # for libzmq's threads and socket, and this channel's own
 _LONGEST_WAIT_MS = 1 << 30  # poll() takes a C int
 
@@ -195,11 +194,11 @@ def _peer_pid(fd: int) -> int | None:
     Raises:
         OSError: it is no socket.
     """
-    credentials = ctypes.create_string_buffer(_CREDENTIALS.size)
-    size = ctypes.c_uint32(_CREDENTIALS.size)
+    credentials = ctypes.create_string_buffer(CREDENTIALS.size)
+    size = ctypes.c_uint32(CREDENTIALS.size)
     if _libc.getsockopt(fd, socket.SOL_SOCKET, socket.SO_PEERCRED, credentials, ctypes.byref(size)) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    pid: int = _CREDENTIALS.unpack(credentials.raw)[0]
+    pid: int = CREDENTIALS.unpack(credentials.raw)[0]
     return pid or None
 
 

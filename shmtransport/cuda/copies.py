@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,13 +17,12 @@ from ..errors import DeviceError, PeerProtocolError
 from ..memory.descriptor import TensorDescriptor
 from ..memory.dtypes import DType
 from ..memory.send_arena import DeviceCopy
-from .device_arena import DeviceArena, Work
-from .device_memory import DeviceMemory
+from .device_arena import DeviceArena, Shared, Work
 from .driver import ask
 from .fences import Fence
 from .gpu import Gpu
 from .registration import Registration
-from .tensors import DeviceTensors, Found
+from .tensors import DeviceTensors, Found, device_tensors
 
 
 class Copies:
@@ -84,17 +83,9 @@ class Copies:
             self._tensors.before_use(tensor, self.stream)
             return tensor
 
-    def prepare(
-        self,
-        own: DeviceMemory,
-        peers: DeviceMemory,
-        released: memoryview,
-        releases: memoryview,
-        peer_lives: Callable[[], bool],
-    ) -> None:
-        """Make the connection's arenas on the GPU, to be used from ``use_arena`` on; see ``DeviceArena``."""
-        work = Work(self._gpu, self._tensors, self.stream)
-        self.prepared = DeviceArena(work, own, peers, released, releases, peer_lives)
+    def prepare(self, shared: Shared) -> None:
+        """Make the connection's arenas on the GPU, to be used from ``use_arena`` on."""
+        self.prepared = DeviceArena(Work(self._gpu, self._tensors, self.stream), shared)
 
     def use_arena(self) -> None:
         """Use the arenas on the GPU, if they are prepared: the other side has them as well."""
@@ -153,25 +144,29 @@ class Copies:
         else:
             self._gpu.watcher.when_done(last, self._registration.close)
 
-    def _copy_in(self, address: int, nbytes: int, pointer: int, keep: Any) -> Fence:
+    def _way(self, address: int, nbytes: int) -> tuple[list[tuple[int, int]], int | None]:
+        """The ranges of an arena to copy one by one, and the buffer to copy through if it is not pinned."""
         ranges = self._registration.ranges(address, nbytes)
         self._gpu.count_copy(pinned=ranges is not None)
+        if ranges is not None:
+            return ranges, None
+        return [(address, nbytes)], self._gpu.staging.take(nbytes)
+
+    def _copy_in(self, address: int, nbytes: int, pointer: int, keep: Any) -> Fence:
+        ranges, buffer = self._way(address, nbytes)
         staging = self._gpu.staging
-        buffer = staging.take(nbytes) if ranges is None else None
         if buffer is not None:
             ctypes.memmove(buffer, address, nbytes)
             ask("cuMemcpyHtoDAsync", pointer, buffer, nbytes, self.stream.handle)
             return self._gpu.fence(self.stream, finish=functools.partial(staging.give_back, buffer, nbytes))
-        for start, size in ranges or [(address, nbytes)]:
+        for start, size in ranges:
             ask("cuMemcpyHtoDAsync", pointer + start - address, start, size, self.stream.handle)
         return self._gpu.fence(self.stream, keep=keep)
 
     def _copy_out(self, found: Found, address: int) -> Fence:
         nbytes, pointer = found.nbytes, found.pointer
-        ranges = self._registration.ranges(address, nbytes)
-        self._gpu.count_copy(pinned=ranges is not None)
+        ranges, buffer = self._way(address, nbytes)
         staging = self._gpu.staging
-        buffer = staging.take(nbytes) if ranges is None else None
         if buffer is not None:
             ask("cuMemcpyDtoHAsync", buffer, pointer, nbytes, self.stream.handle)
 
@@ -180,9 +175,18 @@ class Copies:
                 staging.give_back(buffer, nbytes)
 
             return self._gpu.fence(self.stream, finish=finish, keep=found.keep)
-        for start, size in ranges or [(address, nbytes)]:
+        for start, size in ranges:
             ask("cuMemcpyDtoHAsync", start, pointer + start - address, size, self.stream.handle)
         return self._gpu.fence(self.stream, keep=found.keep)
+
+
+NewCopies: TypeAlias = Callable[[Sequence[memoryview]], Copies]
+"""Makes the copies of a connection from the data areas of its segments."""
+
+
+def copies_for(gpu: Gpu) -> NewCopies:
+    """Return what makes the copies of each connection that uses this GPU."""
+    return functools.partial(Copies, gpu, device_tensors(gpu))
 
 
 def _nothing() -> None:

@@ -16,10 +16,10 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.borrows import Borrows
-from ..core.loans import Loans
+from ..core.loans import Claim, Loans
 from ..core.tensors import Tensors
 from ..errors import DeviceError, PeerProtocolError
 from ..memory.descriptor import DEVICE_OFFSET, TensorDescriptor
@@ -117,11 +117,10 @@ class _DeviceBorrows(Borrows):
         self._work.behind(functools.partial(super()._end, anchor))
 
 
-class DeviceArena:
-    """Both arenas that one connection has on a GPU.
+class Shared(NamedTuple):
+    """What both sides of a connection have agreed on.
 
-    Args:
-        work: What the program does there.
+    Attributes:
         own: This side's memory.
         peers: The other side's.
         released: The cells in which the peer releases this side's tensors, in its segment.
@@ -129,23 +128,27 @@ class DeviceArena:
         peer_lives: Whether the peer's process does.
     """
 
-    def __init__(
-        self,
-        work: Work,
-        own: DeviceMemory,
-        peers: DeviceMemory,
-        released: memoryview,
-        releases: memoryview,
-        peer_lives: Callable[[], bool],
-    ) -> None:
+    own: DeviceMemory
+    peers: DeviceMemory
+    released: memoryview
+    releases: memoryview
+    peer_lives: Callable[[], bool]
+
+
+class DeviceArena:
+    """Both arenas that one connection has on a GPU.
+
+    Args:
+        work: What the program does there.
+        shared: The memory and the cells of both sides.
+    """
+
+    def __init__(self, work: Work, shared: Shared) -> None:
         self._work = work
-        self._own = own
-        self._peer_lives = peer_lives
+        self._shared = shared
         made = Tensors(object, (), BY_TORCH, BY_NAME, work.view, _describe)
-        self.loans: Loans = _DeviceLoans(own, released, made, work)
-        self._borrows: Borrows = _DeviceBorrows(peers, releases, made, work)
-        self._slots = len(releases)
-        self._peers_bytes = len(peers)
+        self.loans: Loans = _DeviceLoans(shared.own, shared.released, made, work)
+        self._borrows: Borrows = _DeviceBorrows(shared.peers, shared.releases, made, work)
 
     @property
     def borrowed(self) -> int:
@@ -155,7 +158,7 @@ class DeviceArena:
     def is_over(self) -> bool:
         """Whether no tensor of this side is in use at the peer, now that the connection has ended."""
         self.loans.collect()
-        return self.loans.held_by_peer == 0 or not self._peer_lives()
+        return self.loans.held_by_peer == 0 or not self._shared.peer_lives()
 
     def abandon(self) -> None:
         """In a forked child: what dies here is still in use in the parent."""
@@ -177,22 +180,25 @@ class DeviceArena:
             DeviceError: The GPU has failed.
         """
         with self._work.gpu.current():
-            made = self._work.so_far(keep=found.keep)  # first: nothing is held yet if this fails
             if self.loans.has(found.start):
-                offset = found.pointer - self._own.address
+                made = self._work.so_far(keep=found.keep)  # first: nothing is held yet if this fails
+                offset = found.pointer - self._shared.own.address
                 if self.loans.hold(found.start, offset, found.shape, found.row.name, out):
                     return made
             return self._export_copy(found, out)
 
     def _export_copy(self, found: Found, out: list[TensorDescriptor]) -> Fence | None:
-        self.loans.collect()
-        claim = self.loans.claim(found.nbytes) if self.loans.has_slot else None
+        claim = self._claim(found.nbytes)
+        if claim is None:
+            self.loans.collect()
+            claim = self._claim(found.nbytes)
         if claim is None:
             return None
+        address = self._shared.own.address + claim.offset
         try:
             work = self._work
             work.tensors.after_use(found, work.stream)
-            ask("cuMemcpyDtoDAsync", self._own.address + claim.offset, found.pointer, found.nbytes, work.stream.handle)
+            ask("cuMemcpyDtoDAsync", address, found.pointer, found.nbytes, work.stream.handle)
             copy = work.gpu.fence(work.stream, keep=found.keep)
         except BaseException:
             self._work.behind(functools.partial(self.loans.give_back, claim))
@@ -201,6 +207,10 @@ class DeviceArena:
             return copy
         self._work.gpu.watcher.when_done(copy, functools.partial(self.loans.give_back, claim))
         return None
+
+    def _claim(self, nbytes: int) -> Claim | None:
+        """Claim a block that can be held, if there is room and a slot now."""
+        return self.loans.claim(nbytes) if self.loans.has_slot else None
 
     def borrow(self, descriptor: TensorDescriptor) -> Any:
         """Make a view of a tensor of the peer; it is released behind what is done with it.
@@ -216,7 +226,7 @@ class DeviceArena:
         if tensor is None:
             raise PeerProtocolError(
                 f"descriptor names bytes from {offset} on, shape {descriptor.shape} and slot {descriptor.slot}; the "
-                f"peer's arena on the GPU has {self._peers_bytes} bytes and {self._slots} slots"
+                f"peer's arena on the GPU has {len(self._shared.peers)} bytes and {SLOTS} slots"
             )
         return tensor
 

@@ -23,6 +23,7 @@ class Libraries(NamedTuple):
 _loading = threading.Lock()  # cuda-core can't be imported by several threads at once
 
 
+@functools.cache
 def libraries() -> Libraries:
     """Load the driver, once.
 
@@ -33,7 +34,6 @@ def libraries() -> Libraries:
         return _load()
 
 
-@functools.cache
 def _load() -> Libraries:
     try:
         from cuda import core
@@ -55,14 +55,12 @@ def ask(function: str, *arguments: Any) -> Any:
     """Call a function of the driver, and return what it returns besides its status.
 
     Raises:
-        DeviceError: It failed; ``status`` is the number of its error.
+        DeviceError: It failed.
     """
     driver = libraries().driver
     status, *values = getattr(driver, function)(*arguments)
     if status:
-        error = DeviceError(f"{function} failed with {_name_of(driver, status)}{_remedy(int(status))}")
-        error.status = int(status)
-        raise error
+        raise DeviceError(f"{function} failed with {_name_of(driver, status)}{_remedy(int(status))}")
     return values[0] if len(values) == 1 else values
 
 
@@ -82,7 +80,7 @@ def _name_of(driver: Any, status: Any) -> str:
     return name.decode() if name else f"error {int(status)}"
 
 
-_INVALID, _OUT_OF_MEMORY, _NOT_PERMITTED, _NOT_SUPPORTED = 1, 2, 800, 801
+_OUT_OF_MEMORY, _NOT_PERMITTED, _NOT_SUPPORTED = 2, 800, 801
 _STICKY = {700, 702, 708, 709, 710, 714, 715, 716, 717, 718, 719}
 """Errors after which a context can't be used any more, see CUDA's ``CUresult``."""
 

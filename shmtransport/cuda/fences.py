@@ -20,7 +20,7 @@ from .driver import errors_in_words
 
 logger = logging.getLogger("shmtransport")
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 20e-6, 2e-3  # between two looks: a copy of a MiB takes about 50 µs
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 2e-3  # between two looks: a copy of a MiB takes about 50 µs
 _LINGER_PAUSE_S = 0.1
 _FLUSH_TIMEOUT_S = 1.0
 
@@ -75,10 +75,8 @@ class FenceWatcher:
     def __init__(self, current: Callable[[], AbstractContextManager[None]]) -> None:
         # A SimpleQueue, since a tensor may die, in a garbage collection, in the middle of this thread's own ``put``.
         self._queue: SimpleQueue[_Told] = SimpleQueue()
-        self._thread = threading.Thread(
-            target=_watch, args=(self._queue, current), name="shmtransport fences", daemon=True
-        )
-        self._thread.start()
+        arguments = (self._queue, current)
+        threading.Thread(target=_watch, args=arguments, name="shmtransport fences", daemon=True).start()
         ending = weakref.finalize(self, self._queue.put, None)
         ending.atexit = False  # what is still in use then is the driver's to free, in a process that ends
 
@@ -132,7 +130,7 @@ class _Watch:
         self._lingering: list[_Lingering] = []
         self._flushing: list[threading.Event] = []
         self._is_last = False
-        self._pause_s = FIRST_PAUSE_S
+        self._pause_s = _FIRST_PAUSE_S
 
     @property
     def goes_on(self) -> bool:
@@ -145,7 +143,7 @@ class _Watch:
             self._take(self._queue.get(timeout=self._timeout_s()))
         due = [task for task in self._waiting if _is_over(task[0])]
         self._waiting = [task for task in self._waiting if task not in due]
-        self._pause_s = FIRST_PAUSE_S if due else min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._pause_s = _FIRST_PAUSE_S if due else min(2 * self._pause_s, _LONGEST_PAUSE_S)
         while due:
             due.pop()[1]()
         if not self._waiting:
@@ -167,7 +165,7 @@ class _Watch:
             self._lingering.append(told)
         else:
             self._waiting.append(told)
-            self._pause_s = FIRST_PAUSE_S
+            self._pause_s = _FIRST_PAUSE_S
 
 
 def _is_over(fence: DeviceCopy) -> bool:

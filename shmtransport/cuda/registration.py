@@ -11,7 +11,6 @@ Rules that it keeps:
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -25,8 +24,7 @@ from .driver import ask
 if TYPE_CHECKING:
     from .gpu import Gpu
 
-logger = logging.getLogger("shmtransport")
-
+PINNED = "pinned"
 PIECE_BYTES = 1 * GIB
 """The most to register at once."""
 _PORTABLE, _READ_ONLY = 1, 8  # CU_MEMHOSTREGISTER_PORTABLE and _READ_ONLY
@@ -49,18 +47,12 @@ class Registration:
         self._lock = threading.Lock()
         self._closed = False
         self.state = "the arenas are being pinned"
-        """In words; "pinned" once they are."""
-        self._thread = threading.Thread(target=self._register, name="shmtransport registration", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether all of it is pinned."""
-        return self.state == "pinned"
+        """In words; ``PINNED`` once they are."""
+        threading.Thread(target=self._register, name="shmtransport registration", daemon=True).start()
 
     def ranges(self, address: int, nbytes: int) -> list[tuple[int, int]] | None:
         """Cut a range at the borders of pieces: pairs of address and size; None if it is not all pinned."""
-        if not self.is_pinned:
+        if self.state != PINNED:
             return None
         found = []
         while nbytes:
@@ -98,7 +90,7 @@ class Registration:
             with self._lock, contextlib.suppress(DeviceError), self._gpu.current():
                 self._unregister()
         else:
-            self.state = "pinned"
+            self.state = PINNED
 
     def _unregister(self) -> None:
         while self._pinned:

@@ -10,7 +10,6 @@ import os
 import socket
 import stat
 import statistics
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ..channels import address as addresses
+from ..channels.credentials import process_at
 from ..endpoints.built_in import ECHO, PROBE
 from ..endpoints.client import Client
 from ..endpoints.device_sharing import NO_GPU, OFFER
@@ -36,7 +36,6 @@ _TOUCHED_BYTES = 16 * MIB
 _SMALLEST_ARENA = 16 * KIB
 _CALL_TIMEOUT_S = 10.0
 _COMMAND_CHARACTERS = 200
-_UCRED = struct.Struct("iII")  # struct ucred: process, user, group
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def socket_facts(address: str) -> SocketFacts:
         probe.setblocking(False)
         try:
             probe.connect(path)
-            pid, uid, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            pid, uid = process_at(probe)
         except ConnectionRefusedError as error:
             raise ConnectTimeout(
                 f"no process listens at {address}: a dead server has left its socket file: start a server"

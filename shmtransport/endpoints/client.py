@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from ..core import Counters
-from ..cuda.copies import Copies
+from ..cuda.copies import copies_for
 from ..cuda.gpu import Gpu
-from ..cuda.tensors import device_tensors
 from ..errors import Closed, ConnectRefused, LocalProtocolError, PeerDied
 from ..protocol.in_flight import CallInFlight, StreamInFlight
 from ..protocol.messages import DEFAULT_MAX_MESSAGE_BYTES, ChannelKind
@@ -92,7 +91,7 @@ class Client(ClientBase[ClientConnection]):
             raise LocalProtocolError("snapshot copies results in ordinary memory only: leave out snapshot or device")
         counters = Counters()
         gpu = None if options.device is None else Gpu(options.device)
-        new_copies = None if gpu is None else functools.partial(Copies, gpu, device_tensors(gpu))
+        new_copies = None if gpu is None else copies_for(gpu)
         connecting = functools.partial(Connecting, address, options, options.timeout_s, counters, new_copies)
         self._gpu = gpu
         self._exchange = Exchange(connecting, options.timeout_s, counters, gpu)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 
 from ..channels import address as addresses
 from ..channels import open_files, zmq_context
@@ -14,12 +14,13 @@ from ..channels.base import Channel, deadline_in
 from ..channels.doorbell import DoorbellChannel
 from ..channels.zmq import ZmqChannel
 from ..core import Counters
-from ..cuda.copies import Copies
+from ..cuda.copies import NewCopies
 from ..errors import Closed, ConnectTimeout, PeerDied, PeerProtocolError, TransportError
 from ..protocol.calls import ClientProtocol
 from ..protocol.messages import Goodbye, encode
 from ..units import size_text
 from .connection_memory import ConnectionMemory, warn_of_drop
+from .device_sharing import NO_GPU
 from .handshake import ServerReplaced, client_handshake
 from .options import ClientOptions, patience_of
 
@@ -92,7 +93,7 @@ class ClientConnection:
             self.channel = DoorbellChannel(zmq_channel, ring, patience_of(options.spin_us))
         self.server_pid = self.memory.watch.pid
         self.sizes = options.arena_bytes, options.reply_arena_bytes
-        self.device_path = "no GPU"
+        self.device_path = NO_GPU
         """How tensors get from the client's GPU to the server and back, in words."""
         self.server = f"the server at {address} (process {self.server_pid})"
         self.held = _Held(self.channel, self.memory, self.server)
@@ -146,7 +147,7 @@ class Connecting:
         options: ClientOptions,
         claim_timeout_s: float,
         counters: Counters,
-        new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
+        new_copies: NewCopies | None = None,
     ) -> None:
         self.address = address
         self.options = options

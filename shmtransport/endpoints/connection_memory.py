@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import select
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,11 +14,11 @@ import torch
 from ..core import Counters, MessageRing
 from ..core.layout import PAGE_BYTES, Layout, round_up
 from ..core.message_ring import message_ring_bytes
-from ..cuda.copies import Copies
+from ..cuda.copies import NewCopies
 from ..errors import ArenaFull, Closed, DeviceError, LocalProtocolError, PeerDied, PeerProtocolError
 from ..memory.dtypes import AnyDType
 from ..memory.opening import reason
-from ..memory.peer_watch import PeerWatch
+from ..memory.peer_watch import PeerWatch, runs
 from ..memory.plain import row_of, sizes_of
 from ..memory.receive_arena import ReceiveArena, release_cells
 from ..memory.segment import Segment
@@ -98,7 +97,7 @@ class ConnectionMemory:
         by_doorbell: bool = False,
         snapshot: bool = False,
         claim_timeout_s: float = 0.0,
-        new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
+        new_copies: NewCopies | None = None,
     ) -> None:
         self._own = own
         self._cells: Any = None
@@ -200,15 +199,9 @@ def life_of(watch: PeerWatch) -> Callable[[], bool]:
         kept = os.dup(descriptor)
     except OSError as error:
         raise DeviceError(f"the other process can't be watched: {reason(error)}") from error
-    ended = select.poll()
-    ended.register(kept, select.POLLIN)
-    lives = functools.partial(_has_not_ended, ended)
+    lives = functools.partial(runs, kept)
     weakref.finalize(lives, os.close, kept).atexit = False
     return lives
-
-
-def _has_not_ended(ended: select.poll) -> bool:
-    return not ended.poll(0)
 
 
 def tensor_on_device(

@@ -26,7 +26,6 @@ import os
 import re
 import secrets
 import socket
-import struct
 import threading
 import time
 import weakref
@@ -34,7 +33,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..cuda.device_arena import CELLS_BYTES
+from ..channels.credentials import process_at
+from ..cuda.device_arena import CELLS_BYTES, Shared
 from ..cuda.device_memory import DESCRIPTION_BYTES, DeviceMemory
 from ..cuda.gpu import Gpu
 from ..errors import DeviceError, LocalProtocolError, PeerProtocolError, TransportError
@@ -51,7 +51,6 @@ _SOCKET = re.compile("shmtransport-[0-9a-f]{32}")
 _SECRET_BYTES = 16
 _WAITING_AT_MOST = 64
 _WAITS_AT_MOST_S = 10.0
-_CREDENTIALS = struct.Struct("iII")  # of SO_PEERCRED: pid, uid, gid
 _ANSWER_TIMEOUT_S = 1.0
 
 
@@ -142,7 +141,7 @@ class Rendezvous:
                 released = memory.peers_cells(cells, CELLS_BYTES)
                 offset, releases = memory.own_cells(CELLS_BYTES)
                 send(brought.sock, own.description(), own.descriptor)
-                copies.prepare(own, peers, released, releases, lives)
+                copies.prepare(Shared(own, peers, released, releases, lives))
                 return offset
 
     def close(self) -> None:
@@ -176,7 +175,7 @@ class Rendezvous:
             for _ in range(2 * _WAITING_AT_MOST):
                 sock, _ = listening.accept()
                 sock.setblocking(False)
-                if _process_at(sock)[1] == os.geteuid():
+                if process_at(sock)[1] == os.geteuid():
                     self._silent.append(_Caller(sock, now))
                 else:
                     sock.close()
@@ -196,7 +195,7 @@ class Rendezvous:
             sock.close()
             return True
         secret, description = data[:_SECRET_BYTES], data[_SECRET_BYTES:]
-        pid, _ = _process_at(sock)
+        pid, _ = process_at(sock)
         brought = _Brought(sock, pid, description, descriptor)
         if secret in self._waiting:
             brought.close()
@@ -240,7 +239,7 @@ def _share(gpu: Gpu, memory: ConnectionMemory, sizes: tuple[int, int], call: Cal
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.settimeout(_ANSWER_TIMEOUT_S)
         sock.connect(f"\0{offer['socket']}")
-        if memory.watch.pid != _process_at(sock)[0]:
+        if memory.watch.pid != process_at(sock)[0]:
             raise PeerProtocolError("the server has offered the socket of another process")
         send(sock, secret + own.description(), own.descriptor)
         cells = call(SHARE, secret, offset)
@@ -251,15 +250,9 @@ def _share(gpu: Gpu, memory: ConnectionMemory, sizes: tuple[int, int], call: Cal
         peers = own.open_peers(gpu, replies, descriptor, description)
     finally:
         os.close(descriptor)
-    memory.copies.prepare(own, peers, memory.peers_cells(cells, CELLS_BYTES), releases, lives)
+    memory.copies.prepare(Shared(own, peers, memory.peers_cells(cells, CELLS_BYTES), releases, lives))
     call(USE)
     memory.copies.use_arena()
-
-
-def _process_at(sock: socket.socket) -> tuple[int, int]:
-    """The process at the other end and its user, as the kernel reports them."""
-    pid, uid, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return int(pid), int(uid)
 
 
 def send(sock: socket.socket, data: bytes, descriptor: int) -> None:

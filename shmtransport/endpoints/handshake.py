@@ -19,14 +19,14 @@ client when it is welcomed, the server when the first message arrives.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from typing import NamedTuple, TypeVar
 
 from ..channels import open_files
 from ..core import Counters
 from ..core.layout import Layout
-from ..cuda.copies import Copies
+from ..cuda.copies import NewCopies
 from ..errors import ConnectRefused, DeviceError, OutOfResources, PeerProtocolError, SegmentError
 from ..memory.ownership import Role, registry
 from ..memory.segment import SEGMENTS, Segment
@@ -66,7 +66,7 @@ def client_handshake(
     options: ClientOptions,
     claim_timeout_s: float,
     counters: Counters,
-    new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
+    new_copies: NewCopies | None = None,
 ) -> Generator[bytes, bytes, ConnectionMemory]:
     """Run the client's half: yield bytes to send, take the answers, return the memory.
 
@@ -178,7 +178,7 @@ class Admission:
         options: ServerOptions,
         counters: Counters,
         prepare_doorbell: Callable[[], None],
-        new_copies: Callable[[Sequence[memoryview]], Copies] | None = None,
+        new_copies: NewCopies | None = None,
     ) -> None:
         self._options = options
         self._prepare_doorbell = prepare_doorbell

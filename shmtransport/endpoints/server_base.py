@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import time
@@ -21,9 +20,8 @@ from ..channels.base import BrokenPeer, ServerChannel
 from ..channels.doorbell_server import DoorbellServerChannel
 from ..channels.zmq import ZmqServerChannel
 from ..core import CORE, Counters
-from ..cuda.copies import Copies
+from ..cuda.copies import copies_for
 from ..cuda.gpu import Gpu
-from ..cuda.tensors import device_tensors
 from ..errors import (
     ArenaFull,
     Closed,
@@ -90,7 +88,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
         self._gpu, self._new_copies, self._rendezvous = None, None, None
         if options.device is not None:
             self._gpu = Gpu(options.device)
-            self._new_copies = functools.partial(Copies, self._gpu, device_tensors(self._gpu))
+            self._new_copies = copies_for(self._gpu)
             self._rendezvous = Rendezvous(self._gpu, options.max_total_arena_bytes, options.max_clients)
         self._zmq = ZmqServerChannel(address, options.max_message_bytes)
         self._doorbells = doorbells(self._zmq, patience_of(options.spin_us))

@@ -53,9 +53,7 @@ class PeerWatch:
             return True
         if self._pidfd is None:
             return not self.has_left()
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return runs(self._pidfd)
 
     def has_left(self) -> bool:
         """Whether the peer no longer owns its segment: it has ended, or has closed the connection and lives on."""
@@ -66,3 +64,10 @@ class PeerWatch:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+
+
+def runs(pidfd: int) -> bool:
+    """Whether the process of this descriptor still runs; never blocks."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return not poll.poll(0)

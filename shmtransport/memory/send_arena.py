@@ -234,6 +234,11 @@ class SendArena:
         self._export_from_device(self._device, found, out)
         return out[0]
 
+    @property
+    def _unfinished(self) -> Unfinished | None:
+        """The message that this thread is making, if the device is copying any tensor of it in."""
+        return None if self._device is None else vars(self._this_thread).get("unfinished")
+
     def finish(self) -> None:
         """Wait until the device has copied in the tensors of the message that this thread has just encoded.
 
@@ -241,7 +246,7 @@ class SendArena:
             CallTimeout: It has not in time.
             DeviceError: It has failed.
         """
-        unfinished = None if self._device is None else vars(self._this_thread).get("unfinished")
+        unfinished = self._unfinished
         if unfinished is None:
             return
         deadline: float = getattr(self._this_thread, "deadline", time.monotonic() + self._claim_timeout_s)
@@ -253,7 +258,7 @@ class SendArena:
 
     def complete(self, descriptors: Sequence[TensorDescriptor]) -> None:
         """The message that this thread has just encoded has these tensors."""
-        unfinished = None if self._device is None else vars(self._this_thread).get("unfinished")
+        unfinished = self._unfinished
         if unfinished is not None:
             unfinished.descriptors = tuple(descriptors)
 
@@ -269,7 +274,7 @@ class SendArena:
 
     def withdraw(self, descriptors: Sequence[TensorDescriptor]) -> None:
         """Take back descriptors that were never sent; what a GPU still copies in, once it has done that."""
-        unfinished = None if self._device is None else vars(self._this_thread).get("unfinished")
+        unfinished = self._unfinished
         self._withdraw(descriptors, unfinished)
         if unfinished is not None and not unfinished.copies:
             self.take_unfinished()
@@ -280,11 +285,16 @@ class SendArena:
 
     def _withdraw(self, descriptors: Sequence[TensorDescriptor], unfinished: Unfinished | None) -> None:
         for descriptor in descriptors:
-            copy = None if unfinished is None else unfinished.take(descriptor)
-            if copy is not None and self._device is not None:
-                self._device.when_done(copy, functools.partial(self._end_hold, descriptor))
-            elif descriptor.sequence:
-                self._end_hold(descriptor)
+            if descriptor.sequence:
+                copy = None if unfinished is None else unfinished.take(descriptor)
+                self._behind(copy, functools.partial(self._end_hold, descriptor))
+
+    def _behind(self, copy: DeviceCopy | None, action: Callable[[], None]) -> None:
+        """Do something once the device has made a copy; now if there is none."""
+        if copy is None or self._device is None:
+            action()
+        else:
+            self._device.when_done(copy, action)
 
     def _end_hold(self, descriptor: TensorDescriptor) -> None:
         if descriptor.offset < DEVICE_OFFSET:
@@ -301,52 +311,54 @@ class SendArena:
         out: list[TensorDescriptor],
     ) -> None:
         """Copy a tensor into a block that is free again once the peer has released it."""
-        nbytes = math.prod(shape) * row.itemsize
-        if nbytes == 0 or len(shape) > MAX_DIMENSIONS:
-            without_bytes(shape, row)
-            out.append(TensorDescriptor(0, shape, row.name, 0, 0))
-            return
-        claim = None
+
+        def write(offset: int) -> None:
+            self._write(offset, source, shape, row)
+
         try:
-            while (claim := self.loans.claim(nbytes)) is None:
-                self._wait_for_room(nbytes)
-            self._write(claim.offset, source, shape, row)
-            while not self.loans.hold(claim, claim.offset, shape, row.name, out):
-                self._wait_for_slot()
-        except BaseException as error:
-            if claim is not None:
-                self.loans.give_back(claim)
-            if isinstance(error, Exception) and not isinstance(error, TransportError):
-                refuse_copy(error)
+            self._place(math.prod(shape) * row.itemsize, shape, row, out, write)
+        except TransportError:
             raise
-        self.copies[out[-1].sequence] = nbytes
+        except Exception as error:  # noqa: BLE001 - another library's code may raise anything
+            refuse_copy(error)
 
     def _export_from_device(self, device: Device, found: Any, out: list[TensorDescriptor]) -> None:
         """Have the device copy a tensor into a block; until it has, the tensor is among the unfinished ones."""
-        nbytes, shape, row = found.nbytes, found.shape, found.row
+        copy = device.export(found, out) if found.nbytes else None
+        if copy is None:
+            to_arena = functools.partial(device.to_arena, found)
+            copy = self._place(
+                found.nbytes, found.shape, found.row, out, lambda offset: to_arena(self._address + offset)
+            )
+        if copy is not None:
+            self._expect(out[-1], copy)
+
+    def _place(
+        self,
+        nbytes: int,
+        shape: tuple[int, ...],
+        row: DType,
+        out: list[TensorDescriptor],
+        write: Callable[[int], DeviceCopy | None],
+    ) -> DeviceCopy | None:
+        """Claim a block, have it written at its offset, and describe it; return a copy that may be under way there."""
         if nbytes == 0 or len(shape) > MAX_DIMENSIONS:
             without_bytes(shape, row)
             out.append(TensorDescriptor(0, shape, row.name, 0, 0))
-            return
-        copy = device.export(found, out)
-        if copy is not None:
-            self._expect(out[-1], copy)
-            return
-        claim = None
+            return None
+        claim = copy = None
         try:
             while (claim := self.loans.claim(nbytes)) is None:
                 self._wait_for_room(nbytes)
-            copy = device.to_arena(found, self._address + claim.offset)
+            copy = write(claim.offset)
             while not self.loans.hold(claim, claim.offset, shape, row.name, out):
                 self._wait_for_slot()
         except BaseException:
-            if claim is not None and copy is not None:
-                device.when_done(copy, functools.partial(self.loans.give_back, claim))
-            elif claim is not None:
-                self.loans.give_back(claim)
+            if claim is not None:
+                self._behind(copy, functools.partial(self.loans.give_back, claim))
             raise
-        self._expect(out[-1], copy)
         self.copies[out[-1].sequence] = nbytes
+        return copy
 
     def _expect(self, descriptor: TensorDescriptor, copy: DeviceCopy) -> None:
         """Note that a tensor of the message in the making is not there yet."""

@@ -149,7 +149,7 @@ def test_a_failed_gpu_fails_calls_and_nothing_else(gpus: Gpus) -> None:
     assert server.wait(10) == 0
 
 
-def test_a_gpu_that_hangs_hangs_nobody(gpus: Gpus) -> None:
+def test_a_gpu_that_hangs_costs_its_callers_a_time_out(gpus: Gpus) -> None:
     """A copy that never ends costs its caller a time-out; others are served, and the server ends when it is told to."""
     server = gpus.start_server({"STALL": 1})
     with client_of(gpus.address, timeout_s=0.3) as client, client_of(gpus.address, "zmq") as other:

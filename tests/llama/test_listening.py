@@ -13,7 +13,7 @@ from llama_split.worker.listening import server_for
 def test_a_worker_whose_gpu_the_transport_cannot_use_serves_all_the_same(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without NVIDIA's packages or driver torch copies by itself; one warning says so, and why."""
+    """Without NVIDIA's packages or driver torch copies by itself; one warning reports it, and why."""
     with caplog.at_level(logging.WARNING), server_for(address, torch.device("cuda:99")) as server:
         assert server.device_path == "no GPU"
     (told,) = caplog.messages

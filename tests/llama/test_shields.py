@@ -214,7 +214,7 @@ def test_chunks_in_flight_are_verified(biased: Small, worker: Worker) -> None:
 
 @pytest.mark.parametrize("mode", [Mode.LAYER, Mode.STACK])
 def test_modes_whose_worker_attends_are_refused(biased: Small, worker: Worker, mode: Mode) -> None:
-    """Attention is not linear; the error says so, and which modes are possible."""
+    """Attention is not linear; the error reports it, and which modes are possible."""
     with pytest.raises(LlamaSplitError, match=r"not linear: use op or fused"):
         split_of(biased, worker, mode=mode)
 
@@ -252,10 +252,7 @@ def test_how_often_an_error_passes_is_within_the_bound(biased: Small, ratio: flo
     shield.load(checkpoint, torch.float32, torch.float32)
     op = WorkerOp(DOWN, 1, (torch.randn(1, 20, checkpoint.geometry.intermediate),))
     right = right_result(checkpoint, op)
-    secret = shield._secrets[DOWN, 1]
-    x_norm = torch.linalg.vector_norm(op.arguments[0][0], dim=1) * secret.frobenius
-    y_norm = torch.linalg.vector_norm(right[0], dim=1)
-    threshold = shield._threshold(x_norm, y_norm, len(secret.c_kR), len(secret.s_mR))
+    _, threshold = shield._compare(op.arguments[0][0], right[0], shield._secrets[DOWN, 1])
     passed, tried = 0, 600
     for number in range(tried):
         wrong = torch.randn(right.shape[-1])

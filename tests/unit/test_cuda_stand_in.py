@@ -674,7 +674,7 @@ def test_freeing_what_the_other_process_has_open_is_counted(run_pair: Run) -> No
     )
 
 
-def test_a_process_that_is_killed_keeps_nobody_waiting(start: Start) -> None:
+def test_a_process_that_is_killed_keeps_no_other_waiting(start: Start) -> None:
     """What it recorded counts as done once it is dead; the other's work goes on, and nothing is left in /dev/shm."""
     before = set(os.listdir("/dev/shm"))
     ends = socket.socketpair()

@@ -12,7 +12,7 @@ void wait_change(void); /* releases the lock meanwhile */
 
 bool is_closing(void);        /* the process is on its way out */
 CUresult sticky_error(void);  /* what every call answers from now on, or CUDA_SUCCESS */
-bool is_lost(void);           /* one of the two: nothing runs, and nobody waits */
+bool is_lost(void);           /* one of the two: nothing runs, and no call waits */
 void stick(CUresult error);   /* the device is lost: nothing that is queued runs any more */
 uint64_t nanoseconds(void);   /* a monotonic clock */
 void sleep_us(unsigned long); /* call without the lock */

@@ -56,7 +56,7 @@ def nested(x: torch.Tensor, y: torch.Tensor) -> Any:
 
 @server.method
 def parts(x: torch.Tensor, count: int) -> Iterator[Any]:
-    """Yield a copy of a tensor so many times."""
+    """Yield this many copies of a tensor."""
     for _ in range(count):
         yield server.to_device(x)
 
