@@ -8,7 +8,11 @@ from __future__ import annotations
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-_EXTRAS = {**dict.fromkeys(("gguf", "rich", "safetensors", "transformers", "typer"), "llama"), "ray": "ray"}
+_EXTRAS = {
+    **dict.fromkeys(("gguf", "rich", "safetensors", "transformers", "typer"), "llama"),
+    "ray": "ray",
+    "cryptography": "otp",
+}
 
 
 class LlamaSplitError(Exception):
@@ -40,6 +44,10 @@ class WorkerMismatch(LlamaSplitError):
 
 class WorkerTampered(LlamaSplitError):
     """A worker returned a wrong result, by more than rounding explains; nothing that was computed from it is shown."""
+
+
+class MasksExhausted(LlamaSplitError):
+    """There is no unused mask left for what was about to be sent; nothing goes on without one."""
 
 
 class WorkerFailed(LlamaSplitError):

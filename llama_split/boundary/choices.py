@@ -36,6 +36,11 @@ class NamedDtype(NamedTuple):
     itemsize: int
 
 
+NO_SHIELD = "none"
+
+INTEGERS = "int8"
+"""The dtype of a worker for a shield that sends whole numbers."""
+
 DTYPES = {name: NamedDtype(name, nbytes) for name, nbytes in (("float32", 4), ("bfloat16", 2), ("float16", 2))}
 
 

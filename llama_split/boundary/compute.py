@@ -9,6 +9,8 @@ from . import choices
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+WORKER_DTYPE_NAMES = {**DTYPE_NAMES, torch.int8: choices.INTEGERS}
+"""What workers may compute in."""
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

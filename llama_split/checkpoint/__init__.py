@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .base import Checkpoint, Progress
     from .gguf import GgufCheckpoint
     from .opening import open_checkpoint
+    from .quantised import QuantisedCheckpoint
     from .safetensors import SafetensorsCheckpoint
 
 _HOMES = {
     "Checkpoint": "base",
     "GgufCheckpoint": "gguf",
     "Progress": "base",
+    "QuantisedCheckpoint": "quantised",
     "SafetensorsCheckpoint": "safetensors",
     "open_checkpoint": "opening",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "Checkpoint",
     "GgufCheckpoint",
     "Progress",
+    "QuantisedCheckpoint",
     "SafetensorsCheckpoint",
     "layer_name",
     "open_checkpoint",

@@ -1,4 +1,4 @@
-"""The command line: ``llama-split generate``, ``chat``, ``serve``, ``worker`` and ``info``.
+"""The command line: ``llama-split generate``, ``chat``, ``serve``, ``worker``, ``deal`` and ``info``.
 
 Rules that its modules keep:
 
@@ -24,6 +24,7 @@ from ..boundary.requirements import check_requirements
 from ..errors import EXIT_ERROR, LlamaSplitError
 from .chat import chat
 from .console import print_error
+from .deal import deal
 from .generate import generate
 from .info import info
 from .serve import serve
@@ -52,7 +53,7 @@ def _before_a_command(
     check_requirements()  # not before --help
 
 
-for _command in (generate, chat, serve, worker, info):
+for _command in (generate, chat, serve, worker, deal, info):
     app.command()(_command)
 
 # Typer may bring its own click or use the installed one, so this class is found through one of typer's.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from shmtransport.channels.address import absence, check_connect
 
-from ..boundary.choices import check_dtype, check_pipeline, parse_channel, parse_mode
+from ..boundary.choices import NO_SHIELD, check_dtype, check_pipeline, parse_channel, parse_mode
 from ..errors import LlamaSplitError
 from ..placement.local import WorkerProcess
 from .console import log, notice, notices, progress_bar
@@ -22,6 +22,8 @@ from .settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Setting
 if TYPE_CHECKING:
     import torch
 
+    from ..boundary.operations import Mode
+    from ..shields.base import Shield
     from ..trusted.model import SplitLlamaForCausalLM
 
 _SHORT_WAIT_S = 1.0
@@ -54,12 +56,17 @@ class Opening:
         named: Sequence[str | None] = split.worker or [settings.pick(None, ADDRESS_VARIABLE, None)]
         addresses = [parse_address(one) for one in named if one is not None]
         check_pipeline(advanced.pipeline, self._mode, len(addresses) or 1)
+        self._shield = _shield_of(advanced, self._mode)
+        of_worker = dtype
+        if self._shield is not None:
+            of_worker = self._shield.dtype_of_workers(dtype)
+            self._shield.check_wire(split.wire_dtype)
         self._advanced = advanced
         self._stack = stack
         self._own: WorkerProcess | None = None
         if not addresses:  # started first, so that both processes import and load at the same time
             device = settings.pick(split.device, DEVICE_VARIABLE, "cpu")
-            arguments = ["--model", name, "--dtype", dtype, "--device", device, *_worker_arguments(split, advanced)]
+            arguments = ["--model", name, "--dtype", of_worker, "--device", device, *_worker_arguments(split, advanced)]
             own = WorkerProcess(arguments, verbose=verbose, computes_alone=self._mode.worker_keeps_kv)
             self._own = stack.enter_context(own)
             addresses = [self._own.address]
@@ -72,11 +79,9 @@ class Opening:
         self._addresses = addresses
         limit_threads(advanced.threads)
         from ..boundary.compute import parse_dtype
-        from ..shields.named import shield_named
 
-        self._shield = shield_named(advanced.shield, self._mode)
         self._dtype = parse_dtype(dtype)
-        self._wire = self._dtype if split.wire_dtype is None else parse_dtype(split.wire_dtype)
+        self._wire = split.wire_dtype
         self.checkpoint = open_model(name, advanced.seed if advanced.random_weights else None)
         self.tokenizer = self.checkpoint.tokenizer()
 
@@ -154,6 +159,23 @@ def _tell_if_nothing_listens(address: str, timeout_s: float) -> None:
     reason = absence(address)
     if reason is not None and timeout_s >= _SHORT_WAIT_S:
         notice(f"no worker listens at {address} ({reason}); waiting up to {timeout_s:g} s for one to start")
+
+
+def _shield_of(advanced: AdvancedOptions, mode: Mode) -> Shield | None:
+    """The shield that was chosen, which torch is needed for; None without one.
+
+    Raises:
+        LlamaSplitError: there is no such shield, it can't be used in this mode, or has no use for masks.
+    """
+    if advanced.masks is not None and advanced.shield != "otp":
+        raise LlamaSplitError(f"--masks {advanced.masks} would have no effect: pass --shield otp")
+    if advanced.shield == NO_SHIELD:
+        return None
+    limit_threads(advanced.threads)  # before torch is imported
+    from ..shields.named import shield_named
+    from ..shields.otp import OtpShield
+
+    return shield_named(advanced.shield if advanced.masks is None else OtpShield(advanced.masks), mode)
 
 
 def _nothing() -> None:

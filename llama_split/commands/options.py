@@ -84,10 +84,17 @@ class AdvancedOptions:
     shield: Annotated[
         str,
         typer.Option(
-            help="What stands between the model and the worker: none, or verify, which checks every result; others by "
-            "packages that register one. In op and fused."
+            help="What stands between the model and the worker: none; verify, which checks every result, in op and "
+            "fused; otp, which also hides what is sent, in fused, from a worker with --dtype int8; others by packages "
+            "that register one."
         ),
     ] = "none"
+    masks: Annotated[
+        str | None,
+        typer.Option(
+            help="The file of masks for --shield otp that `llama-split deal` has made. Default: this process deals."
+        ),
+    ] = None
     arena_bytes: Annotated[int | None, typer.Option(min=1, help="Size of each arena. Default: by the model.")] = None
     connect_timeout_s: Annotated[
         float,

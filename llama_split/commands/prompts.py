@@ -139,7 +139,7 @@ def about(llama: SplitLlamaForCausalLM) -> dict[str, Any]:
     return {
         "mode": llama.mode.value,
         "dtype": DTYPE_NAMES[llama.dtype],
-        "wire_dtype": DTYPE_NAMES[llama.workers.wire],
+        "wire_dtype": str(llama.workers.wire).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "transport": {"address": ", ".join(llama.workers.addresses), "kind": client.scheme, "channel": client.channel},
     }

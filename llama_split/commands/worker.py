@@ -13,7 +13,7 @@ import typer
 
 from shmtransport.text import printable
 
-from ..boundary.choices import check_dtype, parse_channel
+from ..boundary.choices import INTEGERS, check_dtype, parse_channel
 from ..boundary.division import layers_text, parse_layers
 from ..errors import LlamaSplitError
 from ..placement.local import READY, end_with_parent, remove_directory_of
@@ -34,6 +34,11 @@ from .settings import ADDRESS_VARIABLE, DEVICE_VARIABLE, DTYPE_VARIABLE, Setting
 from .signature import takes
 
 if TYPE_CHECKING:
+    import torch
+
+    from shmtransport import Server
+
+    from ..checkpoint import Checkpoint
     from ..worker.sessions import SessionLimits
 
 
@@ -138,29 +143,28 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
         raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {ADDRESS_VARIABLE}")
     name = model_name(settings, options.model)
     dtype_name = settings.pick(options.dtype, DTYPE_VARIABLE, "float32")
-    check_dtype(dtype_name)
+    if dtype_name != INTEGERS:
+        check_dtype(dtype_name)
+    elif options.embedding:
+        raise LlamaSplitError("--embedding is for mode op, which a worker with --dtype int8 can't serve")
     channels = [parse_channel(one.strip()) for one in options.channels.split(",")]
     device_name = settings.pick(options.device, DEVICE_VARIABLE, "cpu")
     limit_threads(options.threads)
     import torch
 
-    from ..boundary.compute import parse_device, parse_dtype
+    from ..boundary.compute import parse_device
     from ..worker.listening import server_for
-    from ..worker.service import Service
-    from ..worker.weights import Weights
 
-    dtype, device = parse_dtype(dtype_name), parse_device(device_name)
+    device = parse_device(device_name)
     server = stack.enter_context(server_for(parse_address(address), device, channels=channels, spin_us=options.spin_us))
     stack.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # first of all that ends: nothing interrupts the rest
     checkpoint = open_model(name, options.seed if options.random_weights else None)
     layers = None if options.layers is None else parse_layers(options.layers, checkpoint.geometry.layers)
-    with progress_bar("loading weights") as progress:
-        weights = Weights(checkpoint, dtype, device, progress, embedding=options.embedding, layers=layers)
-    Service(server, weights, checkpoint, options.limits())
+    held = _register(server, checkpoint, device, layers, dtype_name, options)
     if options.as_json:
         facts = {"model": str(checkpoint.path), "dtype": dtype_name, "device": str(device), "address": server.address}
-        held = {"layers": layers_text(weights.held), "threads": torch.get_num_threads(), "process": os.getpid()}
-        print_json({READY: True, **facts, **held})
+        state = {"layers": layers_text(held), "threads": torch.get_num_threads(), "process": os.getpid()}
+        print_json({READY: True, **facts, **state})
     else:
         held_text = "" if layers is None else f", layers {layers_text(layers)},"
         model = printable(str(checkpoint.path))
@@ -170,3 +174,28 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
         print_json({"statistics": asdict(server.statistics())})
     elif options.verbose:
         notices.print(statistics_table(server.statistics()))
+
+
+def _register(
+    server: Server,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    layers: range | None,
+    dtype: str,
+    options: WorkerOptions,
+) -> range:
+    """Load the weights and register their handlers; returns which layers are held."""
+    from ..boundary.compute import parse_dtype
+    from ..worker.integer_weights import IntegerWeights
+    from ..worker.linear_service import IntegerService
+    from ..worker.service import Service
+    from ..worker.weights import Weights
+
+    with progress_bar("loading weights") as progress:
+        if dtype == INTEGERS:
+            integers = IntegerWeights(checkpoint, device, progress, layers=layers)
+            IntegerService(server, integers, checkpoint)
+            return integers.held
+        weights = Weights(checkpoint, parse_dtype(dtype), device, progress, embedding=options.embedding, layers=layers)
+    Service(server, weights, checkpoint, options.limits())
+    return weights.held

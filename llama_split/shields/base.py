@@ -10,11 +10,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from ..boundary.compute import WORKER_DTYPE_NAMES
 from ..boundary.operations import Mode
 from ..checkpoint import Checkpoint, Progress
+from ..errors import LlamaSplitError
 from ..model.program import WorkerOp
 
-VERIFIED, MASKED, NEITHER = "verified", "masked", "neither"
+VERIFIED, MASKED, NEITHER = "verified", "masked and verified", "neither"
 """What became of an operation."""
 
 
@@ -57,6 +59,10 @@ class Shield(ABC):
     name: ClassVar[str]
     modes: ClassVar[tuple[Mode, ...]] = (Mode.OP, Mode.FUSED)
     """The splits that it works with. Others do more than linear operations on the worker."""
+    computes: ClassVar[torch.dtype | None] = None
+    """The dtype that workers must compute in. None: the model's."""
+    crosses: ClassVar[torch.dtype | None] = None
+    """The dtype of what crosses. None: as the user chooses; then arguments reach ``cover`` in that dtype."""
 
     def __init__(self) -> None:
         self._rows: Counter[str] = Counter()
@@ -87,6 +93,22 @@ class Shield(ABC):
     def bound(self) -> str:
         """What holds for what it has treated, in words."""
 
+    def dtype_of_workers(self, given: str) -> str:
+        """The name of the dtype that workers must compute in, if ``given`` is the model's."""
+        return given if self.computes is None else WORKER_DTYPE_NAMES[self.computes]
+
+    def check_wire(self, given: str | torch.dtype | None) -> None:
+        """Refuse a dtype for what crosses where the shield has its own.
+
+        Raises:
+            LlamaSplitError: one is given.
+        """
+        if given is not None and self.crosses is not None:
+            crosses = str(self.crosses).removeprefix("torch.")
+            raise LlamaSplitError(
+                f"the shield {self.name} sends {crosses}, so a wire dtype has no effect: leave it out"
+            )
+
     def settle(self) -> None:  # noqa: B027 - a shield need not put anything off
         """Finish what was put off; called before anything that was computed from results is shown.
 
@@ -100,6 +122,9 @@ class Shield(ABC):
         Raises:
             WorkerTampered: an earlier result was wrong.
         """
+
+    def close(self) -> None:  # noqa: B027 - a shield need not hold anything
+        """End with the model: give back files and wipe secrets."""
 
     def count(self, op: WorkerOp) -> None:
         """Count an operation for the report."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
+from ..boundary.choices import NO_SHIELD
 from ..boundary.operations import Mode
 from ..errors import LlamaSplitError
 from .base import Shield
+from .otp import OtpShield
 from .verify import VerifyShield
 
 GROUP = "llama_split.shields"
-NONE = "none"
-_OWN: dict[str, type[Shield]] = {VerifyShield.name: VerifyShield}
+_OWN: dict[str, type[Shield]] = {VerifyShield.name: VerifyShield, OtpShield.name: OtpShield}
 
 
 def names() -> list[str]:
     """The names that can be chosen."""
-    return [NONE, *sorted({*_OWN, *entry_points(group=GROUP).names})]
+    return [NO_SHIELD, *sorted({*_OWN, *entry_points(group=GROUP).names})]
 
 
 def shield_named(given: str | Shield | None, mode: Mode) -> Shield | None:
@@ -36,7 +37,7 @@ def shield_named(given: str | Shield | None, mode: Mode) -> Shield | None:
 
 
 def _made(name: str) -> Shield | None:
-    if name == NONE:
+    if name == NO_SHIELD:
         return None
     if name in _OWN:
         return _OWN[name]()

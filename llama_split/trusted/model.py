@@ -83,7 +83,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         shield: Shield | None = None,
     ) -> None:
         super(LlamaForCausalLM, self).__init__(config)
-        self._offload = Offload(workers, arena_bytes, pipeline, shield)
+        self._offload = Offload(workers, arena_bytes, pipeline, shield, config.dtype)
         self.model = TrustedPart(config, mode, self._offload)
         self.lm_head = RemoteHead(self._offload, config.dtype)
         self.vocab_size = config.vocab_size
@@ -141,8 +141,8 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                 layer and stack only with several workers.
             channel: as in ``shmtransport.Client``: "zmq" or "doorbell".
             spin_us: as in ``shmtransport.Client``, in microseconds.
-            shield: what stands between the model and the workers: "verify" checks their results; or a ``Shield``. None
-                and "none": nothing. In op and fused only.
+            shield: what stands between the model and the workers: "verify" checks their results; "otp" also hides what
+                they are sent, in fused, from workers that compute in int8; or a ``Shield``. None and "none": nothing.
             progress: called with how many tensors are loaded, of how many; with a shield, then with how many matrices.
 
         Raises:
@@ -159,6 +159,10 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         dtype = torch_dtype if dtype is None else dtype
         compute = parse_dtype(checkpoint.dtype if dtype in (None, "auto") else dtype)
         wire = compute if wire_dtype is None else parse_dtype(wire_dtype)
+        of_workers = compute
+        if shield is not None:
+            shield.check_wire(wire_dtype)
+            of_workers, wire = shield.computes or compute, shield.crosses or wire
         arena_bytes = default_arena_bytes(checkpoint.geometry, mode, wire) if arena_bytes is None else arena_bytes
         open_client = functools.partial(
             open_connection,
@@ -173,7 +177,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             WorkerClient,
             checkpoint=checkpoint,
             mode=mode,
-            compute=compute,
+            compute=of_workers,
             wire=wire,
             reconnect=reconnect,
             revive=revive,
@@ -187,6 +191,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                 model = cls(config, mode, workers, arena_bytes, pipeline, shield)
             model._load(checkpoint, compute, progress)
             if shield is not None:
+                undo.callback(shield.close)
                 shield.load(checkpoint, compute, wire, progress)
             undo.pop_all()
         return model
@@ -359,6 +364,8 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
     def close(self) -> None:
         """End the connections; the workers free everything that they hold for them."""
         self.workers.close()
+        if self._offload.shield is not None:
+            self._offload.shield.close()
 
     def __enter__(self) -> SplitLlamaForCausalLM:
         return self

@@ -53,7 +53,7 @@ class ArenaWorkspace:
 
 
 class _PrivateWorkspace(HeapWorkspace):
-    """A ``Workspace`` in ordinary memory, in the wire's dtype."""
+    """A ``Workspace`` in ordinary memory, in the dtype that a shield takes."""
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._dtype).contiguous()
@@ -85,11 +85,20 @@ class Offload:
         arena_bytes: the size of each direction's arena, of each worker.
         in_flight: how many operations may be in flight at once at a worker; they share its arenas.
         shield: what stands between the model and the workers. Default: nothing.
+        compute: the model's dtype, in which a shield takes arguments that cross in a dtype of its own.
     """
 
-    def __init__(self, workers: Workers, arena_bytes: int, in_flight: int = 1, shield: Shield | None = None) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        arena_bytes: int,
+        in_flight: int = 1,
+        shield: Shield | None = None,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         self._workers = workers
         self.shield = shield
+        self._argument_dtype = workers.wire if shield is None or shield.crosses is None else compute
         self._limit = arena_bytes // (_ARENA_SHARE * in_flight * workers.wire.itemsize)
         spaces: dict[WorkerClient, Workspace] = {worker: self._workspace_of(worker) for worker in workers}
         self.workspaces = [spaces[workers.of_layer(index)] for index in range(workers.geometry.layers)]
@@ -98,7 +107,7 @@ class Offload:
     def _workspace_of(self, worker: WorkerClient) -> Workspace:
         """Where arguments are written; with a shield not into the arena, where the worker could change them."""
         if self.shield is not None:
-            return _PrivateWorkspace(torch.device("cpu"), self._workers.wire)
+            return _PrivateWorkspace(torch.device("cpu"), self._argument_dtype)
         return ArenaWorkspace(worker, self._limit)
 
     def settle(self) -> None:

@@ -28,7 +28,7 @@ from shmtransport import (
 )
 from shmtransport.text import printable
 
-from ..boundary.compute import DTYPE_NAMES
+from ..boundary.compute import WORKER_DTYPE_NAMES
 from ..boundary.division import layers_text, parse_layers
 from ..boundary.geometry import Geometry
 from ..boundary.operations import Mode, Operation
@@ -309,11 +309,11 @@ class WorkerClient:
             raise WorkerMismatch(
                 f"the worker at {address} has a model of this shape but other weights: start it with the same --model"
             )
-        wanted = DTYPE_NAMES[self._compute]
+        wanted = WORKER_DTYPE_NAMES[self._compute]
         if found["dtype"] != wanted:
             raise WorkerMismatch(
-                f"the worker at {address} computes in {_shown(found['dtype'])}, this side in {wanted}: "
-                "use one dtype on both"
+                f"the worker at {address} computes in {_shown(found['dtype'])}, and this side needs {wanted}: "
+                f"start it with --dtype {wanted}"
             )
         return found
 

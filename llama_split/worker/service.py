@@ -8,24 +8,23 @@ D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from shmtransport import Server
 
-from ..boundary.compute import DTYPE_NAMES, parse_dtype
-from ..boundary.division import layers_text
-from ..boundary.operations import EMBED, LAYER, LAYERS, LINEARS, MIX, SCORES, STACK, Operation
+from ..boundary.compute import parse_dtype
+from ..boundary.operations import EMBED, LAYER, LAYERS, MIX, SCORES, STACK
 from ..checkpoint import Checkpoint
 from ..model.program import HeapWorkspace, execute
 from .batches import Batch
+from .linear_service import LinearService
 from .sessions import Session, SessionLimits, Sessions
 from .weights import Weights, multiply
 
 
-class Service:
+class Service(LinearService):
     """The handlers of one model, for all clients of one server.
 
     Args:
@@ -38,38 +37,24 @@ class Service:
     def __init__(
         self, server: Server, weights: Weights, checkpoint: Checkpoint, limits: SessionLimits | None = None
     ) -> None:
-        self._server = server
         self._weights = weights
         self._workspace = HeapWorkspace(weights.device, weights.dtype)
         self.sessions = Sessions(weights, limits)
-        self._description = {
-            "fingerprint": checkpoint.fingerprint(),
-            "geometry": repr(checkpoint.geometry),
-            "dtype": DTYPE_NAMES[weights.dtype],
-            "device": str(weights.device),
-            "embedding": weights.embedding is not None,
-            "layers": layers_text(weights.held),
-            "sessions": self.sessions.most_per_client,
-        }
-        for operation in LINEARS:
-            server.register(operation.name, self._linear_handler(operation))
+        super().__init__(
+            server,
+            weights,
+            checkpoint,
+            embedding=weights.embedding is not None,
+            sessions=self.sessions.most_per_client,
+        )
         server.register(EMBED.name, self._embed)
         server.register(SCORES.name, self._scores)
         server.register(MIX.name, self._mix)
         server.register(LAYER.name, self._layer)
         server.register(LAYERS.name, self._layers)
         server.register(STACK.name, self._stack)
-        server.register("describe", lambda: self._description)
         server.register("end_session", self._end_session)
         server.on_disconnect(self.sessions.end_connection)
-
-    def _linear_handler(self, operation: Operation) -> Callable[..., torch.Tensor]:
-        @torch.inference_mode()
-        def linear(argument: torch.Tensor, *, layer: int = 0) -> torch.Tensor:
-            (mine,), result = self._bind(operation, argument)
-            return self._weights.linear(operation, layer)(mine, result)
-
-        return linear
 
     @torch.inference_mode()
     def _embed(self, ids_BT: torch.Tensor, *, dtype: str) -> torch.Tensor:
@@ -164,37 +149,6 @@ class Service:
         layer = self._weights.layers[position]
         program = layer.program(hidden_BTD, session.enter(position), self._workspace, result_BTD)
         return execute(program, self._weights.execute)
-
-    def _bind(
-        self, operation: Operation, *arguments: torch.Tensor, **known: int
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Check arguments against the boundary's description.
-
-        Returns:
-            The arguments on the worker's device and in its dtype, and memory for the result.
-
-        Raises:
-            ValueError: the arguments don't fit the description.
-        """
-        sizes = operation.bind(arguments, self._weights.geometry, **known)
-        wire = arguments[0].dtype
-        if wire not in DTYPE_NAMES or any(argument.dtype != wire for argument in arguments):
-            found = ", ".join(str(argument.dtype) for argument in arguments)
-            raise ValueError(
-                f"{operation.name} takes tensors of one dtype, {' or '.join(DTYPE_NAMES.values())}: {found}"
-            )
-        device, dtype = self._weights.device, self._weights.dtype
-        mine = [self._server.to_device(argument).to(device, dtype) for argument in arguments]
-        return mine, self._result(operation.result.shape(sizes), wire)
-
-    def _result(self, shape: Sequence[int], wire: torch.dtype) -> torch.Tensor:
-        """Memory for a result: in the client's reply arena if the worker computes on the CPU.
-
-        From a GPU the server copies it there, while this worker serves others.
-        """
-        if self._weights.device.type == "cpu":
-            return self._server.empty(shape, wire)
-        return torch.empty(tuple(shape), dtype=wire, device=self._weights.device)
 
     def _end_session(self, session_id: int) -> None:
         self.sessions.end(self._server.connection_id, session_id)

@@ -16,6 +16,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_split.checkpoint import open_checkpoint
+from llama_split.worker.integer_weights import IntegerWeights
+from llama_split.worker.linear_service import IntegerService
 from llama_split.worker.service import Service
 from llama_split.worker.sessions import SessionLimits
 from llama_split.worker.weights import Weights
@@ -105,24 +107,58 @@ def worker_in_thread(
     embedding: bool = True,
 ) -> Iterator[Worker]:
     """Serve the model at ``path``, or these of its layers, for the length of the block."""
-    directory = tempfile.mkdtemp(prefix="split-test-")
     checkpoint = open_checkpoint(str(path))
+    with _listening() as server:
+        weights = Weights(checkpoint, dtype, torch.device("cpu"), embedding=embedding, layers=layers)
+        service = Service(server, weights, checkpoint, limits)
+        with _answering(server):
+            yield Worker(server.address, server, service)
+
+
+@dataclass(frozen=True)
+class IntegerWorker:
+    """A worker in a thread of this process that computes with whole numbers."""
+
+    address: str
+    server: Server
+    weights: IntegerWeights
+
+
+@contextlib.contextmanager
+def integer_worker_in_thread(path: Path, layers: range | None = None) -> Iterator[IntegerWorker]:
+    """Serve the model at ``path`` in 8 bits, or these of its layers, for the length of the block."""
+    checkpoint = open_checkpoint(str(path))
+    with _listening() as server:
+        weights = IntegerWeights(checkpoint, torch.device("cpu"), layers=layers)
+        IntegerService(server, weights, checkpoint)
+        with _answering(server):
+            yield IntegerWorker(server.address, server, weights)
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[Server]:
+    """A server at an address of its own."""
+    directory = tempfile.mkdtemp(prefix="split-test-")
     try:
         with Server(f"ipc://{directory}/worker.ipc") as server:
-            weights = Weights(checkpoint, dtype, torch.device("cpu"), embedding=embedding, layers=layers)
-            service = Service(server, weights, checkpoint, limits)
-
-            def serve() -> None:
-                torch.set_num_threads(1)  # a setting of each thread
-                server.serve()
-
-            thread = threading.Thread(target=serve, daemon=True)
-            thread.start()
-            try:
-                yield Worker(server.address, server, service)
-            finally:
-                server.stop()
-                thread.join(10.0)
-                assert not thread.is_alive(), "the worker did not stop"
+            yield server
     finally:
         shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def _answering(server: Server) -> Iterator[None]:
+    """Have a thread answer calls."""
+
+    def serve() -> None:
+        torch.set_num_threads(1)  # a setting of each thread
+        server.serve()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.stop()
+        thread.join(10.0)
+        assert not thread.is_alive(), "the worker did not stop"

@@ -1,0 +1,158 @@
+"""The dealer: computes the terms of masks, many at a time, in one pass over the weights that keeps none of them.
+
+Only a trusted machine may deal: the masks and their terms undo each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, Progress
+from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, Widths
+from ..model.integers import multiply_exactly
+from .masks import BLOCK_ROWS, MaskStore, Taken
+
+logger = logging.getLogger("llama_split")
+
+_AT_ONCE = 64 * BLOCK_ROWS
+
+
+def deal(store: MaskStore, weights: QuantisedCheckpoint, progress: Progress | None = None) -> None:
+    """Fill an empty store.
+
+    Args:
+        store: where the keys are drawn and the terms written.
+        weights: of the model that the store is for.
+        progress: called with how many matrices are done, of how many.
+    """
+    store.draw_keys()
+    for done, matrix in enumerate(store.widths, start=1):
+        terms = store.terms(matrix)
+        for first in range(0, len(terms), _AT_ONCE):
+            rows = slice(first, min(first + _AT_ONCE, len(terms)))
+            masks_Nk = store.masks(matrix, rows.start, rows.stop)
+            for block in weights.blocks(matrix):
+                columns = slice(block.first, block.first + len(block.scale_m))
+                terms[rows, columns] = multiply_exactly(masks_Nk, block.quantised_mk)
+        if progress is not None:
+            progress(done, len(store.widths))
+
+
+def deal_file(checkpoint: Checkpoint, path: Path, tokens: int, logits: int, progress: Progress | None = None) -> int:
+    """Deal masks into a new file, which one process at a time can use.
+
+    Args:
+        checkpoint: the model.
+        path: of the file.
+        tokens: how many tokens can go through the layers.
+        logits: how many tokens' logits can be computed.
+        progress: called with how many matrices are done, of how many.
+
+    Returns:
+        The file's size in bytes.
+
+    Raises:
+        LlamaSplitError: the file exists, or there is no room for it.
+    """
+    weights = QuantisedCheckpoint(checkpoint)
+    with MaskStore.in_file(path, checkpoint.fingerprint(), weights.widths, tokens, logits) as store:
+        deal(store, weights, progress)
+    return path.stat().st_size
+
+
+class FileMasks:
+    """Hands out the masks of a file, and raises ``MasksExhausted`` when there are no more.
+
+    Args:
+        path: of a file that ``deal_file`` has made.
+        checkpoint: the model.
+        weights: its matrices.
+    """
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint) -> None:
+        self._store = MaskStore.open(path, checkpoint.fingerprint(), weights.widths)
+
+    def take(self, matrix: MatrixKey, rows: int) -> Taken:
+        """Masks for this many rows."""
+        return self._store.take(matrix, rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._store.close()
+
+
+class DealtMasks:
+    """Hands out masks that this process deals itself: some ahead, and more when they are used up.
+
+    Args:
+        weights: the model's matrices.
+        ahead: how many tokens' masks are dealt at a time, at least; more where more are needed at once.
+    """
+
+    def __init__(self, weights: QuantisedCheckpoint, ahead: int) -> None:
+        self._ahead = ahead
+        layers = {matrix: widths for matrix, widths in weights.widths.items() if matrix[0].per_layer}
+        head = {matrix: widths for matrix, widths in weights.widths.items() if not matrix[0].per_layer}
+        self._layers, self._head = _Supply(weights, layers), _Supply(weights, head)
+
+    def deal_ahead(self, tokens: int, logits: int, progress: Progress | None = None) -> None:
+        """Deal until masks for this many tokens, and for the logits of this many, are in store."""
+        self._layers.fill(tokens, progress)
+        self._head.fill(logits)
+
+    def take(self, matrix: MatrixKey, rows: int) -> Taken:
+        """Masks for this many rows; deals more if there are fewer."""
+        supply = self._layers if matrix[0].per_layer else self._head
+        return supply.take(matrix, rows, self._ahead)
+
+    def close(self) -> None:
+        """Wipe what is left."""
+        self._layers.close()
+        self._head.close()
+
+
+class _Supply:
+    """The masks of some matrices, in stores that are used one after the other."""
+
+    def __init__(self, weights: QuantisedCheckpoint, widths: Mapping[MatrixKey, Widths]) -> None:
+        self._weights = weights
+        self._widths = widths
+        self._stores: deque[MaskStore] = deque()
+        self._lock = threading.Lock()
+
+    def fill(self, rows: int, progress: Progress | None = None) -> None:
+        with self._lock:
+            missing = rows - sum(store.left for store in self._stores)
+            if missing > 0:
+                self._deal(missing, progress)
+
+    def take(self, matrix: MatrixKey, rows: int, ahead: int) -> Taken:
+        with self._lock:
+            parts: list[Taken] = []
+            for store in self._stores:
+                parts.append(store.take(matrix, rows, partly=True))
+                rows -= len(parts[-1].mask_Nk)
+            if rows > 0:
+                parts.append(self._deal(max(rows, ahead)).take(matrix, rows))
+            while self._stores and self._stores[0].is_used_up:
+                self._stores.popleft().close()
+            return functools.reduce(Taken.join, (part for part in parts if len(part.mask_Nk)))
+
+    def close(self) -> None:
+        while self._stores:
+            self._stores.popleft().close()
+
+    def _deal(self, rows: int, progress: Progress | None = None) -> MaskStore:
+        started = time.monotonic()
+        store = MaskStore.in_memory(self._widths, rows)
+        deal(store, self._weights, progress)
+        taken_s = time.monotonic() - started
+        logger.info("dealt %d masks for each of %d matrices in %.2f s", rows, len(self._widths), taken_s)
+        self._stores.append(store)
+        return store

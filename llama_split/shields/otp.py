@@ -1,0 +1,153 @@
+"""Hides from workers what they multiply with, by one-time pads over whole numbers, and checks what they return.
+
+The method is that of F. Tramèr and D. Boneh, "Slalom" (arXiv 1806.03287). Each argument is quantised to whole numbers z
+(``model.integers``) and sent as z + r modulo 2³², with a mask r that is used once (``masks``). The worker returns Q·(z
++ r) modulo 2³², and this side subtracts the term Q·r, which a dealer has computed. What crosses to the worker is
+uniform, whatever z is. The result is exact, so that it can be tested in prime fields (``prime_field``) instead of
+against a threshold.
+
+Rules that it keeps: masks are taken before anything is sent, and each goes with one argument; where a call is repeated,
+to another worker too, the same numbers are sent. A result is copied out of the worker's reach when the term is
+subtracted, before it is tested, and tested before the model goes on with it.
+
+Shape suffixes: B batch, T tokens, N rows (B × T), k input width, m output width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..boundary.operations import OPERATIONS, Mode
+from ..checkpoint import Checkpoint, Progress
+from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, matrix_name
+from ..errors import WorkerTampered
+from ..model.integers import dequantise, greatest_norm, levels_for, quantise_tokens
+from ..model.program import WorkerOp
+from .base import MASKED, NEITHER, Covered, Shield
+from .dealer import DealtMasks, FileMasks
+from .masks import Taken
+from .prime_field import BOUND, FieldSecret, FieldTest
+
+AHEAD_TOKENS = 128
+"""How many tokens' masks are dealt at a time where no file has any."""
+
+
+class Masks(Protocol):
+    """Where masks come from."""
+
+    def take(self, matrix: MatrixKey, rows: int) -> Taken:
+        """Masks that were never handed out before, for this many rows.
+
+        Raises:
+            MasksExhausted: there are fewer.
+        """
+
+    def close(self) -> None:
+        """Wipe what is left in memory, and close the file if there is one."""
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What is kept of one matrix, in place of its weights."""
+
+    levels: int
+    scale_m: torch.Tensor
+    bias_m: torch.Tensor | None
+    secret: FieldSecret
+
+
+class OtpShield(Shield):
+    """Masks and verifies the products of a split in mode fused; workers compute in int8.
+
+    Args:
+        masks: a file that ``llama-split deal`` has made. None: this process deals masks itself.
+        ahead: how many tokens' masks it deals at a time then.
+    """
+
+    name = "otp"
+    modes = (Mode.FUSED,)
+    computes = torch.int8
+    crosses = torch.int32
+
+    def __init__(self, masks: str | os.PathLike[str] | None = None, ahead: int = AHEAD_TOKENS) -> None:
+        super().__init__()
+        self._path = None if masks is None else Path(masks)
+        self._ahead = ahead
+        self._compute = torch.float32
+        self._test = FieldTest()
+        self._matrices: dict[MatrixKey, _Matrix] = {}
+        self._masks: Masks | None = None
+
+    def load(
+        self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
+    ) -> None:
+        self._compute = compute
+        weights = QuantisedCheckpoint(checkpoint)
+        if self._path is not None:
+            self._masks = FileMasks(self._path, checkpoint, weights)
+        for done, matrix in enumerate(weights.widths, start=1):
+            self._matrices[matrix] = self._matrix(weights, matrix)
+            if progress is not None:
+                progress(done, len(weights.widths))
+        if self._masks is None:
+            dealt = self._masks = DealtMasks(weights, self._ahead)
+            dealt.deal_ahead(self._ahead, self._ahead, progress)
+
+    def cover(self, op: WorkerOp) -> Covered:
+        if self._masks is None:
+            raise RuntimeError("a shield is loaded before it is used")
+        self.count(op)
+        (argument_BTk,) = op.arguments
+        matrix = self._matrices[op.operation, op.layer]
+        rows = argument_BTk.shape[0] * argument_BTk.shape[1]
+        z_Nk, scale_N = quantise_tokens(argument_BTk.reshape(rows, -1), matrix.levels)
+        taken = self._masks.take((op.operation, op.layer), rows)
+        sent_Nk = taken.mask_Nk.add_(z_Nk)  # the mask itself is in memory no longer
+
+        def uncover(result_BTm: torch.Tensor) -> torch.Tensor:
+            y_Nm = result_BTm.reshape(rows, -1) - taken.term_Nm
+            taken.term_Nm.zero_()
+            if not self._test.is_right(matrix.secret, z_Nk, y_Nm):
+                raise WorkerTampered(
+                    f"the worker returned a wrong result of {matrix_name((op.operation, op.layer))}, where nothing is "
+                    "rounded. It is hostile, computes wrongly, or holds other weights"
+                )
+            product_Nm = dequantise(y_Nm, scale_N, matrix.scale_m, matrix.bias_m)
+            return product_Nm.to(self._compute).view(*result_BTm.shape)
+
+        return Covered(op._replace(arguments=(sent_Nk.view(argument_BTk.shape),)), uncover)
+
+    def treatment(self, operation: str) -> str:
+        is_linear = any(one.is_linear for one in OPERATIONS if one.name == operation)
+        return MASKED if is_linear else NEITHER
+
+    @property
+    def bound(self) -> str:
+        return (
+            "what the worker is sent is uniform, by the key stream of AES-256, and no mask is used twice; a wrong row "
+            f"is accepted with a probability below {BOUND}"
+        )
+
+    def close(self) -> None:
+        if self._masks is not None:
+            self._masks.close()
+
+    def _matrix(self, weights: QuantisedCheckpoint, matrix: MatrixKey) -> _Matrix:
+        """Prepare for a matrix in one pass."""
+        norm, scales = 0, []
+
+        def quantised() -> Iterator[torch.Tensor]:
+            nonlocal norm
+            for block in weights.blocks(matrix):
+                norm = max(norm, greatest_norm(block.quantised_mk))
+                scales.append(block.scale_m)
+                yield block.quantised_mk
+
+        secret = self._test.secret_of(quantised())
+        return _Matrix(levels_for(norm), torch.cat(scales), weights.bias(matrix), secret)

@@ -1,0 +1,90 @@
+"""Freivalds' test of exact products, in prime fields.
+
+For a matrix Q of whole numbers with m rows and k columns, a secret vector s, uniform modulo a prime p, is drawn and c =
+sᵀQ kept. A result y for an argument z is right only if s·y = c·z modulo p. If y differs from Q·z in a number that is
+not a multiple of p, a fraction of 1/p of all s do not show it. Modulo a power of two it could be a half, so a field it
+is.
+
+Results are whole numbers of 32 bits, and so is what they should be: they differ by less than 2³². The test is made with
+three primes just below 2²⁰. A difference below 2³² that is not zero is a multiple of at most one of them, since the
+product of two is near 2⁴⁰. So at least two independent tests apply, and a wrong row passes with a probability of at
+most p⁻², below 2⁻³⁹.
+
+All sums are whole numbers below 2⁵³ and so exact in float64: secrets and c are below 2²⁰; y is taken as two halves of
+16 bits, which leaves 2¹⁷ terms; z has at most 16 bits.
+
+Shape suffixes: N rows, k input width, m output width, P primes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+PRIMES = (1048573, 1048571, 1048559)
+"""The three largest below 2²⁰."""
+
+BOUND = "2⁻³⁹"
+"""The probability with which a wrong row passes is below that."""
+
+_MOST_TERMS = 1 << 17
+_HALF_BITS = 16
+_BLOCK_NUMBERS = 1 << 18
+_MODULI_P = torch.tensor(PRIMES, dtype=torch.int64)
+
+
+class FieldSecret(NamedTuple):
+    """What is kept of one matrix, in float64."""
+
+    s_mP: torch.Tensor
+    c_kP: torch.Tensor
+
+
+class FieldTest:
+    """Draws secrets and tests products with them."""
+
+    def __init__(self) -> None:
+        self._random = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(32), "little")))
+
+    def secret_of(self, blocks_mk: Iterable[torch.Tensor]) -> FieldSecret:
+        """Draw the secret of a matrix that comes in blocks of rows, int8."""
+        parts, total_kP = [], None
+        for block_mk in blocks_mk:
+            s_mP = torch.from_numpy(self._random.integers(0, PRIMES, (len(block_mk), len(PRIMES)))).to(torch.float64)
+            part_kP = _modulo(block_mk.to(torch.float64).t() @ s_mP)
+            total_kP = part_kP if total_kP is None else total_kP + part_kP
+            parts.append(s_mP)
+        if total_kP is None:
+            raise ValueError("a matrix without rows has no secret")
+        return FieldSecret(torch.cat(parts), (total_kP % _MODULI_P).to(torch.float64))
+
+    @staticmethod
+    def is_right(secret: FieldSecret, argument_Nk: torch.Tensor, product_Nm: torch.Tensor) -> bool:
+        """Whether every row of a product, int32, is that of the argument, int32 of at most 16 bits."""
+        step = max(1, _BLOCK_NUMBERS // product_Nm.shape[1])
+        for start in range(0, len(product_Nm), step):
+            rows = slice(start, start + step)
+            expected_NP = _modulo(argument_Nk[rows].to(torch.float64) @ secret.c_kP)
+            if not torch.equal(_product_modulo(product_Nm[rows], secret.s_mP), expected_NP):
+                return False
+        return True
+
+
+def _product_modulo(product_Nm: torch.Tensor, s_mP: torch.Tensor) -> torch.Tensor:
+    """y·s modulo the primes, [N, P], for all 32-bit y."""
+    total_NP = torch.zeros((len(product_Nm), len(PRIMES)), dtype=torch.int64)
+    for start in range(0, len(s_mP), _MOST_TERMS):
+        part_Nm, of_s_mP = product_Nm[:, start : start + _MOST_TERMS], s_mP[start : start + _MOST_TERMS]
+        high, low = part_Nm >> _HALF_BITS, part_Nm & ((1 << _HALF_BITS) - 1)
+        total_NP += _modulo(high.to(torch.float64) @ of_s_mP) << _HALF_BITS
+        total_NP += _modulo(low.to(torch.float64) @ of_s_mP)
+    return total_NP % _MODULI_P
+
+
+def _modulo(exact_NP: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in float64 modulo the primes, from 0 on."""
+    return exact_NP.to(torch.int64) % _MODULI_P

@@ -1,0 +1,387 @@
+"""Masks: each is handed out once, whatever happens to the process; its term fits it; what was used is wiped."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from llama_split.boundary.operations import DOWN, LM_HEAD, QKV
+from llama_split.checkpoint import Checkpoint, QuantisedCheckpoint, open_checkpoint
+from llama_split.checkpoint.quantised import MatrixKey
+from llama_split.errors import LlamaSplitError, MasksExhausted
+from llama_split.model.integers import multiply_exactly
+from llama_split.shields.dealer import DealtMasks, FileMasks, deal_file
+from llama_split.shields.masks import BLOCK_ROWS, MaskStore, Taken
+from tests.support.children import Child, Mother
+from tests.support.llamas import VARIANTS, Small
+from tests.support.process import ROOT
+
+TOKENS, LOGITS = 96, 32
+LEASED = slice(48, 56)
+TAKER = ROOT / "tests/support/processes/mask_taker.py"
+
+
+@pytest.fixture(scope="module")
+def model(save_small: Callable[..., Small]) -> Path:
+    return save_small(11, **VARIANTS["wide-heads-llama3-rope"]).path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path) -> Checkpoint:
+    return open_checkpoint(str(model))
+
+
+@pytest.fixture(scope="module")
+def weights(checkpoint: Checkpoint) -> QuantisedCheckpoint:
+    return QuantisedCheckpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def dealt(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of masks that stays unused."""
+    path = tmp_path_factory.mktemp("masks") / "unused"
+    deal_file(checkpoint, path, TOKENS, LOGITS)
+    return path
+
+
+@pytest.fixture
+def file(dealt: Path, tmp_path: Path) -> Path:
+    """A file of masks, for one test."""
+    return Path(shutil.copy(dealt, tmp_path / "masks"))
+
+
+def opened(path: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint) -> MaskStore:
+    return MaskStore.open(path, checkpoint.fingerprint(), weights.widths)
+
+
+def matrix_of(weights: QuantisedCheckpoint, matrix: MatrixKey) -> torch.Tensor:
+    return torch.cat([block.quantised_mk for block in weights.blocks(matrix)])
+
+
+def rows_of(taken: Taken) -> list[bytes]:
+    return [row.numpy().tobytes() for row in taken.mask_Nk]
+
+
+def test_each_term_is_the_product_with_its_mask(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint
+) -> None:
+    """For every matrix, in calls of any number of rows."""
+    store = opened(file, checkpoint, weights)
+    for matrix in weights.widths:
+        for rows in (1, 20, 5):
+            mask_Nk, term_Nm = store.take(matrix, rows)
+            assert mask_Nk.shape == (rows, weights.widths[matrix].input)
+            assert torch.equal(term_Nm, multiply_exactly(mask_Nk, matrix_of(weights, matrix)))
+    store.close()
+
+
+def test_masks_of_several_dealings_fit_their_terms(weights: QuantisedCheckpoint) -> None:
+    """A process that deals its own deals more when they are used up; no row is handed out twice."""
+    masks, seen = DealtMasks(weights, ahead=20), set()
+    masks.deal_ahead(20, 20)
+    for rows in (7, 16, 40, 1, 33):
+        for matrix in weights.widths:
+            taken = masks.take(matrix, rows)
+            assert torch.equal(taken.term_Nm, multiply_exactly(taken.mask_Nk, matrix_of(weights, matrix)))
+            assert len(taken.mask_Nk) == rows
+            seen.update((matrix, row) for row in rows_of(taken))
+    assert len(seen) == len(weights.widths) * (7 + 16 + 40 + 1 + 33)
+    masks.close()
+
+
+def test_masks_are_uniform(file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint) -> None:
+    """Bytes of all masks: a chi-squared test that an honest generator fails once in 10⁹ runs."""
+    store = opened(file, checkpoint, weights)
+    numbers = torch.cat([store.take(matrix, LOGITS).mask_Nk.flatten() for matrix in weights.widths])
+    counts = np.bincount(numbers.numpy().view(np.uint8), minlength=256)
+    expected = counts.sum() / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 6.5 * (2 * 255) ** 0.5
+    store.close()
+
+
+def test_no_mask_is_left_when_all_are_used(file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint) -> None:
+    """The error tells how many are needed, how many there are, and the remedy; the last ones can still be used."""
+    masks = FileMasks(file, checkpoint, weights)
+    masks.take((DOWN, 1), TOKENS - 5)
+    with pytest.raises(MasksExhausted, match="6 masks for down are needed and 5 are left: deal more"):
+        masks.take((DOWN, 1), 6)
+    masks.take((DOWN, 1), 5)
+    with pytest.raises(MasksExhausted, match="0 are left"):
+        masks.take((DOWN, 1), 1)
+    masks.take((LM_HEAD, 0), LOGITS)
+    with pytest.raises(MasksExhausted, match="for lm_head"):
+        masks.take((LM_HEAD, 0), 1)
+    masks.take((DOWN, 0), 1)
+    masks.close()
+
+
+def test_a_mask_is_leased_before_it_is_handed_out(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the time that the key stream is computed the file tells, and was synchronised since."""
+    synchronised: list[int] = []
+
+    class Recording(mmap.mmap):
+        def flush(self, *arguments: int) -> None:
+            super().flush(*arguments)
+            synchronised.append(int.from_bytes(file.read_bytes()[LEASED], "little"))
+
+    def computed(store: MaskStore, matrix: MatrixKey, first: int, end: int) -> torch.Tensor:
+        assert synchronised[-1] >= end
+        return masks(store, matrix, first, end)
+
+    masks = MaskStore.masks
+    monkeypatch.setattr("llama_split.shields.masks.mmap.mmap", Recording)
+    monkeypatch.setattr(MaskStore, "masks", computed)
+    store = opened(file, checkpoint, weights)
+    for rows in (3, BLOCK_ROWS - 3, 1, 2 * BLOCK_ROWS):
+        store.take((QKV, 0), rows)
+    assert synchronised[-3:] == [BLOCK_ROWS, 2 * BLOCK_ROWS, 4 * BLOCK_ROWS]
+    store.close()
+
+
+def vanish(store: MaskStore) -> None:
+    """Leave a file as a process does that is killed: nothing is wiped, only the lock is gone."""
+    store._give_back()
+
+
+class Lives(RuleBasedStateMachine):
+    """A file of masks over several lives of a process, some of which end without closing it."""
+
+    path: Path
+    checkpoint: Checkpoint
+    weights: QuantisedCheckpoint
+    dealt: Path
+
+    def __init__(self) -> None:
+        super().__init__()
+        shutil.copy(self.dealt, self.path)
+        self.seen: set[tuple[MatrixKey, bytes]] = set()
+        self.store = opened(self.path, self.checkpoint, self.weights)
+
+    @rule(index=st.integers(0, 12), rows=st.integers(1, 40))
+    def take(self, index: int, rows: int) -> None:
+        matrix = list(self.weights.widths)[index]
+        try:
+            taken = self.store.take(matrix, rows)
+        except MasksExhausted:
+            return
+        found = {(matrix, row) for row in rows_of(taken)}
+        assert len(found) == rows
+        assert not found & self.seen
+        self.seen |= found
+
+    @rule(closed=st.booleans())
+    @precondition(lambda self: self.seen)
+    def begin_again(self, closed: bool) -> None:
+        if closed:
+            self.store.close()
+        else:
+            vanish(self.store)
+        self.store = opened(self.path, self.checkpoint, self.weights)
+
+    @invariant()
+    def used_masks_are_not_in_the_file(self) -> None:
+        """Neither a key nor a term of what was handed out in whole blocks."""
+        for pool in self.store._pools:
+            done = min(pool.next.values()) // BLOCK_ROWS
+            for matrix, terms in pool.terms.items():
+                assert not terms[: pool.next[matrix]].any()
+            assert not pool.keys[:done].any()
+
+    def teardown(self) -> None:
+        self.store.close()
+
+
+def test_nothing_is_handed_out_twice_and_what_was_used_is_wiped(
+    dealt: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, tmp_path: Path
+) -> None:
+    """Over any sequence of calls, ends and beginnings; see ``Lives``."""
+
+    class Machine(Lives):
+        pass
+
+    Machine.dealt, Machine.path = dealt, tmp_path / "masks"
+    Machine.checkpoint, Machine.weights = checkpoint, weights
+    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=30, deadline=None))
+
+
+def test_a_killed_process_costs_masks_and_repeats_none(
+    model: Path, checkpoint: Checkpoint, llama_mother: Mother, tmp_path: Path
+) -> None:
+    """SIGKILL at any moment, fifteen times: of all masks that the processes were handed, no two are alike."""
+    path, seen, generator = tmp_path / "masks", [], random.Random(7)
+    deal_file(checkpoint, path, 3000, 3000)
+    for _ in range(15):
+        child = Child(llama_mother, TAKER, str(model), str(path))
+        seen += [child.readline() for _ in range(generator.randrange(1, 250))]
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        seen += child.output.read().split()
+        child.end()
+    assert all(len(one) == 32 for one in seen)
+    assert len(seen) > 500
+    assert len(set(seen)) == len(seen)
+
+
+def test_what_a_killed_process_left_is_wiped(file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint) -> None:
+    """When the file is opened again: keys and terms of all that was leased, used or not, and nothing else."""
+    store = opened(file, checkpoint, weights)
+    store.take((QKV, 1), 20)
+    vanish(store)
+    again = opened(file, checkpoint, weights)
+    for pool, leased in zip(again._pools, (2 * BLOCK_ROWS, 0), strict=True):
+        blocks = leased // BLOCK_ROWS
+        assert not pool.keys[:blocks].any()
+        assert pool.keys[blocks:].any(axis=1).all()
+        for terms in pool.terms.values():
+            assert not terms[:leased].any()
+            assert terms[leased:].any(axis=1).all()
+    again.close()
+
+
+def test_a_file_is_used_by_one_process_at_a_time(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint
+) -> None:
+    """The second one is refused, until the first has closed it; a forked child can't use its parent's."""
+    store = opened(file, checkpoint, weights)
+    with pytest.raises(LlamaSplitError, match="in use by another process"):
+        opened(file, checkpoint, weights)
+    child = os.fork()
+    if child == 0:
+        try:
+            store.take((QKV, 0), 1)
+        except MasksExhausted as error:
+            os._exit(7 if "forked" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    store.close()
+    opened(file, checkpoint, weights).close()
+
+
+def test_threads_share_masks_and_none_is_handed_out_twice(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint
+) -> None:
+    """Eight threads take at once."""
+    masks, seen = FileMasks(file, checkpoint, weights), []
+
+    def take() -> None:
+        for _ in range(4):
+            seen.extend(rows_of(masks.take((DOWN, 2), 3)))
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(seen)) == len(seen) == TOKENS
+    masks.close()
+
+
+def test_a_file_for_another_model_is_refused(
+    file: Path, weights: QuantisedCheckpoint, checkpoint: Checkpoint, save_small: Callable[..., Small]
+) -> None:
+    """By its fingerprint, before anything is used up."""
+    other = open_checkpoint(str(save_small(12, **VARIANTS["wide-heads-llama3-rope"]).path))
+    with pytest.raises(LlamaSplitError, match="for another model"):
+        FileMasks(file, other, weights)
+    FileMasks(file, checkpoint, weights).close()
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def _other_magic(path: Path) -> None:
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+
+
+def _odd_capacity(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[40:48] = (TOKENS + 1).to_bytes(8, "little")
+    path.write_bytes(content)
+
+
+def _too_much_leased(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[LEASED] = (TOKENS + BLOCK_ROWS).to_bytes(8, "little")
+    path.write_bytes(content)
+
+
+def _huge(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[40:48] = b"\xf0" + b"\xff" * 7
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (_cut, "is damaged"),
+        (_other_magic, "is no file of masks"),
+        (_odd_capacity, "is damaged"),
+        (_too_much_leased, "is damaged"),
+        (_huge, "is damaged"),
+        (lambda path: path.write_bytes(b""), "is no file of masks"),
+        (lambda path: path.chmod(0o640), "can be read by other users"),
+        (Path.unlink, "can't be opened: No such file"),
+    ],
+    ids=["cut", "magic", "capacity", "leased", "huge", "empty", "readable", "missing"],
+)
+def test_a_file_that_can_not_be_used_is_refused_in_words(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, harm: Callable[[Path], object], words: str
+) -> None:
+    """Damaged, not ours, or open to others."""
+    harm(file)
+    with pytest.raises(LlamaSplitError, match=words):
+        opened(file, checkpoint, weights)
+
+
+def test_a_file_is_never_replaced(dealt: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Dealing to a name that exists, or has appeared meanwhile, leaves that file, and nothing beside it."""
+    before = dealt.read_bytes()
+    with pytest.raises(LlamaSplitError, match="exists, and is not replaced"):
+        deal_file(checkpoint, dealt, TOKENS, LOGITS)
+    late = tmp_path / "late"
+    with pytest.raises(LlamaSplitError, match="exists, and is not replaced"):
+        deal_file(checkpoint, late, 16, 16, progress=lambda *_: late.write_text("mine"))
+    assert late.read_text() == "mine"
+    assert dealt.read_bytes() == before
+    assert [path.name for path in (*dealt.parent.iterdir(), *tmp_path.iterdir())] == [dealt.name, late.name]
+
+
+def test_a_file_is_there_only_when_it_is_complete(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A dealer that fails leaves none, one that is being written is refused to another, and no others can read it."""
+    path = tmp_path / "masks"
+
+    def fail(_done: int, _total: int) -> None:
+        assert not path.exists()
+        with pytest.raises(LlamaSplitError, match="is being written by another process"):
+            deal_file(checkpoint, path, 16, 16)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        deal_file(checkpoint, path, 16, 16, progress=fail)
+    assert not list(tmp_path.iterdir())
+    deal_file(checkpoint, path, 16, 16)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_disk_without_room_is_reported(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """How much was needed; nothing is left."""
+    with pytest.raises(LlamaSplitError, match=r"can't be written with \d+ bytes"):
+        deal_file(checkpoint, tmp_path / "masks", 1 << 40, 1 << 40)
+    assert not list(tmp_path.iterdir())
