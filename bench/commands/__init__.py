@@ -8,6 +8,7 @@ from .baseline import baseline
 from .check import check
 from .engine import engine
 from .gpu import gpu
+from .masked import masked
 from .presets import engine_all, everything, quick
 from .report import report
 from .round_trips import latency, throughput
@@ -24,7 +25,7 @@ def root() -> None:
     """Measure our transport beside others on this machine, all in one run."""
 
 
-for command in (latency, throughput, baseline, engine, gpu, sharing, shield, check, report):
+for command in (latency, throughput, baseline, engine, gpu, sharing, shield, masked, check, report):
     app.command()(command)
 app.command("seed", hidden=True)(baseline)  # the former name
 app.command("all", rich_help_panel=_PRESETS)(everything)

@@ -117,7 +117,7 @@ def _model(job: Job, stack: contextlib.ExitStack) -> tuple[LlamaForCausalLM, int
         own = stack.enter_context(WorkerProcess(options, computes_alone=mode.worker_keeps_kv))
     checkpoint = checkpoint_of(job.model)
     if own is None:
-        return _unsplit(checkpoint, job.dtype).to(job.device), None
+        return unsplit(checkpoint, job.dtype).to(job.device), None
     from llama_split import SplitLlamaForCausalLM
     from llama_split.boundary.choices import parse_channel
 
@@ -149,7 +149,7 @@ def checkpoint_of(model: str) -> Checkpoint:
     return open_checkpoint(str(demo_model())) if model == DEMO else RandomCheckpoint(model)
 
 
-def _unsplit(checkpoint: Checkpoint, dtype_name: str) -> LlamaForCausalLM:
+def unsplit(checkpoint: Checkpoint, dtype_name: str) -> LlamaForCausalLM:
     """Transformers' own model with the checkpoint's weights."""
     import torch
     from transformers import LlamaForCausalLM

@@ -60,6 +60,16 @@ Every split reveals the prompt: layer 0 gets the normalised embeddings, and the 
 identifies each token.
 """
 
+REVEALED_UNDER_MASKS = "how many tokens there are, and when; all else is uniform numbers, whatever the text"
+"""What the worker sees under the shield ``otp``, in place of what the mode reveals."""
+
+PROMISES: dict[str, str] = {
+    "verify": "in op and fused: a row that is wrong by r times what rounding explains is accepted with a probability "
+    "of at most 1.6/r; hides nothing",
+    "otp": f"in fused: the worker sees {REVEALED_UNDER_MASKS}; any wrong row is accepted with a probability below 2⁻³⁹",
+}
+"""What each shield promises against a worker that does anything, in the words of the documents and ``info``."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -14,7 +14,7 @@ from shmtransport.units import size_text
 
 from ..boundary.choices import ARENA_TOKENS, check_dtype, parse_mode
 from ..boundary.division import layers_text
-from ..boundary.operations import Mode
+from ..boundary.operations import PROMISES, Mode
 from ..checkpoint.description import describe
 from ..errors import LlamaSplitError
 from .console import notice, print_json, results
@@ -70,7 +70,8 @@ def info(options: InfoOptions) -> None:
     facts = {"model": str(model.path), "dtype": compute.name, "wire_dtype": wire.name}
     if options.as_json:
         shape = asdict(model.outline.geometry)
-        print_json({**facts, "shape": shape, "prefill_tokens": prefill, "modes": [_plain(one) for one in found]})
+        costs = {"prefill_tokens": prefill, "modes": [_plain(one) for one in found]}
+        print_json({**facts, "shape": shape, **costs, "shields": PROMISES})
     else:
         _print(found, facts, prefill)
 
@@ -128,6 +129,11 @@ def _print(found: list[Footprint], facts: dict[str, str], prefill: int) -> None:
     results.print(table)
     results.print("  The worker sees")
     results.print(sees)
+    results.print("\n  With a shield (--shield), whatever the worker does")
+    promises = Table.grid(padding=(0, 2))
+    for name, promise in PROMISES.items():
+        promises.add_row(f"  {name}", promise)
+    results.print(promises)
     if prefill > ARENA_TOKENS:
         results.print(f"\nPrompts of more than {ARENA_TOKENS} tokens may cross in more calls if the arenas are small.")
 

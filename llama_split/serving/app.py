@@ -20,7 +20,6 @@ from sse_starlette import EventSourceResponse
 from sse_starlette.sse import AppStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..boundary.operations import REVEALED
 from .answers import Answer
 from .errors import BodyTooLarge, Failed, NotFound, RequestRefused, Unauthorized
 from .metrics import Metrics
@@ -67,7 +66,7 @@ class Paths:
             {
                 "model": self._service.name,
                 "mode": model.mode.value,
-                "revealed": REVEALED[model.mode],
+                "revealed": model.revealed,
                 "transport": {"calls": transport.calls, "call_seconds": transport.call_seconds},
             }
         )

@@ -63,6 +63,8 @@ class Shield(ABC):
     """The dtype that workers must compute in. None: the model's."""
     crosses: ClassVar[torch.dtype | None] = None
     """The dtype of what crosses. None: as the user chooses; then arguments reach ``cover`` in that dtype."""
+    reveals: ClassVar[str | None] = None
+    """What workers see, in words. None: what the mode reveals."""
 
     def __init__(self) -> None:
         self._rows: Counter[str] = Counter()

@@ -78,6 +78,11 @@ class FileMasks:
     def __init__(self, path: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint) -> None:
         self._store = MaskStore.open(path, checkpoint.fingerprint(), weights.widths)
 
+    @property
+    def left(self) -> int:
+        """How many tokens there are masks for."""
+        return self._store.left
+
     def take(self, matrix: MatrixKey, rows: int) -> Taken:
         """Masks for this many rows."""
         return self._store.take(matrix, rows)
@@ -106,6 +111,11 @@ class DealtMasks:
         self._layers.fill(tokens, progress)
         self._head.fill(logits)
 
+    @property
+    def left(self) -> int:
+        """How many tokens there are masks for."""
+        return self._layers.left
+
     def take(self, matrix: MatrixKey, rows: int) -> Taken:
         """Masks for this many rows; deals more if there are fewer."""
         supply = self._layers if matrix[0].per_layer else self._head
@@ -126,9 +136,13 @@ class _Supply:
         self._stores: deque[MaskStore] = deque()
         self._lock = threading.Lock()
 
+    @property
+    def left(self) -> int:
+        return sum(store.left for store in self._stores)
+
     def fill(self, rows: int, progress: Progress | None = None) -> None:
         with self._lock:
-            missing = rows - sum(store.left for store in self._stores)
+            missing = rows - self.left
             if missing > 0:
                 self._deal(missing, progress)
 

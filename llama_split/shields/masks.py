@@ -230,8 +230,9 @@ class MaskStore:
 
     @property
     def left(self) -> int:
-        """How many rows can still go through all matrices."""
-        return min(pool.capacity - max(pool.next.values()) for pool in self._pools if pool.next)
+        """How many rows can still go through all matrices of the first pool that has any."""
+        pool = next(pool for pool in self._pools if pool.next)
+        return pool.capacity - max(pool.next.values())
 
     @property
     def is_used_up(self) -> bool:

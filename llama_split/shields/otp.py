@@ -16,17 +16,17 @@ Shape suffixes: B batch, T tokens, N rows (B × T), k input width, m output widt
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from ..boundary.operations import OPERATIONS, Mode
+from ..boundary.operations import OPERATIONS, REVEALED_UNDER_MASKS, Mode
 from ..checkpoint import Checkpoint, Progress
-from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, matrix_name
-from ..errors import WorkerTampered
+from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, Widths, matrix_name
+from ..errors import LlamaSplitError, WorkerTampered
 from ..model.integers import dequantise, greatest_norm, levels_for, quantise_tokens
 from ..model.program import WorkerOp
 from .base import MASKED, NEITHER, Covered, Shield
@@ -47,6 +47,10 @@ class Masks(Protocol):
         Raises:
             MasksExhausted: there are fewer.
         """
+
+    @property
+    def left(self) -> int:
+        """How many tokens there are masks for."""
 
     def close(self) -> None:
         """Wipe what is left in memory, and close the file if there is one."""
@@ -74,6 +78,7 @@ class OtpShield(Shield):
     modes = (Mode.FUSED,)
     computes = torch.int8
     crosses = torch.int32
+    reveals = REVEALED_UNDER_MASKS
 
     def __init__(self, masks: str | os.PathLike[str] | None = None, ahead: int = AHEAD_TOKENS) -> None:
         super().__init__()
@@ -133,6 +138,26 @@ class OtpShield(Shield):
             "what the worker is sent is uniform, by the key stream of AES-256, and no mask is used twice; a wrong row "
             f"is accepted with a probability below {BOUND}"
         )
+
+    @property
+    def widths(self) -> Mapping[MatrixKey, Widths]:
+        """The shape of each matrix."""
+        return {key: Widths(len(matrix.scale_m), len(matrix.secret.c_kP)) for key, matrix in self._matrices.items()}
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens there are masks for, before more have to be dealt."""
+        return 0 if self._masks is None else self._masks.left
+
+    def deal_ahead(self, tokens: int, logits: int) -> None:
+        """Deal now, for example while nothing is asked for, until there are masks for this many tokens and logits.
+
+        Raises:
+            LlamaSplitError: the masks come from a file.
+        """
+        if not isinstance(self._masks, DealtMasks):
+            raise LlamaSplitError("the masks come from a file: deal another file with `llama-split deal`")
+        self._masks.deal_ahead(tokens, logits)
 
     def close(self) -> None:
         if self._masks is not None:

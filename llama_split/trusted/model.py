@@ -27,7 +27,7 @@ from shmtransport.memory.forks import BoundToProcess
 
 from ..boundary.choices import check_pipeline, default_arena_bytes, parse_mode
 from ..boundary.compute import parse_dtype
-from ..boundary.operations import Mode
+from ..boundary.operations import REVEALED, Mode
 from ..checkpoint import Checkpoint, Progress, open_checkpoint
 from ..errors import InvalidInput, UnsupportedBySplit
 from ..model.decoder import RMSNorm
@@ -219,6 +219,12 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             return super().generate(*arguments, **kwargs)
         finally:
             self._sessions.end_sessions()
+
+    @property
+    def revealed(self) -> str:
+        """What the worker sees, in words."""
+        shield = self._offload.shield
+        return REVEALED[self.mode] if shield is None or shield.reveals is None else shield.reveals
 
     def shield_report(self) -> ShieldReport | None:
         """What the shield has done since this was last asked; None without a shield."""

@@ -34,7 +34,8 @@ def test_check_fails_on_a_loss_only(p50: float, code: int, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    "name", ["latency", "throughput", "baseline", "engine", "gpu", "sharing", "shield", "check", "report", "seed"]
+    "name",
+    ["latency", "throughput", "baseline", "engine", "gpu", "sharing", "shield", "masked", "check", "report", "seed"],
 )
 def test_every_command_explains_itself(name: str) -> None:
     """Also the former name of ``baseline``, which the list of commands doesn't show."""

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from llama_split.boundary.geometry import Geometry
-from llama_split.boundary.operations import REVEALED, Mode
+from llama_split.boundary.operations import PROMISES, REVEALED, Mode
 from llama_split.boundary.traffic import forward_sizes, forward_traffic
 from llama_split.checkpoint import open_checkpoint
 from llama_split.checkpoint.demo import DEMO_WHEEL, MODEL_MISSING, demo_model
 from llama_split.checkpoint.synthetic import RandomCheckpoint
+from llama_split.shields.named import _OWN
 from shmtransport.core import MessageRing
 from shmtransport.core.layout import FORMAT_VERSION, HEADER, MAGIC, Layout
 from shmtransport.endpoints.connection_memory import segment_layout
@@ -122,6 +123,16 @@ def test_documents_say_what_each_mode_shows_the_worker(document: str, mode: Mode
     rows = [line for line in (ROOT / document).read_text().splitlines() if line.startswith(f"| `{mode.value}`")]
     assert len(rows) == 1
     assert REVEALED[mode] in rows[0]
+
+
+@pytest.mark.parametrize("document", ["docs/guide/split-llama.md", "docs/security.md"])
+@pytest.mark.parametrize("shield", PROMISES)
+def test_documents_say_what_each_shield_promises(document: str, shield: str) -> None:
+    """The tables repeat the one description in operations.py, which has all shields of ours."""
+    rows = [line for line in (ROOT / document).read_text().splitlines() if line.startswith(f"| `{shield}`")]
+    assert len(rows) == 1
+    assert PROMISES[shield] in rows[0]
+    assert PROMISES.keys() == _OWN.keys()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**/*.md", "examples/*.md"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.boundary.operations import LINEARS, QKV, Mode, Operation
+from llama_split.boundary.operations import LINEARS, QKV, REVEALED_UNDER_MASKS, Mode, Operation
 from llama_split.checkpoint import EMBEDDING, LAYER_NORMS, layer_name, open_checkpoint
 from llama_split.checkpoint.demo import demo_model
 from llama_split.errors import LlamaSplitError, MasksExhausted, MissingPackage, WorkerMismatch, WorkerTampered
@@ -275,6 +275,7 @@ def test_the_report_tells_what_holds(biased: Small, worker: IntegerWorker) -> No
         assert (report.rows["qkv"], report.rows["lm_head"]) == (3 * 7, 1)
         assert "no mask is used twice" in report.bound
         assert "2⁻³⁹" in report.bound
+        assert split.revealed == REVEALED_UNDER_MASKS
 
 
 def test_a_closed_model_gives_its_masks_back(biased: Small, worker: IntegerWorker, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llama_split.boundary.operations import REVEALED
+from llama_split.boundary.operations import PROMISES, REVEALED
 from shmtransport.units import MIB
 from tests.support.commands import Command, is_one_line_error
 
@@ -37,13 +37,25 @@ def test_the_original_splits_figures_are_those_that_were_measured(command: Comma
     assert {mode: one["worker_sees"] for mode, one in modes.items()} == {
         mode.value: text for mode, text in REVEALED.items()
     }
+    assert json.loads(done.out)["shields"] == PROMISES
 
 
 def test_the_table_shows_them(command: Command) -> None:
     """All modes side by side, or one; with what the worker sees."""
     done = command(*SHAPE)
     assert done.code == 0
-    for text in ("98", "3328.0 MiB", "3656.5 MiB", "896.0 MiB", "fused", "stack", "The worker sees", "64.0 KiB"):
+    for text in (
+        "98",
+        "3328.0 MiB",
+        "3656.5 MiB",
+        "896.0 MiB",
+        "fused",
+        "stack",
+        "The worker sees",
+        "64.0 KiB",
+        "otp",
+        "2⁻³⁹",
+    ):
         assert text in done.out
     one = command(*SHAPE, "--mode", "op")
     assert "3328.0 MiB" in one.out
