@@ -11,7 +11,17 @@ from .iceoryx import IceoryxEventCopyIn, IceoryxEventInPlace, IceoryxPollingCopy
 from .kick import KickPollingCopyIn, KickPollingInPlace, KickWaitingCopyIn, KickWaitingInPlace
 from .multipart import Multipart
 from .original import Original
-from .ours import DefaultInPlace, DoorbellCopyIn, DoorbellInPlace, SpinCopyIn, SpinInPlace, ZmqCopyIn, ZmqInPlace
+from .ours import (
+    DefaultInPlace,
+    DoorbellCopyIn,
+    DoorbellInPlace,
+    SpinArraysCopyIn,
+    SpinArraysInPlace,
+    SpinCopyIn,
+    SpinInPlace,
+    ZmqCopyIn,
+    ZmqInPlace,
+)
 from .pipe import Pipe
 from .ray_calls import RayActor, RayGraph
 from .shared_memory import SharedMemoryPipe
@@ -28,6 +38,8 @@ CONTENDERS: dict[str, type[Contender]] = {
         SpinCopyIn,
         DoorbellCopyIn,
         ZmqCopyIn,
+        SpinArraysInPlace,
+        SpinArraysCopyIn,
         KickPollingInPlace,
         KickWaitingInPlace,
         KickPollingCopyIn,

@@ -15,7 +15,7 @@ import torch
 from shmtransport import ChannelKind, Client, PendingReply, Server
 
 from ..harness.contender import Contender, PrivateTensors
-from ..harness.content import respond, words
+from ..harness.content import Words, respond, words
 
 _LARGEST_TENSORS = 4  # that fit into each arena
 _SMALLEST_ARENA_BYTES = 4 << 20
@@ -49,7 +49,7 @@ class Ours(Contender):
             ready()
             server.serve()
 
-    def _handler(self, server: Server) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _handler(self, server: Server) -> Callable[[Any], Any]:
         raise NotImplementedError
 
     def connect(self) -> None:
@@ -65,14 +65,14 @@ class Ours(Contender):
     def send(self) -> None:
         self._pending.append(self._client.submit("answer", self._request))
 
-    def receive(self) -> torch.Tensor:
-        reply: torch.Tensor = self._pending.popleft().result()
+    def receive(self) -> Words:
+        reply: Words = self._pending.popleft().result()
         return reply
 
     def close(self) -> None:
         self._client.close()
 
-    _request: torch.Tensor
+    _request: Words
 
 
 class InPlace(Ours):
@@ -88,7 +88,7 @@ class InPlace(Ours):
 
         return answer
 
-    def prepare(self, nbytes: int) -> torch.Tensor:
+    def prepare(self, nbytes: int) -> Words:
         self._request = self._client.empty((words(nbytes),), torch.int64)
         return self._request
 
@@ -112,7 +112,7 @@ class CopyIn(Ours):
         super().connect()
         self._tensors = PrivateTensors(1)  # sending copies it at once
 
-    def prepare(self, nbytes: int) -> torch.Tensor:
+    def prepare(self, nbytes: int) -> Words:
         self._request = self._tensors.next(nbytes)
         return self._request
 
@@ -169,3 +169,52 @@ class SpinCopyIn(DoorbellCopyIn):
     name = "doorbell + spin, copy in"
     how = f'as "doorbell, copy in", spin_us={SPIN_US:g} on both sides'
     spin_us = SPIN_US
+
+
+class SpinArraysInPlace(Ours):
+    """Numpy arrays over memory of the arenas, by the doorbell, which spins before it blocks."""
+
+    name = "doorbell + spin, arrays in place"
+    how = 'as "doorbell + spin, in place", with numpy arrays: Client.empty(…).numpy(), Server.empty(…).numpy()'
+    copies = "0"
+    reply = "read-only view, valid while it is held"
+    channel = "doorbell"
+    spin_us = SPIN_US
+
+    def _handler(self, server: Server) -> Callable[[Any], Any]:
+        def answer(request: Words) -> Words:
+            reply = server.empty(request.shape, torch.int64).numpy()
+            respond(request, reply)
+            return reply
+
+        return answer
+
+    def prepare(self, nbytes: int) -> Words:
+        self._request = self._client.empty((words(nbytes),), torch.int64).numpy()
+        return self._request
+
+
+class SpinArraysCopyIn(SpinArraysInPlace):
+    """Numpy arrays of private memory, by the doorbell, which spins before it blocks."""
+
+    name = "doorbell + spin, arrays copy in"
+    how = 'as "doorbell + spin, copy in", with numpy arrays'
+    copies = "2: into each arena"
+
+    def _handler(self, server: Server) -> Callable[[Any], Any]:
+        tensors = PrivateTensors(1)
+
+        def answer(request: Words) -> Words:
+            reply = tensors.next(request.nbytes).numpy()
+            respond(request, reply)
+            return reply
+
+        return answer
+
+    def connect(self) -> None:
+        super().connect()
+        self._tensors = PrivateTensors(1)  # sending copies it at once
+
+    def prepare(self, nbytes: int) -> Words:
+        self._request = self._tensors.next(nbytes).numpy()
+        return self._request

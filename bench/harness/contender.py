@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from .content import words
+from .content import Words, words
 
 Group = Literal["ours", "peer", "floor"]
 
@@ -87,7 +87,7 @@ class Contender(ABC):
         """Connect to the server, which is ready."""
 
     @abstractmethod
-    def prepare(self, nbytes: int) -> torch.Tensor:
+    def prepare(self, nbytes: int) -> Words:
         """The next request's tensor, to be written before ``send``."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Contender(ABC):
         """Send what was prepared."""
 
     @abstractmethod
-    def receive(self) -> torch.Tensor:
+    def receive(self) -> Words:
         """The reply to the oldest request in flight."""
 
     @abstractmethod

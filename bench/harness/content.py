@@ -1,6 +1,6 @@
 """What a call carries, how the server answers, and how the client checks the answer.
 
-All tensors of the round-trip benchmarks are one-dimensional int64. There are two kinds of calls:
+All tensors, or arrays, of the round-trip benchmarks are one-dimensional int64. There are two kinds of calls:
 
 * *stamped*, the measured kind: the sender writes one number into the first, the middle and the last word, and the
   receiver reads these three. The server answers with the number plus one in the same places. Neither side touches
@@ -13,7 +13,7 @@ Every contender uses these functions, so that all do the same work.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ SMALLEST_BYTES = 8 * WORD_BYTES
 _WRONG = -(1 << 62)  # the server's answer to a damaged request
 
 
+Words: TypeAlias = "torch.Tensor | np.ndarray[Any, np.dtype[np.int64]]"
+"""What is carried; arrays by the contenders that send them."""
+
+
 class WrongAnswer(Exception):
     """A contender delivered something other than what was sent."""
 
@@ -30,6 +34,10 @@ class WrongAnswer(Exception):
 def view(memory: Any) -> torch.Tensor:
     """A tensor over these bytes, without a copy."""
     return torch.from_numpy(np.frombuffer(memory, np.int64))
+
+
+def _array(words: Words) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return words.numpy() if isinstance(words, torch.Tensor) else words
 
 
 def words(nbytes: int) -> int:
@@ -43,28 +51,28 @@ def words(nbytes: int) -> int:
     return nbytes // WORD_BYTES
 
 
-def stamp(tensor: torch.Tensor, value: int) -> None:
+def stamp(tensor: Words, value: int) -> None:
     """Write ``value`` (not negative) into the first, middle and last word."""
-    array = tensor.numpy()
+    array = _array(tensor)
     array[0] = array[len(array) // 2] = array[-1] = value
 
 
-def stamped_with(tensor: torch.Tensor) -> int:
+def stamped_with(tensor: Words) -> int:
     """The value of a stamp; ``_WRONG`` if the three words differ."""
-    array = tensor.numpy()
+    array = _array(tensor)
     first = int(array[0])
     return first if array[len(array) // 2] == first and array[-1] == first else _WRONG
 
 
-def respond(request: torch.Tensor, reply: torch.Tensor) -> None:
+def respond(request: Words, reply: Words) -> None:
     """In the server: write the answer to ``request`` into ``reply``, which has the same size."""
-    if request.numpy()[0] < 0:
-        np.add(request.numpy(), 1, out=reply.numpy())
+    if _array(request)[0] < 0:
+        np.add(_array(request), 1, out=_array(reply))
     else:
         stamp(reply, stamped_with(request) + 1)
 
 
-def check_stamp(reply: torch.Tensor, value: int, nbytes: int) -> None:
+def check_stamp(reply: Words, value: int, nbytes: int) -> None:
     """Check that ``reply`` answers a request that was stamped with ``value``.
 
     Args:
@@ -82,15 +90,15 @@ def check_stamp(reply: torch.Tensor, value: int, nbytes: int) -> None:
         raise WrongAnswer(f"the answer to stamp {value} has stamp {found} instead of {value + 1}")
 
 
-def fill(request: torch.Tensor, seed: int) -> None:
+def fill(request: Words, seed: int) -> None:
     """Write a full request: random words, the first of them negative."""
-    array = request.numpy()
+    array = _array(request)
     generator = np.random.default_rng(seed)
     array[:] = generator.integers(-(1 << 62), 1 << 62, size=len(array), dtype=np.int64)
     array[0] = -1 - abs(int(array[0]))
 
 
-def check_full(reply: torch.Tensor, seed: int, nbytes: int) -> None:
+def check_full(reply: Words, seed: int, nbytes: int) -> None:
     """Check that every word of ``reply`` answers the full request with this seed.
 
     Args:
@@ -101,8 +109,8 @@ def check_full(reply: torch.Tensor, seed: int, nbytes: int) -> None:
     Raises:
         WrongAnswer: Some word doesn't.
     """
-    expected = torch.empty(words(nbytes), dtype=torch.int64)
+    expected = np.empty(words(nbytes), np.int64)
     fill(expected, seed)
-    np.add(expected.numpy(), 1, out=expected.numpy())
-    if not torch.equal(reply, expected):
+    np.add(expected, 1, out=expected)
+    if not np.array_equal(_array(reply), expected):
         raise WrongAnswer(f"some of the {nbytes} bytes that came back are wrong")

@@ -67,6 +67,10 @@ CHECKED: tuple[Ratio, ...] = (
         Ratio(f"copy in, {text} / its two memcpys", 1.15, _COPY_IN, nbytes, ("memcpy there and back",), nbytes)
         for text, nbytes in (("8 MiB", 8 * MIB), ("128 MiB", LARGEST))
     ),
+    *(
+        Ratio(f"{arrays}, 64 B / tensors", 1.5, (f"doorbell + spin, {arrays}",), 64, (f"doorbell + spin, {how}",), 64)
+        for arrays, how in (("arrays in place", "in place"), ("arrays copy in", "copy in"))
+    ),
 )
 """The ratios that ``bench check`` compares; they need no optional package."""
 

@@ -179,7 +179,13 @@ class Mapping:
     def madvise(self, option: int, start: int = ..., length: int = ..., /) -> None: ...
 
 class Tensors:
-    def __new__(cls, kind: type, rows: tuple[tuple[Any, str, int, int, int], ...], /) -> Tensors: ...
+    def __new__(
+        cls,
+        kind: type,
+        rows: tuple[tuple[Any, str, int, int, int, bool], ...],
+        arrays: tuple[type, Callable[[Any], Any], Callable[[Any], Any]] | None,
+        /,
+    ) -> Tensors: ...
 
 class Borrows:
     def __new__(

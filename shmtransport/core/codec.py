@@ -70,8 +70,9 @@ def encode_reply(
 def take_call(data: bytes, tag: int, borrows: Any) -> tuple[Any, ...] | None:
     """Read a received request or reply as a whole, with its tensors borrowed, if this twin does so.
 
-    The compiled twin does so for a valid message of that tag whose tensors its own ``borrows`` can all borrow, unless
-    one of them is to become an array. It leaves every other message to ``decode_call``, with nothing borrowed.
+    The compiled twin does so for a valid message of that tag whose tensors its own ``borrows`` can all borrow, and, if
+    any is to become an array, can all make arrays of. It leaves every other message to ``decode_call``, with nothing
+    borrowed.
 
     This twin leaves every message to that.
 

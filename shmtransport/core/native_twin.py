@@ -32,7 +32,7 @@ from ._native import MessageRing as CompiledMessageRing
 from ._native import Tensors as CompiledTensors
 from .layout import FORMAT_VERSION
 from .refusals import bad_ring_memory
-from .tensors import Tensors, address_of_memory
+from .tensors import Arrays, Tensors, address_of_memory
 
 __all__ = [
     "Bell",
@@ -80,14 +80,14 @@ class MessageRing(CompiledMessageRing):
 
 
 @functools.cache
-def _compiled(kind: type, rows: tuple[Any, ...]) -> CompiledTensors:
-    return CompiledTensors(kind, rows)
+def _compiled(kind: type, rows: tuple[Any, ...], arrays: Arrays | None) -> CompiledTensors:
+    return CompiledTensors(kind, rows, arrays)
 
 
 def knows(tensors: Tensors) -> bool:
     """Whether this twin can make these tensors: their library must have an exchange table of DLPack 1.3 or later."""
     try:
-        _compiled(tensors.type, tensors.rows)
+        _compiled(tensors.type, tensors.rows, tensors.arrays)
     except (AttributeError, ImportError):
         return False
     return True
@@ -105,7 +105,7 @@ class Loans(CompiledLoans):
     __slots__ = ()
 
     def __new__(cls, data: memoryview, released: memoryview, tensors: Tensors) -> Loans:
-        library = _compiled(tensors.type, tensors.rows)
+        library = _compiled(tensors.type, tensors.rows, tensors.arrays)
         return super().__new__(cls, *_place(data), *_place(released), library, tensors.describe)
 
 
@@ -115,4 +115,6 @@ class Borrows(CompiledBorrows):
     __slots__ = ()
 
     def __new__(cls, data: memoryview, released: memoryview, tensors: Tensors) -> Borrows:
-        return super().__new__(cls, *_place(data), *_place(released), _compiled(tensors.type, tensors.rows))
+        return super().__new__(
+            cls, *_place(data), *_place(released), _compiled(tensors.type, tensors.rows, tensors.arrays)
+        )

@@ -9,15 +9,25 @@ from typing import Any, NamedTuple
 MAX_DIMENSIONS = 16
 
 
+class Arrays(NamedTuple):
+    """Another library's arrays, which cross as tensors; for the compiled twin."""
+
+    type: type
+    tensor_of: Callable[[Any], Any]
+    """Makes a tensor over an array's memory; None for an array that is sent in another way."""
+    array_of: Callable[[Any], Any]
+    """Makes the array over a received tensor's memory."""
+
+
 class Tensors(NamedTuple):
     """One library's tensors.
 
     ``rows`` are for the compiled twin, which asks the exchange table of ``type`` for everything else. Each has a dtype,
-    its name, its code and bits in DLPack, and its size in bytes.
+    its name, its code and bits in DLPack, its size in bytes, and whether there are arrays of it.
     """
 
     type: type
-    rows: tuple[tuple[Any, str, int, int, int], ...]
+    rows: tuple[tuple[Any, str, int, int, int, bool], ...]
     by_dtype: Mapping[Any, Any]
     """A row of the library's dtypes; ``itemsize`` is all that the core knows of it."""
     by_name: Mapping[str, Any]
@@ -25,6 +35,7 @@ class Tensors(NamedTuple):
     """Makes a tensor at an offset, and gives the memory that lives as long as its storage."""
     describe: Callable[..., Any]
     """Makes a descriptor of (offset, shape, dtype, slot, sequence)."""
+    arrays: Arrays | None = None
 
 
 def address_of_memory(memory: memoryview) -> int:

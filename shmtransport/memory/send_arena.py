@@ -25,7 +25,7 @@ from .descriptor import DEVICE_OFFSET, TensorDescriptor
 from .dtypes import INTEGERS, AnyDType, DType
 from .plain import address_of, check_content, refuse_copy, row_of, row_of_array, sizes_of, without_bytes
 from .segment import Segment
-from .views import TENSORS, Loans, view
+from .views import TENSORS, Loans, tensor_over, view
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 50e-6, 5e-3  # between two looks for room: a release wakes no thread
 _BEYOND = 2**70  # bytes: beyond any arena, and beyond any number that an error can show
@@ -208,13 +208,8 @@ class SendArena:
         row = row_of_array(array)
         if row.numpy is None:
             array = array.view(row.carrier.newbyteorder(array.dtype.byteorder))
-        if array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative:
-            try:
-                tensor = torch.from_numpy(array)
-            except ValueError:  # strides that numpy allows in such arrays and torch doesn't
-                pass
-            else:
-                return self.export(tensor if row.numpy is not None else tensor.view(row.torch))
+        if array.flags.c_contiguous and (tensor := tensor_over(array)) is not None:
+            return self.export(tensor if row.numpy is not None else tensor.view(row.torch))
         out: list[TensorDescriptor] = []
         try:
             self._export_copy(array, array.shape, row, out)

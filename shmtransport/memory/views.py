@@ -9,7 +9,7 @@ import torch
 
 from .. import core
 from ..core import python_twin
-from ..core.tensors import Tensors
+from ..core.tensors import Arrays, Tensors
 from .descriptor import TensorDescriptor
 from .dtypes import BY_NAME, BY_TORCH, TABLE, DType
 
@@ -27,6 +27,27 @@ def view(data: memoryview, offset: int, row: DType, shape: tuple[int, ...]) -> t
     array: Memory = _new_array(shape, row.carrier, data, offset)
     tensor = _from_numpy(array)
     return array, tensor if row.numpy is not None else tensor.view(row.torch)
+
+
+def tensor_over(array: Memory) -> torch.Tensor | None:
+    """Make a tensor over an array's memory; None for an array whose memory torch can't take as it is."""
+    if not array.flags.writeable:  # torch warns about those
+        return None
+    try:
+        return _from_numpy(array)
+    except (TypeError, ValueError):  # a dtype, a byte order or strides that torch doesn't have
+        return None
+
+
+def array_over(tensor: torch.Tensor) -> Memory:
+    """Make the array over a received tensor's memory; read-only, since it is the peer's.
+
+    Raises:
+        TypeError: numpy has no such dtype.
+    """
+    array: Memory = tensor.numpy()
+    array.flags.writeable = False
+    return array
 
 
 def native_knows(tensors: Tensors) -> bool:
@@ -59,11 +80,14 @@ _DLPACK_CODES = {
 }
 TENSORS = Tensors(
     type=torch.Tensor,
-    rows=tuple((row.torch, row.name, _dlpack_code(row), 8 * row.itemsize, row.itemsize) for row in TABLE),
+    rows=tuple(
+        (row.torch, row.name, _dlpack_code(row), 8 * row.itemsize, row.itemsize, row.numpy is not None) for row in TABLE
+    ),
     by_dtype=BY_TORCH,
     by_name=BY_NAME,
     view=view,
     describe=TensorDescriptor,
+    arrays=Arrays(np.ndarray, tensor_over, array_over),
 )
 HAS_EXCHANGE = core.CORE == "native" and native_knows(TENSORS)
 """Whether the compiled twin makes the tensors, for which torch must be 2.10 or later."""

@@ -24,6 +24,7 @@ from ..errors import LocalProtocolError, PeerProtocolError
 from ..memory.descriptor import TensorDescriptor
 from ..memory.dtypes import BY_NAME
 from ..memory.plain import is_on_device, of_a_library
+from ..memory.views import array_over
 from .messages import (
     MAX_TENSORS,
     UNSENDABLE,
@@ -431,9 +432,10 @@ def _unpack_tensor(extension: Ext, tensors: Sequence[torch.Tensor], to_array: Ca
 
 def read_only_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """Return a borrowed tensor as the array that it was sent as; read-only, since it is the peer's memory."""
-    array = own_array(tensor)
-    array.flags.writeable = False
-    return array
+    try:
+        return array_over(tensor)
+    except TypeError:
+        raise _no_array(tensor) from None
 
 
 def own_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -441,5 +443,9 @@ def own_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     try:
         array: np.ndarray[Any, Any] = tensor.numpy()
     except TypeError:
-        raise PeerProtocolError(f"the peer sent a numpy array of {tensor.dtype}, which numpy doesn't have") from None
+        raise _no_array(tensor) from None
     return array
+
+
+def _no_array(tensor: torch.Tensor) -> PeerProtocolError:
+    return PeerProtocolError(f"the peer sent a numpy array of {tensor.dtype}, which numpy doesn't have")

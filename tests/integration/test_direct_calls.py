@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,7 @@ def _methods(server: Server) -> dict[str, Callable[..., Any]]:
     return {
         "echo": lambda *arguments, **keywords: [list(arguments), keywords],
         "double": lambda x: torch.mul(x, 2, out=server.empty(x.shape, x.dtype)),
+        "twice": lambda x: np.multiply(x, 2, out=server.empty(x.shape, x.dtype).numpy()),
         "kept": lambda: _KEPT,
         "raise": _raise,
         "odd": _Odd,
@@ -73,6 +75,16 @@ _CALLS: dict[str, tuple[str, Callable[[Client], tuple[Any, ...]], dict[str, Any]
     "no elements": ("echo", lambda _: (torch.empty(0, 3),), {}),
     "several tensors": ("echo", lambda client: ([client.empty(4, "int64").fill_(1), torch.ones(2)], {"k": _KEPT}), {}),
     "an array": ("echo", lambda _: (np.arange(6, dtype=np.int16).reshape(2, 3),), {}),
+    "an array in place": ("twice", lambda client: (client.empty((3, 5), "float32").fill_(7.0).numpy(),), {}),
+    "a read-only array": ("twice", lambda _: (np.broadcast_to(np.float64(3.0), (2, 2)),), {}),
+    "a strided array": ("twice", lambda _: (np.arange(20.0).reshape(4, 5).T,), {}),
+    "an array that runs backwards": ("twice", lambda _: (np.arange(5)[::-1],), {}),
+    "an array of another byte order": ("twice", lambda _: (np.arange(5, dtype=">i4"),), {}),
+    "an array of another library's dtype": ("echo", lambda _: (np.ones(3, ml_dtypes.bfloat16),), {}),
+    "a scalar array": ("twice", lambda _: (np.array(2.5),), {}),
+    "an array without elements": ("twice", lambda _: (np.empty((0, 3)),), {}),
+    "an array of objects": ("twice", lambda _: (np.array([None, 1]),), {}),
+    "an array beside a tensor that can't be one": ("echo", lambda _: (_KEPT.bfloat16(), np.ones(2)), {}),
     "what the server keeps": ("kept", lambda _: (), {}),
     "an error": ("raise", lambda _: ("deliberate",), {}),
     "wrong arguments": ("double", lambda _: (), {}),
@@ -92,7 +104,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return "tensor", value.dtype, value.tolist()
     if isinstance(value, np.ndarray):
-        return "array", value.dtype, value.tolist()
+        return "array", value.dtype, value.flags.writeable, value.tolist()
     if isinstance(value, (list, tuple)):
         return type(value), [_plain(one) for one in value]
     if isinstance(value, dict):
@@ -145,6 +157,7 @@ def test_plain_calls_are_direct(address: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(server, "_perform", whole_path)
         for number in range(20):
             assert client.call("double", torch.full((4,), float(number))).tolist() == [2.0 * number] * 4
+            assert client.call("twice", np.full(4, float(number))).tolist() == [2.0 * number] * 4
         pending = [client.submit("echo", number) for number in range(64)]
         assert [one.result() for one in pending] == [[[number], {}] for number in range(64)]
         monkeypatch.undo()
@@ -197,7 +210,7 @@ def test_a_direct_request_that_is_left_holds_nothing(address: str) -> None:
         connection = client._exchange.connection
         assert connection is not None
         calls, arena = client._exchange._direct, connection.memory.send_arena
-        for rest in ((np.ones(2),), (2**64,), (_Odd(),), ("x" * (2 * MIB),)):
+        for rest in ((np.broadcast_to(1.0, 2),), (2**64,), (_Odd(),), ("x" * (2 * MIB),)):
             call = exchange.CallInFlight("echo")
             assert not calls.begin(call, (torch.ones(3), client.empty(2, "int8"), *rest), {})
             assert (arena.held_by_peer, len(connection.protocol), call.call_id) == (0, 0, -1)

@@ -8,8 +8,10 @@ import random
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,9 +275,16 @@ def test_a_file_is_used_by_one_process_at_a_time(
 
 
 def test_threads_share_masks_and_none_is_handed_out_twice(
-    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight threads take at once."""
+    """Eight threads take at once, each while the others are in the middle of it."""
+    computed = MaskStore.masks
+
+    def slowly(*given: Any) -> torch.Tensor:
+        time.sleep(0.002)
+        return computed(*given)
+
+    monkeypatch.setattr(MaskStore, "masks", slowly)
     masks, seen = FileMasks(file, checkpoint, weights), []
 
     def take() -> None:

@@ -139,11 +139,17 @@ static const struct dtype_row *row_and_extent(Borrows *self, const struct descri
     return row;
 }
 
-bool can_be_borrowed(PyObject *object, const struct descriptor *descriptor)
+PyObject *array_maker_of(PyObject *object)
+{
+    return ((Borrows *)object)->library->array_of;
+}
+
+bool can_be_borrowed(PyObject *object, const struct descriptor *descriptor, bool as_array)
 {
     Borrows *self = (Borrows *)object;
     struct extent extent;
-    return row_and_extent(self, descriptor, &extent) != NULL
+    const struct dtype_row *row = row_and_extent(self, descriptor, &extent);
+    return row != NULL && (!as_array || row->has_arrays)
         && borrow_is_possible(self->borrows, descriptor->slot, descriptor->sequence);
 }
 

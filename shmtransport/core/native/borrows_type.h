@@ -10,8 +10,13 @@
 
 bool is_borrows(PyObject *object);
 
-/* The first argument of both must be one that is_borrows is true of. */
-bool can_be_borrowed(PyObject *borrows, const struct descriptor *descriptor);
+/* The first argument of all that follow must be one that is_borrows is true of. */
+
+/* What makes the array over a tensor's memory; NULL if there are no arrays. */
+PyObject *array_maker_of(PyObject *borrows);
+
+/* Whether a tensor, or also an array of it, can be made of what is described. */
+bool can_be_borrowed(PyObject *borrows, const struct descriptor *descriptor, bool as_array);
 
 /* A tensor, whose size is added to *nbytes; None for what can't be borrowed; NULL with an error set. */
 PyObject *borrow_described(PyObject *borrows, const struct descriptor *descriptor, uint64_t *nbytes);

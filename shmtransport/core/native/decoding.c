@@ -217,13 +217,13 @@ PyObject *decode_values(PyObject *Py_UNUSED(module), PyObject *parameters)
     return make_arguments(&decoder, &arguments, &keywords) ? Py_BuildValue("NN", arguments, keywords) : NULL;
 }
 
-/* Whether every tensor can be borrowed, as far as this can be known before any is. */
+/* Whether every tensor can be borrowed, and become an array if any does, as far as this can be known before any is. */
 static bool all_can_be_borrowed(const struct call *call, PyObject *borrows)
 {
     struct unpacker tensors = call->tensors;
     struct descriptor descriptor;
     for (uint32_t index = 0; index < call->tensor_count; index++)
-        if (!take_descriptor(&tensors, &descriptor) || !can_be_borrowed(borrows, &descriptor))
+        if (!take_descriptor(&tensors, &descriptor) || !can_be_borrowed(borrows, &descriptor, call->has_arrays))
             return false;
     return true;
 }
@@ -249,7 +249,7 @@ static PyObject *borrow_all(const struct call *call, PyObject *borrows, uint64_t
 
 bool can_be_taken(const struct call *call, PyObject *borrows)
 {
-    return !call->has_arrays && all_can_be_borrowed(call, borrows);
+    return (!call->has_arrays || array_maker_of(borrows) != NULL) && all_can_be_borrowed(call, borrows);
 }
 
 int take_values(const struct call *call, PyObject *borrows, struct values *values)
@@ -260,7 +260,7 @@ int take_values(const struct call *call, PyObject *borrows, struct values *value
         Py_XDECREF(tensors);
         return tensors == NULL ? -1 : 0;
     }
-    struct decoder decoder = {.unpacker = call->values, .tensors = tensors};
+    struct decoder decoder = {call->values, tensors, array_maker_of(borrows)};
     bool is_made;
     if (call->tag == TAG_REQUEST)
         is_made = make_arguments(&decoder, &values->arguments, &values->keywords);

@@ -216,7 +216,23 @@ static int hold_here(struct encoder *encoder, PyObject *value, struct held *held
     return 1;
 }
 
-/* A plain tensor is exported here; *done tells whether it was one. */
+/* Hold a plain tensor for the message: as hold_tensor. */
+static int export_here(struct encoder *encoder, PyObject *tensor, struct held *held)
+{
+    return encoder->descriptors == NULL ? hold_here(encoder, tensor, held)
+                                        : export_tensor(encoder->loans, tensor, encoder->descriptors, held);
+}
+
+/* As export_here, with a tensor over an array's memory. */
+static int export_array_here(struct encoder *encoder, const struct tensors *library, PyObject *array, struct held *held)
+{
+    PyObject *tensor = PyObject_CallFunctionObjArgs(library->tensor_of, array, NULL);
+    int exported = tensor == NULL ? -1 : export_here(encoder, tensor, held);
+    Py_XDECREF(tensor);
+    return exported;
+}
+
+/* A plain tensor or array is exported here; *done tells whether it was one. */
 static bool put_tensor(struct encoder *encoder, PyObject *value, bool *done)
 {
     Py_ssize_t index = encoder->descriptors == NULL ? encoder->held_count : PyList_Size(encoder->descriptors);
@@ -224,12 +240,13 @@ static bool put_tensor(struct encoder *encoder, PyObject *value, bool *done)
     *done = false;
     if (encoder->loans == NULL || index >= MAX_TENSORS)
         return true;
-    int exported = encoder->descriptors == NULL ? hold_here(encoder, value, &held)
-                                                : export_tensor(encoder->loans, value, encoder->descriptors, &held);
+    const struct tensors *library = ((const Loans *)encoder->loans)->library;
+    bool is_array = library->array_type != NULL && Py_IS_TYPE(value, library->array_type);
+    int exported = is_array ? export_array_here(encoder, library, value, &held) : export_here(encoder, value, &held);
     if (exported <= 0)
         return exported == 0;
     const char bytes[2] = {(char)(index & 0xff), (char)(index >> 8)};
-    pack_extension(&encoder->packer, EXTENSION_TENSOR, bytes, sizeof bytes);
+    pack_extension(&encoder->packer, is_array ? EXTENSION_ARRAY : EXTENSION_TENSOR, bytes, sizeof bytes);
     encoder->sent.count++;
     encoder->sent.nbytes += (uint64_t)held.nbytes;
     encoder->sent.copies += held.is_copy;

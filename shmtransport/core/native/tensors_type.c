@@ -17,13 +17,13 @@ const struct tensors *tensors_of(PyObject *object)
 
 static PyObject *tensors_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"type", "rows", NULL};
-    PyObject *tensor_type, *rows;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!O!", names, &PyType_Type, &tensor_type, &PyTuple_Type,
-                                     &rows))
+    static char *names[] = {"type", "rows", "arrays", NULL};
+    PyObject *tensor_type, *rows, *arrays;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!O!O", names, &PyType_Type, &tensor_type, &PyTuple_Type,
+                                     &rows, &arrays))
         return NULL;
     Tensors *self = (Tensors *)PyType_GenericAlloc(type, 0);
-    if (self != NULL && tensors_prepare(&self->tensors, tensor_type, rows) < 0)
+    if (self != NULL && tensors_prepare(&self->tensors, tensor_type, rows, arrays) < 0)
         Py_CLEAR(self);
     return (PyObject *)self;
 }

@@ -12,9 +12,9 @@ static void on_delete(struct dl_managed *managed)
 
 static int read_row(struct dtype_row *row, PyObject *described)
 {
-    int code, bits;
+    int code, bits, has_arrays;
     long long itemsize;
-    if (!PyArg_ParseTuple(described, "OUiiL", &row->dtype, &row->name, &code, &bits, &itemsize))
+    if (!PyArg_ParseTuple(described, "OUiiLp", &row->dtype, &row->name, &code, &bits, &itemsize, &has_arrays))
         return -1;
     Py_ssize_t length;
     row->text = PyUnicode_AsUTF8AndSize(row->name, &length);
@@ -23,12 +23,26 @@ static int read_row(struct dtype_row *row, PyObject *described)
     row->length = (size_t)length;
     row->described = (struct dl_dtype){(uint8_t)code, (uint8_t)bits, 1};
     row->itemsize = itemsize;
+    row->has_arrays = has_arrays;
     Py_INCREF(row->dtype);
     Py_INCREF(row->name);
     return 0;
 }
 
-int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows)
+static int read_arrays(struct tensors *tensors, PyObject *arrays)
+{
+    PyObject *type;
+    if (arrays == Py_None)
+        return 0;
+    if (!PyArg_ParseTuple(arrays, "O!OO", &PyType_Type, &type, &tensors->tensor_of, &tensors->array_of))
+        return -1;
+    tensors->array_type = (PyTypeObject *)Py_NewRef(type);
+    Py_INCREF(tensors->tensor_of);
+    Py_INCREF(tensors->array_of);
+    return 0;
+}
+
+int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows, PyObject *arrays)
 {
     PyObject *capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
     if (capsule == NULL)
@@ -47,7 +61,7 @@ int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows)
     for (Py_ssize_t index = 0; index < count && index < MOST_DTYPES; index++, tensors->row_count++)
         if (read_row(&tensors->rows[index], PyTuple_GetItem(rows, index)) < 0)
             return -1;
-    return PyErr_Occurred() ? -1 : 0;
+    return PyErr_Occurred() ? -1 : read_arrays(tensors, arrays);
 }
 
 void tensors_forget(struct tensors *tensors)
@@ -57,6 +71,11 @@ void tensors_forget(struct tensors *tensors)
         Py_DECREF(tensors->rows[index].name);
     }
     tensors->row_count = 0;
+    if (tensors->array_type != NULL) {
+        Py_CLEAR(tensors->array_type);
+        Py_CLEAR(tensors->tensor_of);
+        Py_CLEAR(tensors->array_of);
+    }
     Py_CLEAR(tensors->type);
 }
 

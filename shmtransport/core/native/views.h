@@ -23,6 +23,7 @@ struct dtype_row {
     size_t length;
     struct dl_dtype described;
     int64_t itemsize;
+    bool has_arrays; /* there are arrays of it */
 };
 
 /* How tensors of one library are made and described. */
@@ -31,6 +32,9 @@ struct tensors {
     const struct dl_exchange *exchange;
     int row_count;
     struct dtype_row rows[MOST_DTYPES];
+    PyTypeObject *array_type; /* of arrays that cross as tensors, without subclasses; NULL if there are none */
+    PyObject *tensor_of;      /* makes a tensor over an array's memory, or None */
+    PyObject *array_of;       /* makes the array over a tensor's memory */
 };
 
 struct view {
@@ -48,7 +52,7 @@ struct extent {
 };
 
 /* Fill in how a library's tensors are made, from memory/views.py's description; -1 with an error set. */
-int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows);
+int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows, PyObject *arrays);
 void tensors_forget(struct tensors *tensors);
 
 /* The row of a library's dtype, of a name, or of what is described; NULL if there is none. */

@@ -56,7 +56,7 @@ def native_pair() -> Iterator[Pair]:
 
 def test_a_tensor_that_torch_can_not_make_gives_its_block_back(segments: tuple[Segment, Segment]) -> None:
     """Such as one of a dtype that it does not know."""
-    loans = _loans(segments, rows=((torch.float32, "float32", 77, 32, 4),))
+    loans = _loans(segments, rows=((torch.float32, "float32", 77, 32, 4, True),))
     for _ in range(100):
         with pytest.raises((BufferError, RuntimeError)):
             loans.lend((4,), torch.float32)
