@@ -24,6 +24,7 @@ _LARGEST = (1 << 31) - 1
 _DIGITS = 4  # of 8 bits in 32
 _DIGIT_WIDTH = _LARGEST // (128 * 128)  # columns whose products with one digit fit into 32 bits
 _FLOAT_WIDTH = (1 << 53) // (128 << 31)  # columns whose products with 32 bits are exact in float64
+_TINY = torch.finfo(torch.float32).tiny  # the scale of zeros
 _BLOCK_NUMBERS = 1 << 18
 _CACHED_ROWS = 64  # whose products with all digits stay in the processor's cache
 _SIGNS = -0x7F7F7F80  # 0x80808080, the top bit of each byte, as a signed number
@@ -42,7 +43,7 @@ def quantise_rows(weight_mk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = wide.abs().amax(dim=1)
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("weights that are not finite can't be quantised")
-    scale_m = torch.where(largest > 0, largest / _WEIGHT_LEVELS, 1.0).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale_m = largest.div_(_WEIGHT_LEVELS).clamp_(min=_TINY)
     levels = torch.round(wide / scale_m[:, None]).clamp_(-_WEIGHT_LEVELS, _WEIGHT_LEVELS)
     return levels.to(torch.int8), scale_m
 
@@ -71,8 +72,7 @@ def quantise_tokens(argument_Nk: torch.Tensor, levels: int) -> tuple[torch.Tenso
         z of int32, [N, k], and a of float32, [N].
     """
     wide = argument_Nk.to(torch.float32)
-    largest_N = wide.abs().amax(dim=1)
-    scale_N = torch.where(largest_N == 0, 1.0, largest_N / levels).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale_N = wide.abs().amax(dim=1).div_(levels).clamp_(min=_TINY)
     scaled = (wide / scale_N[:, None]).nan_to_num_(0.0, 0.0, 0.0)
     return scaled.round_().clamp_(-levels, levels).to(torch.int32), scale_N
 

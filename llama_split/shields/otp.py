@@ -8,7 +8,7 @@ against a threshold.
 
 Rules that it keeps: masks are taken before anything is sent, and each goes with one argument; where a call is repeated,
 to another worker too, the same numbers are sent. A result is copied out of the worker's reach when the term is
-subtracted, before it is tested, and tested before the model goes on with it.
+subtracted. It is tested later (``put_off``), before anything that was computed from it is shown.
 
 Shape suffixes: B batch, T tokens, N rows (B × T), k input width, m output width.
 """
@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -33,9 +33,13 @@ from .base import MASKED, NEITHER, Covered, Shield
 from .dealer import DealtMasks, FileMasks
 from .masks import Taken
 from .prime_field import BOUND, FieldSecret, FieldTest
+from .put_off import PutOff
 
 AHEAD_TOKENS = 128
 """How many tokens' masks are dealt at a time where no file has any."""
+
+
+_BLOCK_NUMBERS = 1 << 18
 
 
 class Masks(Protocol):
@@ -66,6 +70,14 @@ class _Matrix:
     secret: FieldSecret
 
 
+class _Product(NamedTuple):
+    """A product whose check is put off."""
+
+    matrix: MatrixKey
+    z_Nk: torch.Tensor
+    y_Nm: torch.Tensor
+
+
 class OtpShield(Shield):
     """Masks and verifies the products of a split in mode fused; workers compute in int8.
 
@@ -88,6 +100,7 @@ class OtpShield(Shield):
         self._test = FieldTest()
         self._matrices: dict[MatrixKey, _Matrix] = {}
         self._masks: Masks | None = None
+        self._put_off = PutOff(self._check, self._check_together)
 
     def load(
         self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
@@ -118,15 +131,38 @@ class OtpShield(Shield):
         def uncover(result_BTm: torch.Tensor) -> torch.Tensor:
             y_Nm = result_BTm.reshape(rows, -1) - taken.term_Nm
             taken.term_Nm.zero_()
-            if not self._test.is_right(matrix.secret, z_Nk, y_Nm):
-                raise WorkerTampered(
-                    f"the worker returned a wrong result of {matrix_name((op.operation, op.layer))}, where nothing is "
-                    "rounded. It is hostile, computes wrongly, or holds other weights"
-                )
+            self._put_off.add(_Product((op.operation, op.layer), z_Nk, y_Nm), op.operation, rows)
             product_Nm = dequantise(y_Nm, scale_N, matrix.scale_m, matrix.bias_m)
             return product_Nm.to(self._compute).view(*result_BTm.shape)
 
         return Covered(op._replace(arguments=(sent_Nk.view(argument_BTk.shape),)), uncover)
+
+    def work(self) -> None:
+        self._put_off.work()
+
+    def settle(self) -> None:
+        self._put_off.settle()
+
+    def _check(self, product: _Product) -> None:
+        """Check many rows of one product, in blocks that stay in the processor's cache."""
+        secret = self._matrices[product.matrix].secret
+        step = max(1, _BLOCK_NUMBERS // product.y_Nm.shape[1])
+        for start in range(0, len(product.y_Nm), step):
+            rows = slice(start, start + step)
+            if not self._test.is_right(secret, product.z_Nk[rows], product.y_Nm[rows]):
+                raise _tampered(product.matrix)
+
+    def _check_together(self, several: list[_Product]) -> None:
+        """Check products of one operation and as many rows each, of several layers."""
+        secrets = [self._matrices[product.matrix].secret for product in several]
+        z_LNk = torch.stack([product.z_Nk for product in several])
+        y_LNm = torch.stack([product.y_Nm for product in several])
+        of_all = FieldSecret(
+            torch.stack([secret.s_mP for secret in secrets]), torch.stack([secret.c_kP for secret in secrets])
+        )
+        if not self._test.is_right(of_all, z_LNk, y_LNm):
+            for product in several:
+                self._check(product)
 
     def treatment(self, operation: str) -> str:
         is_linear = any(one.is_linear for one in OPERATIONS if one.name == operation)
@@ -176,3 +212,10 @@ class OtpShield(Shield):
 
         secret = self._test.secret_of(quantised())
         return _Matrix(levels_for(norm), torch.cat(scales), weights.bias(matrix), secret)
+
+
+def _tampered(matrix: MatrixKey) -> WorkerTampered:
+    return WorkerTampered(
+        f"the worker returned a wrong result of {matrix_name(matrix)}, where nothing is rounded. It is hostile, "
+        "computes wrongly, or holds other weights"
+    )

@@ -33,7 +33,6 @@ BOUND = "2⁻³⁹"
 
 _MOST_TERMS = 1 << 17
 _HALF_BITS = 16
-_BLOCK_NUMBERS = 1 << 18
 _MODULI_P = torch.tensor(PRIMES, dtype=torch.int64)
 
 
@@ -64,21 +63,20 @@ class FieldTest:
 
     @staticmethod
     def is_right(secret: FieldSecret, argument_Nk: torch.Tensor, product_Nm: torch.Tensor) -> bool:
-        """Whether every row of a product, int32, is that of the argument, int32 of at most 16 bits."""
-        step = max(1, _BLOCK_NUMBERS // product_Nm.shape[1])
-        for start in range(0, len(product_Nm), step):
-            rows = slice(start, start + step)
-            expected_NP = _modulo(argument_Nk[rows].to(torch.float64) @ secret.c_kP)
-            if not torch.equal(_product_modulo(product_Nm[rows], secret.s_mP), expected_NP):
-                return False
-        return True
+        """Whether every row of a product, int32, is that of the argument, int32 of at most 16 bits.
+
+        Several products at once have a dimension in front, as has ``secret`` then.
+        """
+        expected_NP = _modulo(argument_Nk.to(torch.float64) @ secret.c_kP)
+        return torch.equal(_product_modulo(product_Nm, secret.s_mP), expected_NP)
 
 
 def _product_modulo(product_Nm: torch.Tensor, s_mP: torch.Tensor) -> torch.Tensor:
-    """y·s modulo the primes, [N, P], for all 32-bit y."""
-    total_NP = torch.zeros((len(product_Nm), len(PRIMES)), dtype=torch.int64)
-    for start in range(0, len(s_mP), _MOST_TERMS):
-        part_Nm, of_s_mP = product_Nm[:, start : start + _MOST_TERMS], s_mP[start : start + _MOST_TERMS]
+    """y·s modulo the primes, [..., N, P], for all 32-bit y."""
+    total_NP = torch.zeros((*product_Nm.shape[:-1], len(PRIMES)), dtype=torch.int64)
+    for start in range(0, s_mP.shape[-2], _MOST_TERMS):
+        terms = slice(start, start + _MOST_TERMS)
+        part_Nm, of_s_mP = product_Nm[..., terms], s_mP[..., terms, :]
         high, low = part_Nm >> _HALF_BITS, part_Nm & ((1 << _HALF_BITS) - 1)
         total_NP += _modulo(high.to(torch.float64) @ of_s_mP) << _HALF_BITS
         total_NP += _modulo(low.to(torch.float64) @ of_s_mP)

@@ -30,9 +30,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
-from collections import defaultdict
-from collections.abc import Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -43,12 +40,11 @@ from ..checkpoint import Checkpoint, Progress
 from ..errors import WorkerTampered
 from ..model.program import WorkerOp
 from .base import NEITHER, VERIFIED, Covered, Shield
+from .put_off import PutOff
 
 LAMBDA = 6.0
 _ROUNDOFF = 2.0**-24  # of float32
 _TINY = 1e-30  # for a row of zeros, whose difference is exactly 0
-_FEW_ROWS = 16
-_MANY = "many rows"
 _BLOCK_BYTES = 1 << 20
 _BLOCK_NUMBERS = 1 << 20
 
@@ -84,7 +80,7 @@ class VerifyShield(Shield):
         self._repetitions = repetitions
         self._random = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(32), "little")))
         self._secrets: dict[tuple[Operation, int], _Secret] = {}
-        self._of_thread = threading.local()
+        self._put_off = PutOff(self._check_in_blocks, self._check_together)
         self._compute = self._wire = torch.float32
         self._rounding = 0.0
 
@@ -125,18 +121,10 @@ class VerifyShield(Shield):
         )
 
     def settle(self) -> None:
-        put_off = self._put_off()
-        try:
-            self.work()
-            for several in put_off.values():
-                self._check_together(several)
-        finally:
-            put_off.clear()
+        self._put_off.settle()
 
-    def _put_off(self) -> defaultdict[Hashable, list[_Done]]:
-        """The checks that this thread's forward has put off, by what can be checked together."""
-        put_off: defaultdict[Hashable, list[_Done]] = vars(self._of_thread).setdefault("put_off", defaultdict(list))
-        return put_off
+    def work(self) -> None:
+        self._put_off.work()
 
     def _secret_of(self, checkpoint: Checkpoint, names: list[str], biases: list[str]) -> _Secret:
         """Draw the secret of a matrix that is stacked of several, in one pass that keeps no rows."""
@@ -168,21 +156,8 @@ class VerifyShield(Shield):
         rows = argument.shape[0] * argument.shape[1]
         x_Nk = argument.reshape(rows, -1)
         own = result.clone(memory_format=torch.contiguous_format)
-        kind: Hashable = (op.operation, rows) if rows <= _FEW_ROWS else _MANY
-        self._put_off()[kind].append(_Done(op, x_Nk, own.view(rows, -1)))
+        self._put_off.add(_Done(op, x_Nk, own.view(rows, -1)), op.operation, rows)
         return own
-
-    def work(self) -> None:
-        several = self._put_off().pop(_MANY, [])
-        if not several:
-            return
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # in this thread: several would wait for each other where a worker has their cores
-        try:
-            for done in several:
-                self._check_in_blocks(done)
-        finally:
-            torch.set_num_threads(threads)
 
     def _check_in_blocks(self, done: _Done) -> None:
         """Check many rows of one product, in parts that stay in the processor's cache."""

@@ -45,9 +45,8 @@ def test_a_right_product_passes(rows: int, outputs: int, width: int, seed: int) 
 
 
 def test_a_right_product_of_the_largest_numbers_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Extreme results and secrets, more outputs than are added up at a time, more rows than go together."""
+    """Extreme results and secrets, more outputs than are added up at a time, several products at once."""
     monkeypatch.setattr(prime_field, "_MOST_TERMS", 64)
-    monkeypatch.setattr(prime_field, "_BLOCK_NUMBERS", 300)
     outputs = 150
     product = torch.full((7, outputs), -LIMIT, dtype=torch.int32)
     product[::2] = LIMIT - 1
@@ -60,6 +59,9 @@ def test_a_right_product_of_the_largest_numbers_passes(monkeypatch: pytest.Monke
         one = torch.ones((len(product), 1), dtype=torch.int32)
         same = product[row].expand_as(product)
         assert FieldTest.is_right(secret, one, same)
+        twice = FieldSecret(*(torch.stack((part, part)) for part in secret))
+        assert FieldTest.is_right(twice, torch.stack((one, one)), torch.stack((same, same)))
+        assert not FieldTest.is_right(twice, torch.stack((one, one)), torch.stack((same, same ^ 1)))
 
 
 @pytest.mark.parametrize("by", [1, -1, 1 << 16, 1 << 31, *PRIMES, 4095 * PRIMES[0], -2048 * PRIMES[2]])

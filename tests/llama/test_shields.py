@@ -307,7 +307,7 @@ def test_other_packages_shields_are_found_by_name(
         report = split.shield_report()
         assert report is not None
         assert set(report.treated.values()) == {"neither"}
-    with pytest.raises(LlamaSplitError, match="no shield 'never'; there are: none, nothing, verify, wrong"):
+    with pytest.raises(LlamaSplitError, match="no shield 'never'; there are: none, nothing, otp, verify, wrong"):
         split_of(biased, worker, shield="never")
     with pytest.raises(LlamaSplitError, match="of type int, which is no shield"):
         split_of(biased, worker, shield="wrong")
