@@ -13,7 +13,7 @@ import typer
 
 from shmtransport.text import printable
 
-from ..boundary.choices import INTEGERS, check_dtype, parse_channel
+from ..boundary.choices import DTYPES, INTEGERS, parse_channel
 from ..boundary.division import layers_text, parse_layers
 from ..errors import LlamaSplitError
 from ..placement.local import READY, end_with_parent, remove_directory_of
@@ -21,7 +21,6 @@ from .console import log, notice, notices, print_json, progress_bar, statistics_
 from .options import (
     MOST_THREADS,
     DeviceOption,
-    DtypeOption,
     ModelOption,
     RandomOption,
     SeedOption,
@@ -50,7 +49,13 @@ class WorkerOptions:
         str | None, typer.Option(help="Address to serve, for example ipc:///tmp/worker.ipc. Default: $LLAMA_IPC_PATH.")
     ] = None
     model: ModelOption = None
-    dtype: DtypeOption = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16: weights and arithmetic; int8 for trusted sides with --shield otp. "
+            "Default: $LLAMA_DTYPE, then float32."
+        ),
+    ] = None
     device: DeviceOption = None
     embedding: Annotated[
         bool, typer.Option("--embedding", help="Hold the embedding as well, for trusted sides in mode op.")
@@ -106,6 +111,16 @@ class WorkerOptions:
     verbose: VerboseOption = False
     parent: Annotated[int | None, typer.Option(hidden=True, help="End with this process.")] = None
 
+    def for_attention(self) -> list[str]:
+        """The options that were given and are of no use to a worker that only multiplies."""
+        given = {
+            "--embedding": self.embedding or None,
+            "--max-sessions": self.max_sessions,
+            "--max-kv-bytes": self.max_kv_bytes,
+            "--idle-s": self.idle_s,
+        }
+        return [name for name, value in given.items() if value is not None]
+
     def limits(self) -> SessionLimits:
         """The limits that were given, with the defaults of the others."""
         from ..worker.sessions import SessionLimits
@@ -143,10 +158,12 @@ def _serve(options: WorkerOptions, stack: contextlib.ExitStack) -> None:
         raise LlamaSplitError(f"no address to serve: pass --bind ipc:///… or set {ADDRESS_VARIABLE}")
     name = model_name(settings, options.model)
     dtype_name = settings.pick(options.dtype, DTYPE_VARIABLE, "float32")
-    if dtype_name != INTEGERS:
-        check_dtype(dtype_name)
-    elif options.embedding:
-        raise LlamaSplitError("--embedding is for mode op, which a worker with --dtype int8 can't serve")
+    if dtype_name not in (INTEGERS, *DTYPES):
+        raise LlamaSplitError(f"dtype {dtype_name} is not supported; choose one of {', '.join((*DTYPES, INTEGERS))}")
+    if dtype_name == INTEGERS and (useless := options.for_attention()):
+        raise LlamaSplitError(
+            f"{' and '.join(useless)} would have no effect: with --dtype int8 a worker only multiplies"
+        )
     channels = [parse_channel(one.strip()) for one in options.channels.split(",")]
     device_name = settings.pick(options.device, DEVICE_VARIABLE, "cpu")
     limit_threads(options.threads)

@@ -26,6 +26,7 @@ _DIGIT_WIDTH = _LARGEST // (128 * 128)  # columns whose products with one digit 
 _FLOAT_WIDTH = (1 << 53) // (128 << 31)  # columns whose products with 32 bits are exact in float64
 _TINY = torch.finfo(torch.float32).tiny  # the scale of zeros
 _BLOCK_NUMBERS = 1 << 18
+_GPU_BLOCK_NUMBERS = 1 << 26
 _CACHED_ROWS = 64  # whose products with all digits stay in the processor's cache
 _SIGNS = -0x7F7F7F80  # 0x80808080, the top bit of each byte, as a signed number
 
@@ -143,7 +144,7 @@ def _in_float64(argument_Nk: torch.Tensor, quantised_mk: torch.Tensor) -> torch.
     rows, width = quantised_mk.shape
     wide = argument_Nk.to(torch.float64)
     total = argument_Nk.new_empty((len(argument_Nk), rows))
-    step = max(1, _BLOCK_NUMBERS // width) if argument_Nk.device.type == "cpu" else rows
+    step = max(1, (_BLOCK_NUMBERS if argument_Nk.device.type == "cpu" else _GPU_BLOCK_NUMBERS) // width)
     for start in range(0, rows, step):
         block = quantised_mk[start : start + step].to(torch.float64)
         total[:, start : start + step] = (wide @ block.t()).to(torch.int64)  # int32 keeps the lower bits

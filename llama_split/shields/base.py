@@ -118,6 +118,14 @@ class Shield(ABC):
             WorkerTampered: a result was wrong.
         """
 
+    def give_up(self) -> None:
+        """A forward has failed: check what it has used, and forget the rest of it.
+
+        Raises:
+            WorkerTampered: a result was wrong.
+        """
+        self.settle()
+
     def work(self) -> None:  # noqa: B027 - as ``settle``
         """Do what can be done while a worker computes; called when an operation has been sent, before it is waited for.
 

@@ -1,4 +1,4 @@
-"""The dealer: computes the terms of masks, many at a time, in one pass over the weights that keeps none of them.
+"""The dealer: computes the terms of masks, many at a time, in one pass over the weights that holds a matrix at a time.
 
 Only a trusted machine may deal: the masks and their terms undo each other.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ..checkpoint import Checkpoint, Progress
 from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, Widths
+from ..errors import MasksExhausted
 from ..model.integers import multiply_exactly
 from .masks import BLOCK_ROWS, MaskStore, Taken
 
@@ -34,12 +38,10 @@ def deal(store: MaskStore, weights: QuantisedCheckpoint, progress: Progress | No
     store.draw_keys()
     for done, matrix in enumerate(store.widths, start=1):
         terms = store.terms(matrix)
+        quantised_mk = torch.cat([block.quantised_mk for block in weights.blocks(matrix)])
         for first in range(0, len(terms), _AT_ONCE):
             rows = slice(first, min(first + _AT_ONCE, len(terms)))
-            masks_Nk = store.masks(matrix, rows.start, rows.stop)
-            for block in weights.blocks(matrix):
-                columns = slice(block.first, block.first + len(block.scale_m))
-                terms[rows, columns] = multiply_exactly(masks_Nk, block.quantised_mk)
+            terms[rows] = multiply_exactly(store.masks(matrix, rows.start, rows.stop), quantised_mk)
         if progress is not None:
             progress(done, len(store.widths))
 
@@ -87,6 +89,10 @@ class FileMasks:
         """Masks for this many rows."""
         return self._store.take(matrix, rows)
 
+    def level(self) -> None:
+        """After a forward that has failed: use up the masks that only some matrices have used."""
+        self._store.level()
+
     def close(self) -> None:
         """Close the file."""
         self._store.close()
@@ -121,6 +127,10 @@ class DealtMasks:
         supply = self._layers if matrix[0].per_layer else self._head
         return supply.take(matrix, rows, self._ahead)
 
+    def level(self) -> None:
+        """After a forward that has failed: use up the masks that only some matrices have used."""
+        self._layers.level()
+
     def close(self) -> None:
         """Wipe what is left."""
         self._layers.close()
@@ -135,6 +145,8 @@ class _Supply:
         self._widths = widths
         self._stores: deque[MaskStore] = deque()
         self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._closed = False
 
     @property
     def left(self) -> int:
@@ -147,19 +159,36 @@ class _Supply:
                 self._deal(missing, progress)
 
     def take(self, matrix: MatrixKey, rows: int, ahead: int) -> Taken:
+        if os.getpid() != self._process:
+            raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
         with self._lock:
+            if self._closed:
+                raise MasksExhausted("these masks were closed")
             parts: list[Taken] = []
             for store in self._stores:
                 parts.append(store.take(matrix, rows, partly=True))
                 rows -= len(parts[-1].mask_Nk)
             if rows > 0:
                 parts.append(self._deal(max(rows, ahead)).take(matrix, rows))
-            while self._stores and self._stores[0].is_used_up:
-                self._stores.popleft().close()
+            self._drop_used()
             return functools.reduce(Taken.join, (part for part in parts if len(part.mask_Nk)))
 
+    def level(self) -> None:
+        with self._lock:
+            for store in self._stores:
+                store.level()
+            self._drop_used()
+
     def close(self) -> None:
-        while self._stores:
+        if os.getpid() != self._process:
+            return
+        with self._lock:
+            self._closed = True
+            while self._stores:
+                self._stores.popleft().close()
+
+    def _drop_used(self) -> None:
+        while self._stores and self._stores[0].is_used_up:
             self._stores.popleft().close()
 
     def _deal(self, rows: int, progress: Progress | None = None) -> MaskStore:

@@ -14,10 +14,13 @@ It lies in anonymous memory or in a file:
           4096  keys of the layers' pool, 32 bytes a block; keys of the other
            ...  for each matrix of both pools: its terms, int32 [capacity, m]; each array begins at a multiple of 4096
 
-Rules that it keeps: before masks are handed out, the file says that their blocks are leased, and is synchronised. What
-was leased is never handed out by another process: whatever of it was not used is lost. Terms are wiped when they are
-handed out, keys when all masks of their block are, and what a killed process left of both when the file is opened
-again. One process at a time has the file open, and a forked child of it can't use it.
+A file begins with its magic once it is complete.
+
+Rules that it keeps: before masks are handed out, the file tells that their blocks are leased, and is synchronised; if
+that fails, nothing is handed out any longer. What was leased is never handed out by another process: whatever of it was
+not used is lost. Terms are wiped when they are handed out, keys when all masks of their block are, and what a killed
+process left of both when the file is opened again. A key that was wiped is never used. One process at a time has the
+file open, and a forked child of it can't use it.
 
 Shape suffixes: N rows, k input width, m output width.
 """
@@ -96,28 +99,37 @@ class _Pool:
         self.next = dict.fromkeys(terms, self.leased)  # for each matrix, the first mask that was not handed out
 
     def lease(self, end: int) -> None:
-        """Have the file say that all masks before this one are used, whatever becomes of this process."""
-        self.leased = min(-(-end // BLOCK_ROWS) * BLOCK_ROWS, self.capacity)
-        _LEASED.pack_into(self._buffer, self._header + _LEASED.size, self.leased)
+        """Have the file tell that all masks before this one are used, whatever becomes of this process."""
+        leased = min(-(-end // BLOCK_ROWS) * BLOCK_ROWS, self.capacity)
+        _LEASED.pack_into(self._buffer, self._header + _LEASED.size, leased)
         self._buffer.flush()
+        self.leased = leased
 
-    def wipe_keys(self) -> None:
-        """Wipe the keys of the blocks all of whose masks were handed out."""
-        done = min(self.next.values()) // BLOCK_ROWS
-        first = done
+    def level(self) -> None:
+        """Use up what some matrices have left of the blocks that others are done with."""
+        end = max(self.next.values(), default=0)
+        for matrix, first in self.next.items():
+            self.terms[matrix][first:end] = 0
+            self.next[matrix] = end
+        self.wipe(end)
+
+    def wipe(self, end: int) -> None:
+        """Wipe the keys of all whole blocks before this mask; those without a key were wiped before."""
+        done = first = end // BLOCK_ROWS
         while first and self.keys[first - 1].any():
             first -= 1
-        self.keys[first:done] = 0
+        if first < done:
+            self._buffer.flush()  # the terms first: a key tells that there is something to wipe
+            self.keys[first:done] = 0
 
     def wipe_leased(self) -> None:
-        """Wipe what another process has leased; blocks without a key were wiped before."""
-        done = first = self.leased // BLOCK_ROWS
+        """Wipe what this or another process has leased; blocks without a key were wiped before."""
+        first = self.leased // BLOCK_ROWS
         while first and self.keys[first - 1].any():
             first -= 1
         for terms in self.terms.values():
             terms[first * BLOCK_ROWS : self.leased] = 0
-        self._buffer.flush()  # the keys last: they tell that there is something to wipe
-        self.keys[first:done] = 0
+        self.wipe(self.leased)
 
 
 class MaskStore:
@@ -137,6 +149,8 @@ class MaskStore:
         self._descriptor = descriptor
         self._process = os.getpid()
         self._lock = threading.Lock()
+        self._failure = ""
+        """Why nothing can be handed out any longer."""
         self._places = {matrix: place for place, matrix in enumerate(self.widths)}
         layout = _Layout(self.widths, *(_POOL.unpack_from(buffer, at)[0] for at in _POOL_HEADERS))
         self._pools = [
@@ -158,40 +172,39 @@ class MaskStore:
     def in_file(
         path: Path, fingerprint: str, widths: Mapping[MatrixKey, Widths], tokens: int, logits: int
     ) -> Iterator[MaskStore]:
-        """A store that becomes the file of this name when the block ends without an error, filled by a dealer.
+        """A store in a new file, filled by a dealer within the block; complete when that ends without an error.
 
         Raises:
             LlamaSplitError: there is a file of this name, or no room for it.
         """
-        exists = LlamaSplitError(f"{path} exists, and is not replaced: its masks may not have been used up")
-        if path.exists():
-            raise exists
         tokens, logits = _whole_blocks(tokens), _whole_blocks(logits)
         nbytes = _Layout(widths, tokens, logits).nbytes
-        unfinished = path.with_name(path.name + ".unfinished")
         with contextlib.ExitStack() as undo:
             try:
-                descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                undo.callback(path.unlink, missing_ok=True)
                 undo.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                undo.callback(unfinished.unlink)
-                os.ftruncate(descriptor, 0)  # what a killed process has left
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 os.posix_fallocate(descriptor, 0, nbytes)
                 buffer = mmap.mmap(descriptor, nbytes)
-            except BlockingIOError:
-                raise LlamaSplitError(f"{path} is being written by another process") from None
+                _write_header(buffer, fingerprint, tokens, logits)
+                store = MaskStore(buffer, widths)
+                undo.callback(store.close)
+                yield store
+                buffer.flush()
+                _HEAD.pack_into(buffer, 0, _MAGIC, fingerprint.encode())
+                buffer.flush()
+                os.fsync(descriptor)
+            except FileExistsError:
+                raise LlamaSplitError(
+                    f"{path} exists, and is not replaced: its masks may not have been used up, or another process is "
+                    "dealing them"
+                ) from None
             except OSError as error:
                 raise LlamaSplitError(f"{path} can't be written with {nbytes} bytes: {error.strerror}") from error
-            _write_header(buffer, fingerprint, tokens, logits)
-            store = MaskStore(buffer, widths)
-            undo.callback(store.close)
-            yield store
-            buffer.flush()
-            os.fsync(descriptor)
-            try:
-                os.link(unfinished, path)
-            except FileExistsError:
-                raise exists from None
+            undo.pop_all()
+        store.close()
+        os.close(descriptor)
 
     @staticmethod
     def open(path: Path, fingerprint: str, widths: Mapping[MatrixKey, Widths]) -> MaskStore:
@@ -205,8 +218,8 @@ class MaskStore:
                 descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 undo.callback(os.close, descriptor)
                 found = os.fstat(descriptor)
-                if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                    raise LlamaSplitError(f"{path} can be read by other users: chmod 600 it, or better deal new masks")
+                if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                    raise LlamaSplitError(f"{path} can be read by other users: deal new masks, or chmod 600 it")
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 buffer = mmap.mmap(descriptor, found.st_size) if found.st_size >= _PAGE else None
             except BlockingIOError:
@@ -215,7 +228,7 @@ class MaskStore:
                 raise LlamaSplitError(f"{path} can't be opened: {error.strerror}") from error
             magic, model = (b"", b"") if buffer is None else _HEAD.unpack_from(buffer)
             if buffer is None or magic != _MAGIC:
-                raise LlamaSplitError(f"{path} is no file of masks: `llama-split deal` makes one")
+                raise LlamaSplitError(f"{path} is no complete file of masks: remove it, and `llama-split deal` again")
             if model.decode(errors="replace") != fingerprint:
                 raise LlamaSplitError(f"the masks in {path} are for another model: deal some for this one")
             pools = [_POOL.unpack_from(buffer, at) for at in _POOL_HEADERS]
@@ -224,15 +237,17 @@ class MaskStore:
             if _Layout(widths, *(capacity for capacity, _ in pools)).nbytes != found.st_size:
                 raise LlamaSplitError(f"{path} is damaged: its size is not what its header says")
             store = MaskStore(buffer, widths, descriptor)
+            store.wipe()
             undo.pop_all()
-        store.wipe()
         return store
 
     @property
     def left(self) -> int:
-        """How many rows can still go through all matrices of the first pool that has any."""
-        pool = next(pool for pool in self._pools if pool.next)
-        return pool.capacity - max(pool.next.values())
+        """How many rows can still go through all matrices of the first pool that has any; none once it is closed."""
+        for pool in self._pools:
+            if pool.next:
+                return pool.capacity - max(pool.next.values())
+        return 0
 
     @property
     def is_used_up(self) -> bool:
@@ -248,11 +263,14 @@ class MaskStore:
             partly: hand out what there is, if that is fewer.
 
         Raises:
-            MasksExhausted: there are fewer.
+            MasksExhausted: there are fewer, or the store is closed.
+            LlamaSplitError: the file can't be synchronised, or is damaged.
         """
+        if os.getpid() != self._process:
+            raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
         with self._lock:
-            if os.getpid() != self._process:
-                raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
+            if self._failure:
+                raise MasksExhausted(self._failure)
             pool = self._pool_of[matrix]
             first = pool.next[matrix]
             left = pool.capacity - first
@@ -263,15 +281,29 @@ class MaskStore:
                 )
             end = first + min(rows, left)
             if end > pool.leased:
-                pool.lease(end)
+                self._lease(pool, end)
             mask_Nk = self.masks(matrix, first, end)
             held = pool.terms[matrix][first:end]
             term_Nm = torch.from_numpy(held.copy())
             held[:] = 0
             pool.next[matrix] = end
             if end // BLOCK_ROWS > first // BLOCK_ROWS:
-                pool.wipe_keys()
+                pool.wipe(min(pool.next.values()))
             return Taken(mask_Nk, term_Nm)
+
+    def _lease(self, pool: _Pool, end: int) -> None:
+        self._failure = "the masks' file could not be synchronised: nothing of it is used any longer"
+        try:
+            pool.lease(end)  # a second try may succeed without having written what the first one lost
+        except OSError as error:
+            raise LlamaSplitError(f"{self._failure} ({error.strerror})") from error
+        self._failure = ""
+
+    def level(self) -> None:
+        """After a forward that has failed: use up the masks that only some matrices have used."""
+        with self._lock:
+            for pool in self._pools:
+                pool.level()
 
     def masks(self, matrix: MatrixKey, first: int, end: int) -> torch.Tensor:
         """Masks of a matrix by their places; the dealer computes their terms."""
@@ -281,6 +313,8 @@ class MaskStore:
         at = first
         while at < end:
             block, within = divmod(at, BLOCK_ROWS)
+            if not pool.keys[block].any():
+                raise LlamaSplitError("the masks are damaged: a key is missing; deal new ones")
             stop = min((block + 1) * BLOCK_ROWS, end)
             nonce = struct.pack(">QQ", self._places[matrix], within * blocks_a_row)
             _key_stream(pool.keys[block], nonce, stream[at - first : stop - first])
@@ -303,9 +337,14 @@ class MaskStore:
 
     def close(self) -> None:
         """Wipe what was leased, and close the file."""
-        if os.getpid() == self._process:
-            self.wipe()
-            self._give_back()
+        if os.getpid() != self._process:
+            return
+        with self._lock:
+            self._failure = self._failure or "these masks were closed"
+            try:
+                self.wipe()
+            finally:
+                self._give_back()
 
     def _give_back(self) -> None:
         self._pools.clear()
@@ -345,7 +384,7 @@ class _Layout:
 
 
 def _write_header(buffer: mmap.mmap, fingerprint: str, *capacities: int) -> None:
-    _HEAD.pack_into(buffer, 0, _MAGIC, fingerprint.encode())
+    _HEAD.pack_into(buffer, 0, b"", fingerprint.encode())
     for at, capacity in zip(_POOL_HEADERS, capacities, strict=True):
         _POOL.pack_into(buffer, at, capacity, 0)
 

@@ -15,6 +15,7 @@ Shape suffixes: B batch, T tokens, N rows (B × T), k input width, m output widt
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class Masks(Protocol):
     @property
     def left(self) -> int:
         """How many tokens there are masks for."""
+
+    def level(self) -> None:
+        """After a forward that has failed: use up the masks that only some matrices have used."""
 
     def close(self) -> None:
         """Wipe what is left in memory, and close the file if there is one."""
@@ -105,17 +109,24 @@ class OtpShield(Shield):
     def load(
         self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
     ) -> None:
+        if self._matrices:
+            raise LlamaSplitError("a shield belongs to one model: make another one for this")
         self._compute = compute
         weights = QuantisedCheckpoint(checkpoint)
-        if self._path is not None:
-            self._masks = FileMasks(self._path, checkpoint, weights)
-        for done, matrix in enumerate(weights.widths, start=1):
-            self._matrices[matrix] = self._matrix(weights, matrix)
-            if progress is not None:
-                progress(done, len(weights.widths))
-        if self._masks is None:
-            dealt = self._masks = DealtMasks(weights, self._ahead)
-            dealt.deal_ahead(self._ahead, self._ahead, progress)
+        with contextlib.ExitStack() as undo:
+            if self._path is None:
+                masks: Masks = DealtMasks(weights, self._ahead)
+            else:
+                masks = FileMasks(self._path, checkpoint, weights)
+            undo.callback(masks.close)
+            for done, matrix in enumerate(weights.widths, start=1):
+                self._matrices[matrix] = self._matrix(weights, matrix)
+                if progress is not None:
+                    progress(done, len(weights.widths))
+            if isinstance(masks, DealtMasks):
+                masks.deal_ahead(self._ahead, self._ahead, progress)
+            undo.pop_all()
+        self._masks = masks
 
     def cover(self, op: WorkerOp) -> Covered:
         if self._masks is None:
@@ -142,6 +153,13 @@ class OtpShield(Shield):
 
     def settle(self) -> None:
         self._put_off.settle()
+
+    def give_up(self) -> None:
+        try:
+            self.settle()
+        finally:
+            if self._masks is not None:
+                self._masks.level()
 
     def _check(self, product: _Product) -> None:
         """Check many rows of one product, in blocks that stay in the processor's cache."""
@@ -217,5 +235,5 @@ class OtpShield(Shield):
 def _tampered(matrix: MatrixKey) -> WorkerTampered:
     return WorkerTampered(
         f"the worker returned a wrong result of {matrix_name(matrix)}, where nothing is rounded. It is hostile, "
-        "computes wrongly, or holds other weights"
+        "computes wrongly, or holds other weights; or the masks are damaged"
     )

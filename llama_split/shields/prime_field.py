@@ -11,7 +11,7 @@ product of two is near 2⁴⁰. So at least two independent tests apply, and a w
 most p⁻², below 2⁻³⁹.
 
 All sums are whole numbers below 2⁵³ and so exact in float64: secrets and c are below 2²⁰; y is taken as two halves of
-16 bits, which leaves 2¹⁷ terms; z has at most 16 bits.
+16 bits, as z has at most, which leaves 2¹⁷ terms at a time.
 
 Shape suffixes: N rows, k input width, m output width, P primes.
 """
@@ -46,14 +46,12 @@ class FieldSecret(NamedTuple):
 class FieldTest:
     """Draws secrets and tests products with them."""
 
-    def __init__(self) -> None:
-        self._random = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(32), "little")))
-
-    def secret_of(self, blocks_mk: Iterable[torch.Tensor]) -> FieldSecret:
+    @staticmethod
+    def secret_of(blocks_mk: Iterable[torch.Tensor]) -> FieldSecret:
         """Draw the secret of a matrix that comes in blocks of rows, int8."""
         parts, total_kP = [], None
         for block_mk in blocks_mk:
-            s_mP = torch.from_numpy(self._random.integers(0, PRIMES, (len(block_mk), len(PRIMES)))).to(torch.float64)
+            s_mP = _draw(len(block_mk))
             part_kP = _modulo(block_mk.to(torch.float64).t() @ s_mP)
             total_kP = part_kP if total_kP is None else total_kP + part_kP
             parts.append(s_mP)
@@ -67,20 +65,24 @@ class FieldTest:
 
         Several products at once have a dimension in front, as has ``secret`` then.
         """
-        expected_NP = _modulo(argument_Nk.to(torch.float64) @ secret.c_kP)
-        return torch.equal(_product_modulo(product_Nm, secret.s_mP), expected_NP)
+        high_Nm, low_Nm = product_Nm >> _HALF_BITS, product_Nm & ((1 << _HALF_BITS) - 1)
+        found_NP = (_times(high_Nm, secret.s_mP) << _HALF_BITS) + _times(low_Nm, secret.s_mP)
+        return torch.equal(found_NP % _MODULI_P, _times(argument_Nk, secret.c_kP) % _MODULI_P)
 
 
-def _product_modulo(product_Nm: torch.Tensor, s_mP: torch.Tensor) -> torch.Tensor:
-    """y·s modulo the primes, [..., N, P], for all 32-bit y."""
-    total_NP = torch.zeros((*product_Nm.shape[:-1], len(PRIMES)), dtype=torch.int64)
-    for start in range(0, s_mP.shape[-2], _MOST_TERMS):
+def _draw(rows: int) -> torch.Tensor:
+    """Numbers from the system's generator, [rows, P], uniform modulo the primes but for a bias below 2⁻⁴⁰."""
+    drawn = np.frombuffer(os.urandom(8 * rows * len(PRIMES)), np.uint64).reshape(rows, len(PRIMES))
+    return torch.from_numpy((drawn % np.array(PRIMES, np.uint64)).astype(np.float64))
+
+
+def _times(numbers_Nm: torch.Tensor, secret_mP: torch.Tensor) -> torch.Tensor:
+    """The product of numbers of 16 bits with secrets modulo the primes, in parts whose sums are exact."""
+    total_NP = torch.zeros((*numbers_Nm.shape[:-1], len(PRIMES)), dtype=torch.int64)
+    for start in range(0, secret_mP.shape[-2], _MOST_TERMS):
         terms = slice(start, start + _MOST_TERMS)
-        part_Nm, of_s_mP = product_Nm[..., terms], s_mP[..., terms, :]
-        high, low = part_Nm >> _HALF_BITS, part_Nm & ((1 << _HALF_BITS) - 1)
-        total_NP += _modulo(high.to(torch.float64) @ of_s_mP) << _HALF_BITS
-        total_NP += _modulo(low.to(torch.float64) @ of_s_mP)
-    return total_NP % _MODULI_P
+        total_NP += _modulo(numbers_Nm[..., terms].to(torch.float64) @ secret_mP[..., terms, :])
+    return total_NP
 
 
 def _modulo(exact_NP: torch.Tensor) -> torch.Tensor:

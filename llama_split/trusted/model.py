@@ -191,7 +191,6 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
                 model = cls(config, mode, workers, arena_bytes, pipeline, shield)
             model._load(checkpoint, compute, progress)
             if shield is not None:
-                undo.callback(shield.close)
                 shield.load(checkpoint, compute, wire, progress)
             undo.pop_all()
         return model
@@ -219,6 +218,11 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             return super().generate(*arguments, **kwargs)
         finally:
             self._sessions.end_sessions()
+
+    @property
+    def _hides(self) -> bool:
+        """Whether a shield hides texts from the workers."""
+        return self._offload.shield is not None and self._offload.shield.reveals is not None
 
     @property
     def revealed(self) -> str:
@@ -349,7 +353,9 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             UnsupportedBySplit: what is asked for needs the KV on this side, and the worker keeps it in this mode.
         """
         most_sessions = min(worker.most_sessions for worker in self.workers)
-        config = fit_batching(continuous_batching_config, generation_config, self.mode, most_sessions)
+        config = fit_batching(
+            continuous_batching_config, generation_config, self.mode, most_sessions, hides=self._hides
+        )
         return super().init_continuous_batching(generation_config, config, *arguments, **kwargs)
 
     def set_attn_implementation(
@@ -369,9 +375,11 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
 
     def close(self) -> None:
         """End the connections; the workers free everything that they hold for them."""
-        self.workers.close()
-        if self._offload.shield is not None:
-            self._offload.shield.close()
+        try:
+            self.workers.close()
+        finally:
+            if self._offload.shield is not None:
+                self._offload.shield.close()
 
     def __enter__(self) -> SplitLlamaForCausalLM:
         return self
@@ -382,7 +390,7 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
     def __del__(self) -> None:
         workers: Workers | None = self.__dict__.get("workers")
         if workers is not None and not workers.closed:
-            workers.close()
+            self.close()
             where = " and ".join(workers.addresses)
             warnings.warn(f"a split model of the worker at {where} was dropped: close() it", ResourceWarning, 2, self)
 
@@ -399,13 +407,14 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             raise InvalidInput("a forward over a paged cache needs position_ids")
         requested = RequestedOutputs(hidden_states=False, attentions=False)
         tokens = ForwardInput(source, positions.to(torch.int64), lengths=self._text_lengths.of(positions))
-        if self.mode is Mode.STACK:
-            rows = keep_logits(torch.arange(source.shape[1])[None, :, None], logits_to_keep).flatten().tolist()
-            logits = self._batched.stack(tokens, cache, rows)
-        elif self.mode is Mode.LAYER:
-            logits = self._logits(self._batched.layers(tokens, cache).to(self.dtype), logits_to_keep, requested)
-        else:
-            logits = self._logits(self._local.batch(tokens, mask, cache), logits_to_keep, requested)
+        with self._offload.forward():
+            if self.mode is Mode.STACK:
+                rows = keep_logits(torch.arange(source.shape[1])[None, :, None], logits_to_keep).flatten().tolist()
+                logits = self._batched.stack(tokens, cache, rows)
+            elif self.mode is Mode.LAYER:
+                logits = self._logits(self._batched.layers(tokens, cache).to(self.dtype), logits_to_keep, requested)
+            else:
+                logits = self._logits(self._local.batch(tokens, mask, cache), logits_to_keep, requested)
         return CausalLMOutputWithPast(logits=private_logits(logits, self.dtype, self.workers.last.client.address))
 
     def _run(
@@ -418,10 +427,11 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
         """A forward, as private logits. If it fails, the cache is as before: repeating it caches no token twice."""
         past = 0 if cache is None else int(cache.get_seq_length())
         try:
-            if self.mode.worker_keeps_kv:
-                logits = self._run_on_worker(tokens, cache, logits_to_keep, requested)
-            else:
-                logits = self._logits(self._local.layers(tokens, cache, requested), logits_to_keep, requested)
+            with self._offload.forward():
+                if self.mode.worker_keeps_kv:
+                    logits = self._run_on_worker(tokens, cache, logits_to_keep, requested)
+                else:
+                    logits = self._logits(self._local.layers(tokens, cache, requested), logits_to_keep, requested)
             return private_logits(logits, self.dtype, self.workers.last.client.address)
         except BaseException:
             if isinstance(cache, (GrowingCache, RemoteCache)) and cache.get_seq_length() != past:

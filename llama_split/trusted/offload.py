@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from shmtransport import Closed, PeerDied
 from ..boundary.compute import DTYPE_NAMES
 from ..boundary.geometry import Geometry
 from ..boundary.operations import EMBED, LM_HEAD, Operation, sizes_of
+from ..errors import WorkerTampered
 from ..model.program import HeapWorkspace, WorkerOp, Workspace
 from ..shields.base import Shield
 from .worker_client import CheckedReply, WorkerClient
@@ -118,6 +119,21 @@ class Offload:
         """
         if self.shield is not None:
             self.shield.settle()
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """What a forward runs in: if it fails, what the shield has put off is finished all the same.
+
+        Raises:
+            WorkerTampered: a result was wrong.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.shield is not None:
+                with contextlib.suppress(*([WorkerTampered] if isinstance(error, WorkerTampered) else [])):
+                    self.shield.give_up()
+            raise
 
     def execute(self, op: WorkerOp) -> torch.Tensor:
         """Execute one operation, in one call or several."""

@@ -127,22 +127,33 @@ def take_paged(cache: Any, keywords: dict[str, Any]) -> PagedCache | None:
 
 
 def fit_batching(
-    config: ContinuousBatchingConfig | None, generation: GenerationConfig | None, mode: Mode, most_sessions: int
+    config: ContinuousBatchingConfig | None,
+    generation: GenerationConfig | None,
+    mode: Mode,
+    most_sessions: int,
+    *,
+    hides: bool = False,
 ) -> ContinuousBatchingConfig | None:
-    """What the scheduler is to do where the workers keep the KV: as told, but no request shares another's KV.
+    """What the scheduler is to do: as told, but no request shares another's KV where the workers keep it.
+
+    Nor does it under a shield that hides texts: which ones begin alike would show in how many tokens cross.
 
     Args:
         config: what the caller has passed; None: transformers' defaults.
         generation: what the caller has passed.
         mode: the split.
         most_sessions: how many requests the workers have room for at once.
+        hides: whether a shield hides texts from the workers.
 
     Raises:
         UnsupportedBySplit: what is asked for needs the KV on this side.
     """
-    if not mode.worker_keeps_kv:
+    if not mode.worker_keeps_kv and not hides:
         return config
     config = ContinuousBatchingConfig() if config is None else copy.copy(config)
+    config.allow_block_sharing = False
+    if not mode.worker_keeps_kv:
+        return config
     refused = {
         "cpu_offload_space": config.cpu_offload_space,
         "num_return_sequences": generation is not None and (generation.num_return_sequences or 1) > 1,
@@ -152,6 +163,5 @@ def fit_batching(
             raise UnsupportedBySplit(
                 f"{name} in continuous batching in mode {mode.value}: the worker keeps the KV; use mode fused or op"
             )
-    config.allow_block_sharing = False
     config.max_requests_per_batch = min(config.max_requests_per_batch or most_sessions, most_sessions)
     return config

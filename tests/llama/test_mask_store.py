@@ -340,11 +340,11 @@ def _huge(path: Path) -> None:
     ("harm", "words"),
     [
         (_cut, "is damaged"),
-        (_other_magic, "is no file of masks"),
+        (_other_magic, "is no complete file of masks"),
         (_odd_capacity, "is damaged"),
         (_too_much_leased, "is damaged"),
         (_huge, "is damaged"),
-        (lambda path: path.write_bytes(b""), "is no file of masks"),
+        (lambda path: path.write_bytes(b""), "is no complete file of masks"),
         (lambda path: path.chmod(0o640), "can be read by other users"),
         (Path.unlink, "can't be opened: No such file"),
     ],
@@ -360,33 +360,138 @@ def test_a_file_that_can_not_be_used_is_refused_in_words(
 
 
 def test_a_file_is_never_replaced(dealt: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Dealing to a name that exists, or has appeared meanwhile, leaves that file, and nothing beside it."""
+    """Dealing to a name that exists leaves that file as it is, and a symlink's target too."""
     before = dealt.read_bytes()
-    with pytest.raises(LlamaSplitError, match="exists, and is not replaced"):
-        deal_file(checkpoint, dealt, TOKENS, LOGITS)
-    late = tmp_path / "late"
-    with pytest.raises(LlamaSplitError, match="exists, and is not replaced"):
-        deal_file(checkpoint, late, 16, 16, progress=lambda *_: late.write_text("mine"))
-    assert late.read_text() == "mine"
+    (tmp_path / "link").symlink_to(dealt)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "target")
+    for path in (dealt, tmp_path / "link", tmp_path / "nowhere"):
+        with pytest.raises(LlamaSplitError, match="exists, and is not replaced"):
+            deal_file(checkpoint, path, TOKENS, LOGITS)
     assert dealt.read_bytes() == before
-    assert [path.name for path in (*dealt.parent.iterdir(), *tmp_path.iterdir())] == [dealt.name, late.name]
+    assert not (tmp_path / "target").exists()
 
 
-def test_a_file_is_there_only_when_it_is_complete(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """A dealer that fails leaves none, one that is being written is refused to another, and no others can read it."""
-    path = tmp_path / "masks"
+def test_a_file_can_be_used_only_when_it_is_complete(
+    checkpoint: Checkpoint, weights: QuantisedCheckpoint, tmp_path: Path
+) -> None:
+    """While it is being dealt, after a dealer that was killed, and after one that failed, which leaves no file."""
+    path, copied = tmp_path / "masks", tmp_path / "copied"
 
-    def fail(_done: int, _total: int) -> None:
-        assert not path.exists()
-        with pytest.raises(LlamaSplitError, match="is being written by another process"):
+    def fail(done: int, total: int) -> None:
+        assert path.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(LlamaSplitError, match="in use by another process"):
+            opened(path, checkpoint, weights)
+        with pytest.raises(LlamaSplitError, match="another process is dealing"):
             deal_file(checkpoint, path, 16, 16)
-        raise KeyboardInterrupt
+        shutil.copy(path, copied)
+        if done == total:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         deal_file(checkpoint, path, 16, 16, progress=fail)
-    assert not list(tmp_path.iterdir())
+    assert [one.name for one in tmp_path.iterdir()] == ["copied"]
+    with pytest.raises(LlamaSplitError, match="no complete file of masks: remove it"):
+        opened(copied, checkpoint, weights)
     deal_file(checkpoint, path, 16, 16)
-    assert path.stat().st_mode & 0o777 == 0o600
+    opened(path, checkpoint, weights).close()
+
+
+def test_a_key_that_is_missing_is_not_used(file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint) -> None:
+    """Zeros in place of a key would make masks that anyone can compute."""
+    with file.open("r+b") as written:
+        written.seek(4096)
+        written.write(bytes(4096))
+    masks = FileMasks(file, checkpoint, weights)
+    with pytest.raises(LlamaSplitError, match="damaged: a key is missing"):
+        masks.take((QKV, 0), 1)
+    assert len(masks.take((LM_HEAD, 0), 1).mask_Nk) == 1
+    masks.close()
+
+
+def test_nothing_is_handed_out_after_the_file_could_not_be_synchronised(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second try may succeed without having written what the first one lost."""
+    fails = False
+
+    class Failing(mmap.mmap):
+        def flush(self, *arguments: int) -> None:
+            if fails:
+                raise OSError(5, "Input/output error")
+            super().flush(*arguments)
+
+    monkeypatch.setattr("llama_split.shields.masks.mmap.mmap", Failing)
+    store = opened(file, checkpoint, weights)
+    fails = True
+    with pytest.raises(LlamaSplitError, match=r"could not be synchronised: nothing .* \(Input/output error\)"):
+        store.take((QKV, 0), 1)
+    fails = False
+    with pytest.raises(MasksExhausted, match="could not be synchronised"):
+        store.take((QKV, 0), 1)
+    store.close()
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_closed_masks_are_not_handed_out(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, from_file: bool
+) -> None:
+    """Not after the end, and not by a call that was under way when another thread closed them."""
+    masks = FileMasks(file, checkpoint, weights) if from_file else DealtMasks(weights, ahead=16)
+    masks.take((QKV, 0), 1)
+    masks.close()
+    masks.close()
+    with pytest.raises(MasksExhausted, match="were closed"):
+        masks.take((QKV, 0), 1)
+    assert masks.left == 0
+
+
+def test_masks_are_closed_only_between_two_calls(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their keys are not wiped while the key stream is being computed."""
+    store, computed = opened(file, checkpoint, weights), MaskStore.masks
+    closing = threading.Thread(target=store.close)
+
+    def closed_meanwhile(*given: Any) -> torch.Tensor:
+        closing.start()
+        time.sleep(0.05)
+        return computed(*given)
+
+    monkeypatch.setattr(MaskStore, "masks", closed_meanwhile)
+    mask_Nk, term_Nm = store.take((QKV, 0), 2)
+    closing.join()
+    assert torch.equal(term_Nm, multiply_exactly(mask_Nk, matrix_of(weights, (QKV, 0))))
+
+
+def test_a_child_that_is_forked_while_masks_are_taken_does_not_hang(weights: QuantisedCheckpoint) -> None:
+    """Whatever lock another thread held then."""
+    masks = DealtMasks(weights, ahead=16)
+    with masks._layers._lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                masks.take((QKV, 0), 1)
+            except MasksExhausted as error:
+                masks.close()
+                os._exit(7 if "forked" in str(error) else 1)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    masks.close()
+
+
+def test_forwards_that_fail_leave_no_masks_behind(weights: QuantisedCheckpoint) -> None:
+    """What only some matrices have used is used up for all, and wiped: memory stays bounded."""
+    masks = DealtMasks(weights, ahead=20)
+    for _ in range(20):
+        masks.take((QKV, 0), 15)
+        masks.level()
+    assert len(masks._layers._stores) <= 1
+    for store in masks._layers._stores:
+        (pool,) = (pool for pool in store._pools if pool.next)
+        assert len(set(pool.next.values())) == 1
+        assert not any(terms[: pool.next[matrix]].any() for matrix, terms in pool.terms.items())
+        assert not pool.keys[: min(pool.next.values()) // BLOCK_ROWS].any()
+    masks.close()
 
 
 def test_a_disk_without_room_is_reported(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.boundary.operations import LINEARS, QKV, REVEALED_UNDER_MASKS, Mode, Operation
+from llama_split.boundary.operations import LINEARS, LM_HEAD, OUT_PROJ, QKV, REVEALED_UNDER_MASKS, Mode, Operation
 from llama_split.checkpoint import EMBEDDING, LAYER_NORMS, layer_name, open_checkpoint
 from llama_split.checkpoint.demo import demo_model
 from llama_split.errors import LlamaSplitError, MasksExhausted, MissingPackage, WorkerMismatch, WorkerTampered
@@ -20,6 +23,7 @@ from llama_split.shields.dealer import deal_file
 from llama_split.shields.otp import OtpShield
 from llama_split.shields.unsplit import quantise
 from shmtransport import LocalProtocolError, RemoteError
+from tests.llama.test_continuous_batching import NEW_TOKENS, batched, prompts
 from tests.llama.test_prompt_revealed import nearest
 from tests.llama.test_shields import Tampering, greedy
 from tests.support.llamas import VARIANTS, IntegerWorker, Small, integer_worker_in_thread, worker_in_thread
@@ -288,6 +292,104 @@ def test_a_closed_model_gives_its_masks_back(biased: Small, worker: IntegerWorke
         split(prompt(10))
     with split_of(biased, worker, dealt) as split:
         split(prompt(10))
+
+
+class Failing:
+    """Fails one operation of a worker after it has changed the results of another."""
+
+    def __init__(self, worker: Any, tampered: Operation, failed: Operation) -> None:
+        Tampering(worker, tampered, lambda right: right + 1)
+        worker.server._handlers.by_name[failed.name] = self
+
+    def __call__(self, *_arguments: Any, **_keywords: Any) -> Any:
+        raise ValueError("deliberate")
+
+
+@pytest.mark.parametrize("shield", ["otp", "verify"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_forward_that_fails_is_checked_too(biased: Small, worker: IntegerWorker, tokens: int, shield: str) -> None:
+    """Else what was computed from wrong results could stay in a cache, and be shown by another thread."""
+    with contextlib.ExitStack() as stack:
+        if shield == "otp":
+            served: Any = worker
+            split = stack.enter_context(split_of(biased, worker))
+        else:
+            served = stack.enter_context(worker_in_thread(biased.path))
+            model = SplitLlamaForCausalLM.from_pretrained(biased.path, worker=served.address, shield="verify")
+            split = stack.enter_context(model)
+        cache = DynamicCache()
+        split(prompt(3), past_key_values=cache)
+        Failing(served, QKV, LM_HEAD)
+        with pytest.raises(WorkerTampered, match="qkv of layer 0"):
+            split(prompt(tokens), past_key_values=cache)
+
+
+def test_a_worker_that_fails_costs_no_memory(biased: Small, worker: IntegerWorker) -> None:
+    """The masks that a failed forward has not used are used up with it."""
+    worker.server._handlers.by_name[OUT_PROJ.name] = lambda *_arguments, **_keywords: None
+    with split_of(biased, worker) as split:
+        for _ in range(12):
+            with pytest.raises(WorkerMismatch):
+                split(prompt(30))
+        masks: Any = split._offload.shield._masks  # type: ignore[union-attr]
+        assert len(masks._layers._stores) <= 2
+
+
+def test_requests_that_are_batched_get_their_tokens_and_share_nothing(biased: Small, worker: IntegerWorker) -> None:
+    """By transformers' scheduler: as alone. A prompt that was there before crosses again: its absence would tell."""
+    recording = Recording(worker, QKV)
+    with split_of(biased, worker) as split:
+        alone = [greedy(split, torch.tensor([ids]), NEW_TOKENS)[0][len(ids) :] for ids in prompts()]
+        assert batched(split, prompts()) == alone
+        recording.sent.clear()
+        crossed = []
+        for _ in range(2):
+            batched(split, [prompts()[-1]])
+            crossed.append(sum(one.shape[1] for one in recording.sent.pop(0)))
+        assert crossed[0] == crossed[1] >= len(prompts()[-1])
+
+
+def test_a_shield_belongs_to_one_model(biased: Small, worker: IntegerWorker, tmp_path: Path) -> None:
+    """A second one is refused, and the first goes on."""
+    dealt = tmp_path / "masks"
+    deal_file(open_checkpoint(str(biased.path)), dealt, 64, 64)
+    for masks in (None, dealt):
+        shield = OtpShield(masks, ahead=32)
+        with split_of(biased, worker, shield=shield) as split:
+            expected = split(prompt(5)).logits
+            with pytest.raises(LlamaSplitError, match="belongs to one model"):
+                split_of(biased, worker, shield=shield)
+            assert torch.equal(split(prompt(5)).logits, expected)
+
+
+def test_a_dropped_model_gives_its_masks_back(biased: Small, worker: IntegerWorker, tmp_path: Path) -> None:
+    """As one that is closed, with a warning."""
+    dealt = tmp_path / "masks"
+    deal_file(open_checkpoint(str(biased.path)), dealt, 64, 64)
+    dropped = [split_of(biased, worker, dealt)]
+    with pytest.warns(ResourceWarning, match="was dropped"):
+        _drop(dropped)
+    split_of(biased, worker, dealt).close()
+
+
+def _drop(dropped: list[Any]) -> None:
+    dropped.clear()
+    gc.collect()
+
+
+def test_masks_can_be_dealt_ahead(biased: Small, worker: IntegerWorker, tmp_path: Path) -> None:
+    """While nothing is asked for; not where a file has them."""
+    shield = OtpShield(ahead=16)
+    with split_of(biased, worker, shield=shield) as split:
+        shield.deal_ahead(100, 20)
+        assert shield.tokens_left >= 100
+        before = shield._masks._layers._stores.copy()  # type: ignore[union-attr]
+        split(prompt(90))
+        assert shield._masks._layers._stores[-1] is before[-1], "none had to be dealt"  # type: ignore[union-attr]
+    dealt = tmp_path / "masks"
+    deal_file(open_checkpoint(str(biased.path)), dealt, 64, 64)
+    with split_of(biased, worker, shield=(shield := OtpShield(dealt))), pytest.raises(LlamaSplitError, match="a file"):
+        shield.deal_ahead(100, 1)
 
 
 def test_the_package_for_the_key_stream_is_named(

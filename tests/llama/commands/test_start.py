@@ -71,7 +71,7 @@ def test_a_wrong_name_is_refused_before_anything_heavy_is_imported(command: str,
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        (("--dtype", "int8"), "dtype int8 is not supported; choose one of float32, bfloat16, float16"),
+        (("--dtype", "int4"), "dtype int4 is not supported; choose one of float32, bfloat16, float16, int8"),
         (("--channels", "zmq,pigeon"), "channel 'pigeon' is not supported; choose one of zmq, doorbell"),
     ],
 )

@@ -135,7 +135,7 @@ def test_a_worker_of_another_dtype_is_one_line(command: Command, worker: str, ti
         *("generate", "--prompt", "w5", "--no-chat", "--model", str(tiny), "--worker", worker), LLAMA_DTYPE="bfloat16"
     )
     assert is_one_line_error(done), done
-    assert "float32, this side in bfloat16" in done.err
+    assert "computes in float32, and this side needs bfloat16: start it with --dtype bfloat16" in done.err
     assert "LLAMA_DTYPE=bfloat16 (from the environment)" in done.err
 
 
