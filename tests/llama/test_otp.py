@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,11 +22,13 @@ from llama_split.checkpoint.demo import demo_model
 from llama_split.errors import LlamaSplitError, MasksExhausted, MissingPackage, WorkerMismatch, WorkerTampered
 from llama_split.shields.dealer import deal_file
 from llama_split.shields.otp import OtpShield
+from llama_split.shields.prime_field import PRIMES
 from llama_split.shields.unsplit import quantise
-from shmtransport import LocalProtocolError, RemoteError
+from shmtransport import LocalProtocolError, RemoteError, Server
 from tests.llama.test_continuous_batching import NEW_TOKENS, batched, prompts
 from tests.llama.test_prompt_revealed import nearest
 from tests.llama.test_shields import Tampering, greedy
+from tests.support.hollow import hollow_handlers
 from tests.support.llamas import VARIANTS, IntegerWorker, Small, integer_worker_in_thread, worker_in_thread
 from tests.support.prompts import prompt
 
@@ -74,8 +77,8 @@ def test_the_tokens_are_those_of_the_quantised_model_unsplit(
     checkpoint = open_checkpoint(str(small.path))
     unsplit = quantise(type(small.unsplit).from_pretrained(small.path, dtype=getattr(torch, dtype)), checkpoint).eval()
     with integer_worker_in_thread(small.path) as worker, split_of(small, worker, dtype=dtype) as split:
-        for ids in (prompt(1), prompt(120), prompt(5, 3)):
-            assert greedy(split, ids) == greedy(unsplit, ids)
+        for ids in (prompt(1), prompt(80), prompt(5, 3)):
+            assert greedy(split, ids, 6) == greedy(unsplit, ids, 6)
 
 
 def test_each_product_is_the_quantised_models_bit_for_bit(biased: Small, worker: IntegerWorker) -> None:
@@ -90,23 +93,23 @@ def test_each_product_is_the_quantised_models_bit_for_bit(biased: Small, worker:
         torch.testing.assert_close(logits, unsplit(prompt(30)).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("operation", LINEARS, ids=lambda one: one.name)
-@pytest.mark.parametrize("by", [1, 1 << 31, 1048573])
-def test_the_smallest_change_of_one_number_is_found(
-    biased: Small, worker: IntegerWorker, operation: Operation, tokens: int, by: int
-) -> None:
-    """By one, by the top bit, by one of the test's primes: nothing is rounded, so nothing is tolerated."""
-
-    def change(right: torch.Tensor) -> torch.Tensor:
-        right.view(-1)[right.numel() // 2] += by if by < 1 << 31 else -by  # modulo 2³²
-        return right
-
+def test_the_smallest_change_of_one_number_is_found(biased: Small, worker: IntegerWorker, operation: Operation) -> None:
+    """By one, by the top bit, by one of the test's primes, in decoding and in prompts: nothing is tolerated."""
+    handlers = worker.server._handlers.by_name
+    honest = handlers[operation.name]
+    where = f"{operation.name} of layer 0" if operation.per_layer else operation.name
     with split_of(biased, worker) as split:
-        split(prompt(tokens))
-        Tampering(worker, operation, change)  # type: ignore[arg-type]
-        where = f"{operation.name} of layer 0" if operation.per_layer else operation.name
-        with pytest.raises(WorkerTampered, match=f"wrong result of {where}, where nothing is rounded"):
+        for tokens, by in itertools.product((1, 40), (1, -(1 << 31), PRIMES[0])):
+
+            def change(right: torch.Tensor, by: int = by) -> torch.Tensor:
+                right.view(-1)[right.numel() // 2] += by  # modulo 2³²
+                return right
+
+            Tampering(worker, operation, change)  # type: ignore[arg-type]
+            with pytest.raises(WorkerTampered, match=f"wrong result of {where}, where nothing is rounded"):
+                split(prompt(tokens))
+            handlers[operation.name] = honest
             split(prompt(tokens))
 
 
@@ -135,7 +138,7 @@ def test_what_crosses_is_uniform_whatever_the_prompt(
     """Many runs; and with the very same masks, two prompts are sent as numbers that are distributed alike."""
     recording = Recording(worker, operation)
     with split_of(biased, worker) as split:
-        for _ in range(12):
+        for _ in range(8):
             split(prompt(40))
     crossed = [each for one in recording.sent.values() for each in one]
     assert not deviates(byte_counts(crossed))
@@ -155,20 +158,29 @@ def test_what_crosses_is_uniform_whatever_the_prompt(
     assert ((first - second) ** 2 / (first + second)).sum() < 256 + 6.5 * (2 * 256) ** 0.5
 
 
-def test_the_prompt_can_not_be_looked_up() -> None:
+def test_the_prompt_can_not_be_looked_up(serve: Callable[..., Server], address: str) -> None:
     """What gives 95 of 100 tokens of SmolLM2 away without masks gives none of them away with masks."""
-    checkpoint = open_checkpoint(str(demo_model()))
-    ids_T = torch.randint(checkpoint.geometry.vocab, (100,), generator=torch.Generator().manual_seed(24))
-    with integer_worker_in_thread(demo_model()) as worker:
-        recording = Recording(worker, QKV)
-        with SplitLlamaForCausalLM.from_pretrained(
-            checkpoint, worker=worker.address, dtype="float32", shield=OtpShield(ahead=112)
-        ) as split:
-            split(ids_T[None], logits_to_keep=1)
+    checkpoint, received = open_checkpoint(str(demo_model())), []
+    handlers = hollow_handlers(checkpoint, torch.int8, lambda shape: torch.zeros(shape, dtype=torch.int32))
+    answer = handlers[QKV.name]
+
+    def record(argument: torch.Tensor, *, layer: int) -> Any:
+        received.append(argument.clone())
+        return answer(argument, layer=layer)
+
+    serve(**{**handlers, QKV.name: record})
+    ids_T = torch.randint(checkpoint.geometry.vocab, (64,), generator=torch.Generator().manual_seed(24))
+    with (
+        SplitLlamaForCausalLM.from_pretrained(
+            checkpoint, worker=address, dtype="float32", shield=OtpShield(ahead=64)
+        ) as split,
+        pytest.raises(WorkerTampered),
+    ):
+        split(ids_T[None], logits_to_keep=1)
     norm = layer_name(0, LAYER_NORMS[0])
     weights = checkpoint.load([norm, EMBEDDING], torch.float32, torch.device("cpu"))
-    seen = recording.sent[0][0][0].to(torch.float32) / weights[norm]
-    assert (nearest(seen, weights[EMBEDDING]) == ids_T).float().mean() < 0.05
+    seen = received[0][0].to(torch.float32) / weights[norm]
+    assert (nearest(seen, weights[EMBEDDING]) == ids_T).float().mean() < 0.1
 
 
 def test_a_lost_worker_costs_no_token_and_is_sent_nothing_new(

@@ -100,21 +100,21 @@ def test_what_crosses_in_another_dtype_is_verified_too(biased: Small, worker: Wo
             greedy(split, prompt(40))
 
 
-@pytest.mark.parametrize("tokens", [1, 40], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("operation", [QKV, SCORES, MIX, OUT_PROJ, GATE_UP, DOWN, LM_HEAD], ids=lambda one: one.name)
-def test_one_wrong_number_is_found(biased: Small, worker: Worker, operation: Operation, tokens: int) -> None:
-    """Of any operation that is linear, in any row; the error names the operation and the layer."""
+def test_one_wrong_number_is_found(biased: Small, worker: Worker, operation: Operation) -> None:
+    """Of any operation that is linear, in few rows and many; the error names the operation and the layer."""
 
     def change(right: torch.Tensor) -> torch.Tensor:
         right.view(-1)[right.numel() // 2] += 0.5 * right.abs().max()
         return right
 
     with split_of(biased, worker, mode="op") as split:
-        greedy(split, prompt(tokens), 2)
+        greedy(split, prompt(40), 2)
         Tampering(worker, operation, change)
         where = f"{operation.name} of layer 0" if operation.per_layer else operation.name
-        with pytest.raises(WorkerTampered, match=f"wrong result of {where}: it is off by .* times"):
-            split(prompt(tokens))
+        for tokens in (1, 40):
+            with pytest.raises(WorkerTampered, match=f"wrong result of {where}: it is off by .* times"):
+                split(prompt(tokens))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

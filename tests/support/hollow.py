@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llama_split.boundary.compute import DTYPE_NAMES
+from llama_split.boundary.compute import WORKER_DTYPE_NAMES
 from llama_split.boundary.operations import OPERATIONS, Operation
 from llama_split.checkpoint import Checkpoint
 
@@ -19,7 +19,7 @@ def hollow_handlers(
     description = {
         "geometry": repr(checkpoint.geometry),
         "fingerprint": checkpoint.fingerprint(),
-        "dtype": DTYPE_NAMES[dtype],
+        "dtype": WORKER_DTYPE_NAMES[dtype],
         "embedding": True,
         "layers": f"0-{checkpoint.geometry.layers - 1}",
         "sessions": 64,
