@@ -11,12 +11,14 @@ Switches, read from the environment of the build:
 from __future__ import annotations
 
 import os
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 NATIVE = Path("shmtransport/core/native")
 OLDEST_PYTHON = (3, 10)
+HAS_LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # a free-threaded Python has none
 
 
 def _is_on(switch: str) -> bool:
@@ -32,17 +34,19 @@ def _compiler_options() -> list[str]:
     return options
 
 
+_LIMITED = [("Py_LIMITED_API", f"0x{OLDEST_PYTHON[0]:02X}{OLDEST_PYTHON[1]:02X}0000")]
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 core = Extension(
     "shmtransport.core._native",
     sources=sorted(map(str, NATIVE.glob("*.c"))),
     depends=sorted(map(str, NATIVE.glob("*.h"))),
-    define_macros=[("Py_LIMITED_API", f"0x{OLDEST_PYTHON[0]:02X}{OLDEST_PYTHON[1]:02X}0000")],
-    py_limited_api=True,
+    define_macros=_LIMITED if HAS_LIMITED_API else [],
+    py_limited_api=HAS_LIMITED_API,
     extra_compile_args=_compiler_options(),
     extra_link_args=_SANITIZERS if _is_on("SHMTRANSPORT_SANITIZE") else [],
     optional=not _is_on("SHMTRANSPORT_REQUIRE_CORE"),
 )
 
-setup(ext_modules=[core], options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}})
+tag = {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)} if HAS_LIMITED_API else {}
+setup(ext_modules=[core], options={"bdist_wheel": tag})

@@ -59,6 +59,10 @@ static PyMethodDef functions[] = {
 
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, fill_module},
+#ifdef Py_mod_gil /* not in the limited API, which a free-threaded Python lacks */
+    /* What threads share, such as counters, loans and the state of calls, is guarded by the GIL alone. */
+    {Py_mod_gil, Py_MOD_GIL_USED},
+#endif
     {0, NULL},
 };
 
