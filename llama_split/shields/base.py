@@ -73,7 +73,7 @@ class Shield(ABC):
     def load(
         self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
     ) -> None:
-        """Prepare for a model.
+        """Prepare for a model; where that fails, hold nothing that would have to be closed.
 
         Args:
             checkpoint: its files.
@@ -145,3 +145,8 @@ class Shield(ABC):
         """Return what was done since this was last asked, for example in one generation."""
         rows, self._rows = self._rows, Counter()
         return ShieldReport(self.name, {name: self.treatment(name) for name in rows}, dict(rows), self.bound)
+
+
+def belongs_to_another() -> LlamaSplitError:
+    """The error for a shield that is loaded a second time."""
+    return LlamaSplitError("a shield belongs to one model: make another one for this")

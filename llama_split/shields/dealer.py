@@ -150,20 +150,20 @@ class _Supply:
 
     @property
     def left(self) -> int:
-        return sum(store.left for store in self._stores)
+        return sum(store.left for store in tuple(self._stores))
 
     def fill(self, rows: int, progress: Progress | None = None) -> None:
+        self._check_process()
         with self._lock:
+            self._check_open()
             missing = rows - self.left
             if missing > 0:
                 self._deal(missing, progress)
 
     def take(self, matrix: MatrixKey, rows: int, ahead: int) -> Taken:
-        if os.getpid() != self._process:
-            raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
+        self._check_process()
         with self._lock:
-            if self._closed:
-                raise MasksExhausted("these masks were closed")
+            self._check_open()
             parts: list[Taken] = []
             for store in self._stores:
                 parts.append(store.take(matrix, rows, partly=True))
@@ -174,6 +174,8 @@ class _Supply:
             return functools.reduce(Taken.join, (part for part in parts if len(part.mask_Nk)))
 
     def level(self) -> None:
+        if os.getpid() != self._process:
+            return
         with self._lock:
             for store in self._stores:
                 store.level()
@@ -186,6 +188,14 @@ class _Supply:
             self._closed = True
             while self._stores:
                 self._stores.popleft().close()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MasksExhausted("these masks were closed")
 
     def _drop_used(self) -> None:
         while self._stores and self._stores[0].is_used_up:

@@ -34,7 +34,7 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -81,12 +81,14 @@ class _Pool:
         keys: int,
         terms: Mapping[MatrixKey, int],
         widths: Mapping[MatrixKey, Widths],
+        synchronise: Callable[[], None],
     ) -> None:
         self.capacity: int
         self.leased: int
         self.capacity, self.leased = _POOL.unpack_from(buffer, header)
         self._header = header
         self._buffer = buffer
+        self._synchronise = synchronise
         view = memoryview(buffer)
         blocks = self.capacity // BLOCK_ROWS
         self.keys = np.frombuffer(view, np.uint8, blocks * _KEY_BYTES, keys).reshape(blocks, _KEY_BYTES)
@@ -102,15 +104,15 @@ class _Pool:
         """Have the file tell that all masks before this one are used, whatever becomes of this process."""
         leased = min(-(-end // BLOCK_ROWS) * BLOCK_ROWS, self.capacity)
         _LEASED.pack_into(self._buffer, self._header + _LEASED.size, leased)
-        self._buffer.flush()
+        self._synchronise()
         self.leased = leased
 
     def level(self) -> None:
         """Use up what some matrices have left of the blocks that others are done with."""
         end = max(self.next.values(), default=0)
         for matrix, first in self.next.items():
-            self.terms[matrix][first:end] = 0
             self.next[matrix] = end
+            self.terms[matrix][first:end] = 0
         self.wipe(end)
 
     def wipe(self, end: int) -> None:
@@ -119,7 +121,7 @@ class _Pool:
         while first and self.keys[first - 1].any():
             first -= 1
         if first < done:
-            self._buffer.flush()  # the terms first: a key tells that there is something to wipe
+            self._synchronise()  # the terms first: a key tells that there is something to wipe
             self.keys[first:done] = 0
 
     def wipe_leased(self) -> None:
@@ -154,7 +156,7 @@ class MaskStore:
         self._places = {matrix: place for place, matrix in enumerate(self.widths)}
         layout = _Layout(self.widths, *(_POOL.unpack_from(buffer, at)[0] for at in _POOL_HEADERS))
         self._pools = [
-            _Pool(buffer, header, keys, {each: layout.terms[each] for each in matrices}, self.widths)
+            _Pool(buffer, header, keys, {each: layout.terms[each] for each in matrices}, self.widths, self._synchronise)
             for header, keys, matrices in zip(_POOL_HEADERS, layout.keys, layout.matrices, strict=True)
         ]
         self._pool_of = {matrix: pool for pool in self._pools for matrix in pool.terms}
@@ -180,28 +182,22 @@ class MaskStore:
         tokens, logits = _whole_blocks(tokens), _whole_blocks(logits)
         nbytes = _Layout(widths, tokens, logits).nbytes
         with contextlib.ExitStack() as undo:
-            try:
+            with _writing(path, nbytes):
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 undo.callback(path.unlink, missing_ok=True)
                 undo.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 os.posix_fallocate(descriptor, 0, nbytes)
                 buffer = mmap.mmap(descriptor, nbytes)
-                _write_header(buffer, fingerprint, tokens, logits)
-                store = MaskStore(buffer, widths)
-                undo.callback(store.close)
-                yield store
+            _write_header(buffer, fingerprint, tokens, logits)
+            store = MaskStore(buffer, widths)
+            undo.callback(store.close)
+            yield store
+            with _writing(path, nbytes):
                 buffer.flush()
                 _HEAD.pack_into(buffer, 0, _MAGIC, fingerprint.encode())
                 buffer.flush()
                 os.fsync(descriptor)
-            except FileExistsError:
-                raise LlamaSplitError(
-                    f"{path} exists, and is not replaced: its masks may not have been used up, or another process is "
-                    "dealing them"
-                ) from None
-            except OSError as error:
-                raise LlamaSplitError(f"{path} can't be written with {nbytes} bytes: {error.strerror}") from error
             undo.pop_all()
         store.close()
         os.close(descriptor)
@@ -281,26 +277,27 @@ class MaskStore:
                 )
             end = first + min(rows, left)
             if end > pool.leased:
-                self._lease(pool, end)
+                pool.lease(end)
             mask_Nk = self.masks(matrix, first, end)
             held = pool.terms[matrix][first:end]
             term_Nm = torch.from_numpy(held.copy())
-            held[:] = 0
             pool.next[matrix] = end
+            held[:] = 0
             if end // BLOCK_ROWS > first // BLOCK_ROWS:
                 pool.wipe(min(pool.next.values()))
             return Taken(mask_Nk, term_Nm)
 
-    def _lease(self, pool: _Pool, end: int) -> None:
-        self._failure = "the masks' file could not be synchronised: nothing of it is used any longer"
+    def _synchronise(self) -> None:
         try:
-            pool.lease(end)  # a second try may succeed without having written what the first one lost
-        except OSError as error:
+            self._buffer.flush()
+        except OSError as error:  # a second try may succeed without having written what this one lost
+            self._failure = "the masks' file could not be synchronised: nothing of it is used any longer"
             raise LlamaSplitError(f"{self._failure} ({error.strerror})") from error
-        self._failure = ""
 
     def level(self) -> None:
         """After a forward that has failed: use up the masks that only some matrices have used."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             for pool in self._pools:
                 pool.level()
@@ -381,6 +378,20 @@ class _Layout:
         start = self._end
         self._end += -(-nbytes // _PAGE) * _PAGE
         return start
+
+
+@contextlib.contextmanager
+def _writing(path: Path, nbytes: int) -> Iterator[None]:
+    """Put into words why a new file can't be written."""
+    try:
+        yield
+    except FileExistsError:
+        raise LlamaSplitError(
+            f"{path} exists, and is not replaced: its masks may not have been used up, or another process is dealing "
+            "them"
+        ) from None
+    except OSError as error:
+        raise LlamaSplitError(f"{path} can't be written with {nbytes} bytes: {error.strerror}") from error
 
 
 def _write_header(buffer: mmap.mmap, fingerprint: str, *capacities: int) -> None:

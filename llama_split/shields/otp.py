@@ -30,7 +30,7 @@ from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, Widths, matri
 from ..errors import LlamaSplitError, WorkerTampered
 from ..model.integers import dequantise, greatest_norm, levels_for, quantise_tokens
 from ..model.program import WorkerOp
-from .base import MASKED, NEITHER, Covered, Shield
+from .base import MASKED, NEITHER, Covered, Shield, belongs_to_another
 from .dealer import DealtMasks, FileMasks
 from .masks import Taken
 from .prime_field import BOUND, FieldSecret, FieldTest
@@ -110,7 +110,7 @@ class OtpShield(Shield):
         self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
     ) -> None:
         if self._matrices:
-            raise LlamaSplitError("a shield belongs to one model: make another one for this")
+            raise belongs_to_another()
         self._compute = compute
         weights = QuantisedCheckpoint(checkpoint)
         with contextlib.ExitStack() as undo:
@@ -119,14 +119,15 @@ class OtpShield(Shield):
             else:
                 masks = FileMasks(self._path, checkpoint, weights)
             undo.callback(masks.close)
+            matrices: dict[MatrixKey, _Matrix] = {}
             for done, matrix in enumerate(weights.widths, start=1):
-                self._matrices[matrix] = self._matrix(weights, matrix)
+                matrices[matrix] = self._matrix(weights, matrix)
                 if progress is not None:
                     progress(done, len(weights.widths))
             if isinstance(masks, DealtMasks):
                 masks.deal_ahead(self._ahead, self._ahead, progress)
             undo.pop_all()
-        self._masks = masks
+        self._masks, self._matrices = masks, matrices
 
     def cover(self, op: WorkerOp) -> Covered:
         if self._masks is None:

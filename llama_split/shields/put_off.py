@@ -36,27 +36,35 @@ class PutOff(Generic[T]):
         self._held[(kind, rows) if rows <= _FEW_ROWS else _MANY].append(product)
 
     def work(self) -> None:
-        """Check those of many rows, while a worker computes."""
-        several = self._held.pop(_MANY, [])
+        """Check those of many rows, while a worker computes. After an error all are forgotten."""
+        several = self._held.get(_MANY)
         if not several:
             return
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # in this thread: several would wait for each other where a worker has their cores
+        torch.set_num_threads(1)  # several would wait for each other where a worker has their cores
         try:
-            for one in several:
-                self._check(one)
+            while several:
+                self._check(several[-1])
+                several.pop()  # only now: an interrupt leaves it to ``settle``
+        except Exception:
+            self._held.clear()
+            raise
         finally:
             torch.set_num_threads(threads)
 
     def settle(self) -> None:
-        """Check all that are left. After an error they are forgotten."""
+        """Check all that are left. After an error all are forgotten."""
+        self.work()
         held = self._held
+        held.pop(_MANY, None)
         try:
-            self.work()
-            for several in held.values():
-                self._check_together(several)
-        finally:
+            while held:
+                kind = next(iter(held))
+                self._check_together(held[kind])
+                del held[kind]
+        except Exception:
             held.clear()
+            raise
 
     @property
     def _held(self) -> defaultdict[Hashable, list[T]]:

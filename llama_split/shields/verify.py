@@ -39,7 +39,7 @@ from ..boundary.operations import LINEARS, LM_HEAD, OPERATIONS, SCORES, Operatio
 from ..checkpoint import Checkpoint, Progress
 from ..errors import WorkerTampered
 from ..model.program import WorkerOp
-from .base import NEITHER, VERIFIED, Covered, Shield
+from .base import NEITHER, VERIFIED, Covered, Shield, belongs_to_another
 from .put_off import PutOff
 
 LAMBDA = 6.0
@@ -87,6 +87,8 @@ class VerifyShield(Shield):
     def load(
         self, checkpoint: Checkpoint, compute: torch.dtype, wire: torch.dtype, progress: Progress | None = None
     ) -> None:
+        if self._secrets:
+            raise belongs_to_another()
         self._compute, self._wire = compute, wire
         self._rounding = max(_roundoff_of(compute), _roundoff_of(wire))
         outline = checkpoint.outline

@@ -353,9 +353,8 @@ class SplitLlamaForCausalLM(SameWeights, LlamaForCausalLM, BoundToProcess):  # t
             UnsupportedBySplit: what is asked for needs the KV on this side, and the worker keeps it in this mode.
         """
         most_sessions = min(worker.most_sessions for worker in self.workers)
-        config = fit_batching(
-            continuous_batching_config, generation_config, self.mode, most_sessions, hides=self._hides
-        )
+        used = self.generation_config if generation_config is None else generation_config
+        config = fit_batching(continuous_batching_config, used, self.mode, most_sessions, hides=self._hides)
         return super().init_continuous_batching(generation_config, config, *arguments, **kwargs)
 
     def set_attn_implementation(

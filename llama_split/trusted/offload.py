@@ -6,6 +6,7 @@ Shape suffixes: B batch, T tokens, N tokens whose logits are asked for, D hidden
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -23,6 +24,8 @@ from ..model.program import HeapWorkspace, WorkerOp, Workspace
 from ..shields.base import Shield
 from .worker_client import CheckedReply, WorkerClient
 from .workers import Workers
+
+logger = logging.getLogger("llama_split")
 
 not_compiled: Any = torch.compiler.disable(reason="it asks another process")  # type: ignore[no-untyped-call]
 """Decorates what torch.compile leaves alone: it breaks its graph there."""
@@ -130,10 +133,20 @@ class Offload:
         try:
             yield
         except BaseException as error:
-            if self.shield is not None:
-                with contextlib.suppress(*([WorkerTampered] if isinstance(error, WorkerTampered) else [])):
-                    self.shield.give_up()
+            self._give_up(error)
             raise
+
+    def _give_up(self, error: BaseException) -> None:
+        """Have the shield finish a forward that has failed with this error, which only tampering replaces."""
+        if self.shield is None:
+            return
+        try:
+            self.shield.give_up()
+        except WorkerTampered:
+            if not isinstance(error, WorkerTampered):
+                raise
+        except Exception:
+            logger.exception("the shield %s failed after a forward that had failed", self.shield.name)
 
     def execute(self, op: WorkerOp) -> torch.Tensor:
         """Execute one operation, in one call or several."""

@@ -150,6 +150,7 @@ def fit_batching(
     """
     if not mode.worker_keeps_kv and not hides:
         return config
+    config = getattr(generation, "continuous_batching_config", None) if config is None else config
     config = ContinuousBatchingConfig() if config is None else copy.copy(config)
     config.allow_block_sharing = False
     if not mode.worker_keeps_kv:

@@ -14,9 +14,9 @@ class Arrays(NamedTuple):
 
     type: type
     tensor_of: Callable[[Any], Any]
-    """Makes a tensor over an array's memory; None for an array that is sent in another way."""
+    """Makes a tensor over an array's memory; a TypeError or ValueError for an array that is sent in another way."""
     array_of: Callable[[Any], Any]
-    """Makes the array over a received tensor's memory."""
+    """Makes the array over a tensor's memory. Both are built in: no signal handler runs in the middle of them."""
 
 
 class Tensors(NamedTuple):

@@ -208,7 +208,7 @@ class SendArena:
         row = row_of_array(array)
         if row.numpy is None:
             array = array.view(row.carrier.newbyteorder(array.dtype.byteorder))
-        if array.flags.c_contiguous and (tensor := tensor_over(array)) is not None:
+        if (tensor := tensor_over(array)) is not None:
             return self.export(tensor if row.numpy is not None else tensor.view(row.torch))
         out: list[TensorDescriptor] = []
         try:

@@ -30,8 +30,8 @@ def view(data: memoryview, offset: int, row: DType, shape: tuple[int, ...]) -> t
 
 
 def tensor_over(array: Memory) -> torch.Tensor | None:
-    """Make a tensor over an array's memory; None for an array whose memory torch can't take as it is."""
-    if not array.flags.writeable:  # torch warns about those
+    """Make a tensor over a contiguous array's memory; None for an array whose memory torch can't take as it is."""
+    if not (array.flags.c_contiguous and array.flags.writeable):  # torch warns about those that are read-only
         return None
     try:
         return _from_numpy(array)
@@ -87,7 +87,7 @@ TENSORS = Tensors(
     by_name=BY_NAME,
     view=view,
     describe=TensorDescriptor,
-    arrays=Arrays(np.ndarray, tensor_over, array_over),
+    arrays=Arrays(np.ndarray, torch.from_numpy, torch.Tensor.numpy),
 )
 HAS_EXCHANGE = core.CORE == "native" and native_knows(TENSORS)
 """Whether the compiled twin makes the tensors, for which torch must be 2.10 or later."""

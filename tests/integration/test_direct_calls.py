@@ -77,6 +77,7 @@ _CALLS: dict[str, tuple[str, Callable[[Client], tuple[Any, ...]], dict[str, Any]
     "an array": ("echo", lambda _: (np.arange(6, dtype=np.int16).reshape(2, 3),), {}),
     "an array in place": ("twice", lambda client: (client.empty((3, 5), "float32").fill_(7.0).numpy(),), {}),
     "a read-only array": ("twice", lambda _: (np.broadcast_to(np.float64(3.0), (2, 2)),), {}),
+    "an array that is one number to all": ("twice", lambda _: np.broadcast_arrays(np.ones(3), np.ones((2, 3)))[:1], {}),
     "a strided array": ("twice", lambda _: (np.arange(20.0).reshape(4, 5).T,), {}),
     "an array that runs backwards": ("twice", lambda _: (np.arange(5)[::-1],), {}),
     "an array of another byte order": ("twice", lambda _: (np.arange(5, dtype=">i4"),), {}),

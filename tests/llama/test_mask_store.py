@@ -431,6 +431,27 @@ def test_nothing_is_handed_out_after_the_file_could_not_be_synchronised(
     store.close()
 
 
+def test_an_interrupted_lease_costs_masks_only(
+    file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of it is no failure of the file."""
+    store = opened(file, checkpoint, weights)
+    pool, interrupts = store._pools[0], [KeyboardInterrupt]
+    synchronise = pool._synchronise
+
+    def interrupted() -> None:
+        synchronise()
+        if interrupts:
+            raise interrupts.pop()
+
+    monkeypatch.setattr(pool, "_synchronise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.take((QKV, 0), 1)
+    mask_Nk, term_Nm = store.take((QKV, 0), 3)
+    assert torch.equal(term_Nm, multiply_exactly(mask_Nk, matrix_of(weights, (QKV, 0))))
+    store.close()
+
+
 @pytest.mark.parametrize("from_file", [True, False])
 def test_closed_masks_are_not_handed_out(
     file: Path, checkpoint: Checkpoint, weights: QuantisedCheckpoint, from_file: bool
@@ -472,6 +493,7 @@ def test_a_child_that_is_forked_while_masks_are_taken_does_not_hang(weights: Qua
             try:
                 masks.take((QKV, 0), 1)
             except MasksExhausted as error:
+                masks.level()
                 masks.close()
                 os._exit(7 if "forked" in str(error) else 1)
             os._exit(0)

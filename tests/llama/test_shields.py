@@ -14,10 +14,11 @@ import torch
 from llama_split import SplitLlamaForCausalLM
 from llama_split.boundary.operations import DOWN, GATE_UP, LINEARS, LM_HEAD, MIX, OUT_PROJ, QKV, SCORES, Mode, Operation
 from llama_split.checkpoint import Checkpoint, open_checkpoint
-from llama_split.errors import LlamaSplitError, WorkerTampered
+from llama_split.errors import LlamaSplitError, WorkerMismatch, WorkerTampered
 from llama_split.model.program import WorkerOp
 from llama_split.shields import named
 from llama_split.shields.base import Covered, Shield
+from llama_split.shields.put_off import PutOff
 from llama_split.shields.verify import VerifyShield
 from llama_split.worker.weights import Weights
 from tests.support.llamas import VARIANTS, Small, Worker, worker_in_thread
@@ -311,3 +312,49 @@ def test_other_packages_shields_are_found_by_name(
         split_of(biased, worker, shield="never")
     with pytest.raises(LlamaSplitError, match="of type int, which is no shield"):
         split_of(biased, worker, shield="wrong")
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_an_interrupt_during_a_check_puts_it_off_again(rows: int) -> None:
+    """What was not looked at to the end is looked at when the forward is given up; after an alarm nothing is."""
+    checked: list[int] = []
+    interrupts = [KeyboardInterrupt]
+
+    def check(product: int) -> None:
+        if product == 2 and interrupts:
+            raise interrupts.pop()
+        checked.append(product)
+        if product == 9:
+            raise WorkerTampered("wrong")
+
+    put_off = PutOff[int](check, lambda several: [check(one) for one in several] and None)
+    for product in (1, 2, 3):
+        put_off.add(product, product, rows)
+    with pytest.raises(KeyboardInterrupt):
+        put_off.settle()
+    put_off.settle()
+    assert sorted(set(checked)) == [1, 2, 3]
+    checked.clear()
+    for product in (8, 9, 7):
+        put_off.add(product, product, rows)
+    with pytest.raises(WorkerTampered):
+        put_off.settle()
+    checked.clear()
+    put_off.settle()
+    assert not checked
+
+
+def test_a_shield_that_fails_after_a_failure_does_not_hide_it(biased: Small, worker: Worker) -> None:
+    """What the forward raised is what its caller gets."""
+    shield = Nothing()
+    shield.give_up = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    worker.server._handlers.by_name[OUT_PROJ.name] = lambda *_arguments, **_keywords: None
+    with split_of(biased, worker, shield=shield) as split, pytest.raises(WorkerMismatch, match="answered o with"):
+        split(prompt(3))
+
+
+def test_a_shield_is_loaded_for_one_model(biased: Small, worker: Worker) -> None:
+    """Its secrets belong to that model's weights."""
+    shield = VerifyShield()
+    with split_of(biased, worker, shield=shield), pytest.raises(LlamaSplitError, match="belongs to one model"):
+        split_of(biased, worker, shield=shield)

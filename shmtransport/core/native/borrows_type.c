@@ -139,9 +139,9 @@ static const struct dtype_row *row_and_extent(Borrows *self, const struct descri
     return row;
 }
 
-PyObject *array_maker_of(PyObject *object)
+const struct tensors *library_of(PyObject *object)
 {
-    return ((Borrows *)object)->library->array_of;
+    return ((Borrows *)object)->library;
 }
 
 bool can_be_borrowed(PyObject *object, const struct descriptor *descriptor, bool as_array)

@@ -7,13 +7,14 @@
 #include <stdbool.h>
 
 #include "descriptor.h"
+#include "views.h"
 
 bool is_borrows(PyObject *object);
 
 /* The first argument of all that follow must be one that is_borrows is true of. */
 
-/* What makes the array over a tensor's memory; NULL if there are no arrays. */
-PyObject *array_maker_of(PyObject *borrows);
+/* Whose tensors these are. */
+const struct tensors *library_of(PyObject *borrows);
 
 /* Whether a tensor, or also an array of it, can be made of what is described. */
 bool can_be_borrowed(PyObject *borrows, const struct descriptor *descriptor, bool as_array);

@@ -75,8 +75,9 @@ PyObject *decode_call(PyObject *Py_UNUSED(module), PyObject *parameters)
 /* What the values of one message are made from. */
 struct decoder {
     struct unpacker unpacker;
-    PyObject *tensors;  /* a tuple */
-    PyObject *to_array; /* NULL where arrays are left to others */
+    PyObject *tensors;             /* a tuple */
+    PyObject *to_array;            /* makes arrays; NULL where the next does */
+    const struct tensors *library;
 };
 
 static PyObject *invalid(void)
@@ -94,7 +95,7 @@ static PyObject *make_tensor(struct decoder *decoder, const struct token *token)
     if (token->code == EXTENSION_TENSOR)
         return Py_NewRef(tensor);
     if (decoder->to_array == NULL)
-        return invalid();
+        return array_over_tensor(decoder->library, tensor);
     return PyObject_CallFunctionObjArgs(decoder->to_array, tensor, NULL);
 }
 
@@ -249,7 +250,7 @@ static PyObject *borrow_all(const struct call *call, PyObject *borrows, uint64_t
 
 bool can_be_taken(const struct call *call, PyObject *borrows)
 {
-    return (!call->has_arrays || array_maker_of(borrows) != NULL) && all_can_be_borrowed(call, borrows);
+    return (!call->has_arrays || library_of(borrows)->array_type != NULL) && all_can_be_borrowed(call, borrows);
 }
 
 int take_values(const struct call *call, PyObject *borrows, struct values *values)
@@ -260,7 +261,7 @@ int take_values(const struct call *call, PyObject *borrows, struct values *value
         Py_XDECREF(tensors);
         return tensors == NULL ? -1 : 0;
     }
-    struct decoder decoder = {call->values, tensors, array_maker_of(borrows)};
+    struct decoder decoder = {.unpacker = call->values, .tensors = tensors, .library = library_of(borrows)};
     bool is_made;
     if (call->tag == TAG_REQUEST)
         is_made = make_arguments(&decoder, &values->arguments, &values->keywords);

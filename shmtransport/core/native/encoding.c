@@ -226,9 +226,11 @@ static int export_here(struct encoder *encoder, PyObject *tensor, struct held *h
 /* As export_here, with a tensor over an array's memory. */
 static int export_array_here(struct encoder *encoder, const struct tensors *library, PyObject *array, struct held *held)
 {
-    PyObject *tensor = PyObject_CallFunctionObjArgs(library->tensor_of, array, NULL);
-    int exported = tensor == NULL ? -1 : export_here(encoder, tensor, held);
-    Py_XDECREF(tensor);
+    PyObject *tensor = tensor_over_array(library, array);
+    if (tensor == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    int exported = export_here(encoder, tensor, held);
+    Py_DECREF(tensor);
     return exported;
 }
 

@@ -64,6 +64,41 @@ int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows, PyO
     return PyErr_Occurred() ? -1 : read_arrays(tensors, arrays);
 }
 
+/* Whether a flag of an array is set; -1 with an error set. */
+static int has_flag(PyObject *flags, const char *name)
+{
+    PyObject *flag = PyObject_GetAttrString(flags, name);
+    int is_set = flag == NULL ? -1 : PyObject_IsTrue(flag);
+    Py_XDECREF(flag);
+    return is_set;
+}
+
+PyObject *tensor_over_array(const struct tensors *tensors, PyObject *array)
+{
+    PyObject *flags = PyObject_GetAttrString(array, "flags");
+    if (flags == NULL)
+        return NULL;
+    int is_plain = has_flag(flags, "c_contiguous");
+    if (is_plain > 0)
+        is_plain = has_flag(flags, "writeable");
+    Py_DECREF(flags);
+    PyObject *tensor = is_plain > 0 ? PyObject_CallFunctionObjArgs(tensors->tensor_of, array, NULL) : NULL;
+    if (tensor == NULL && PyErr_Occurred()
+        && (PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError)))
+        PyErr_Clear();
+    return tensor;
+}
+
+PyObject *array_over_tensor(const struct tensors *tensors, PyObject *tensor)
+{
+    PyObject *array = PyObject_CallFunctionObjArgs(tensors->array_of, tensor, NULL);
+    PyObject *done = array == NULL ? NULL : PyObject_CallMethod(array, "setflags", "i", 0);
+    if (done == NULL)
+        Py_CLEAR(array);
+    Py_XDECREF(done);
+    return array;
+}
+
 void tensors_forget(struct tensors *tensors)
 {
     for (int index = 0; index < tensors->row_count; index++) {

@@ -33,7 +33,7 @@ struct tensors {
     int row_count;
     struct dtype_row rows[MOST_DTYPES];
     PyTypeObject *array_type; /* of arrays that cross as tensors, without subclasses; NULL if there are none */
-    PyObject *tensor_of;      /* makes a tensor over an array's memory, or None */
+    PyObject *tensor_of;      /* makes a tensor over an array's memory; built in, as the next: it runs no Python code */
     PyObject *array_of;       /* makes the array over a tensor's memory */
 };
 
@@ -54,6 +54,13 @@ struct extent {
 /* Fill in how a library's tensors are made, from memory/views.py's description; -1 with an error set. */
 int tensors_prepare(struct tensors *tensors, PyObject *type, PyObject *rows, PyObject *arrays);
 void tensors_forget(struct tensors *tensors);
+
+/* A tensor over the memory of an array that is contiguous and may be written; NULL without an error if it is not, or if
+ * the library doesn't take it. */
+PyObject *tensor_over_array(const struct tensors *tensors, PyObject *array);
+
+/* The read-only array over a tensor's memory; NULL with an error set. */
+PyObject *array_over_tensor(const struct tensors *tensors, PyObject *tensor);
 
 /* The row of a library's dtype, of a name, or of what is described; NULL if there is none. */
 const struct dtype_row *row_of_dtype(const struct tensors *tensors, PyObject *dtype);
