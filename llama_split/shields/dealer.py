@@ -20,7 +20,8 @@ from ..checkpoint import Checkpoint, Progress
 from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, Widths
 from ..errors import MasksExhausted
 from ..model.integers import multiply_exactly
-from .masks import BLOCK_ROWS, MaskStore, Taken
+from .mask_pool import BLOCK_ROWS
+from .masks import MaskStore, Taken
 
 logger = logging.getLogger("llama_split")
 

@@ -26,7 +26,8 @@ from llama_split.checkpoint.quantised import MatrixKey
 from llama_split.errors import LlamaSplitError, MasksExhausted
 from llama_split.model.integers import multiply_exactly
 from llama_split.shields.dealer import DealtMasks, FileMasks, deal_file
-from llama_split.shields.masks import BLOCK_ROWS, MaskStore, Taken
+from llama_split.shields.mask_pool import BLOCK_ROWS
+from llama_split.shields.masks import MaskStore, Taken
 from tests.support.children import Child, Mother
 from tests.support.llamas import VARIANTS, Small
 from tests.support.process import ROOT
