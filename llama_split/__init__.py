@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .errors import (
         CheckpointError,
         LlamaSplitError,
+        MasksExhausted,
         MissingPackage,
         UnsupportedBySplit,
         WorkerFailed,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointError": "errors",
     "LlamaSplitError": "errors",
+    "MasksExhausted": "errors",
     "MissingPackage": "errors",
     "Mode": "boundary.operations",
     "SplitLlamaForCausalLM": "trusted.model",
@@ -37,6 +39,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "LlamaSplitError",
+    "MasksExhausted",
     "MissingPackage",
     "Mode",
     "SplitLlamaForCausalLM",
