@@ -27,6 +27,23 @@ def arena_bytes(max_nbytes: int) -> int:
     return max(_LARGEST_TENSORS * max_nbytes, _SMALLEST_ARENA_BYTES)
 
 
+Maker = Callable[..., Any]
+
+
+def tensors_of(make: Maker) -> Maker:
+    """What makes tensors, as it is."""
+    return make
+
+
+def arrays_of(make: Maker) -> Maker:
+    """What makes arrays over the memory of the tensors that ``make`` makes."""
+
+    def make_array(*arguments: Any) -> Any:
+        return make(*arguments).numpy()
+
+    return make_array
+
+
 class Ours(Contender):
     """What all variants share."""
 
@@ -35,6 +52,8 @@ class Ours(Contender):
     channel: ClassVar[ChannelKind] = "zmq"
     spin_us: ClassVar[float | None] = 0.0
     reply = "view, valid while it is held"
+    carried = staticmethod(tensors_of)
+    """Makes a function that returns what is carried of one that makes tensors."""
 
     def make_endpoint(self) -> str:
         self._address = f"ipc://{self.directory}/s"
@@ -80,16 +99,22 @@ class InPlace(Ours):
 
     copies = "0"
 
-    def _handler(self, server: Server) -> Callable[[torch.Tensor], torch.Tensor]:
-        def answer(request: torch.Tensor) -> torch.Tensor:
-            reply = server.empty(request.shape, request.dtype)
+    def _handler(self, server: Server) -> Callable[[Any], Any]:
+        empty = self.carried(server.empty)
+
+        def answer(request: Words) -> Words:
+            reply: Words = empty(request.shape, torch.int64)
             respond(request, reply)
             return reply
 
         return answer
 
+    def connect(self) -> None:
+        super().connect()
+        self._empty = self.carried(self._client.empty)
+
     def prepare(self, nbytes: int) -> Words:
-        self._request = self._client.empty((words(nbytes),), torch.int64)
+        self._request = self._empty((words(nbytes),), torch.int64)
         return self._request
 
 
@@ -98,11 +123,11 @@ class CopyIn(Ours):
 
     copies = "2: into each arena"
 
-    def _handler(self, server: Server) -> Callable[[torch.Tensor], torch.Tensor]:
-        tensors = PrivateTensors(1)
+    def _handler(self, server: Server) -> Callable[[Any], Any]:
+        following = self.carried(PrivateTensors(1).next)
 
-        def answer(request: torch.Tensor) -> torch.Tensor:
-            reply = tensors.next(request.nbytes)
+        def answer(request: Words) -> Words:
+            reply: Words = following(request.nbytes)
             respond(request, reply)
             return reply
 
@@ -110,10 +135,10 @@ class CopyIn(Ours):
 
     def connect(self) -> None:
         super().connect()
-        self._tensors = PrivateTensors(1)  # sending copies it at once
+        self._next = self.carried(PrivateTensors(1).next)  # one will do: sending copies it at once
 
     def prepare(self, nbytes: int) -> Words:
-        self._request = self._tensors.next(nbytes)
+        self._request = self._next(nbytes)
         return self._request
 
 
@@ -171,50 +196,19 @@ class SpinCopyIn(DoorbellCopyIn):
     spin_us = SPIN_US
 
 
-class SpinArraysInPlace(Ours):
+class SpinArraysInPlace(SpinInPlace):
     """Numpy arrays over memory of the arenas, by the doorbell, which spins before it blocks."""
 
     name = "doorbell + spin, arrays in place"
     how = 'as "doorbell + spin, in place", with numpy arrays: Client.empty(…).numpy(), Server.empty(…).numpy()'
-    copies = "0"
     reply = "read-only view, valid while it is held"
-    channel = "doorbell"
-    spin_us = SPIN_US
-
-    def _handler(self, server: Server) -> Callable[[Any], Any]:
-        def answer(request: Words) -> Words:
-            reply = server.empty(request.shape, torch.int64).numpy()
-            respond(request, reply)
-            return reply
-
-        return answer
-
-    def prepare(self, nbytes: int) -> Words:
-        self._request = self._client.empty((words(nbytes),), torch.int64).numpy()
-        return self._request
+    carried = staticmethod(arrays_of)
 
 
-class SpinArraysCopyIn(SpinArraysInPlace):
+class SpinArraysCopyIn(SpinCopyIn):
     """Numpy arrays of private memory, by the doorbell, which spins before it blocks."""
 
     name = "doorbell + spin, arrays copy in"
     how = 'as "doorbell + spin, copy in", with numpy arrays'
-    copies = "2: into each arena"
-
-    def _handler(self, server: Server) -> Callable[[Any], Any]:
-        tensors = PrivateTensors(1)
-
-        def answer(request: Words) -> Words:
-            reply = tensors.next(request.nbytes).numpy()
-            respond(request, reply)
-            return reply
-
-        return answer
-
-    def connect(self) -> None:
-        super().connect()
-        self._tensors = PrivateTensors(1)  # sending copies it at once
-
-    def prepare(self, nbytes: int) -> Words:
-        self._request = self._tensors.next(nbytes).numpy()
-        return self._request
+    reply = "read-only view, valid while it is held"
+    carried = staticmethod(arrays_of)

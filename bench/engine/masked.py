@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from transformers import LlamaForCausalLM
 
 from llama_split import SplitLlamaForCausalLM
-from llama_split.checkpoint import Checkpoint
-from llama_split.model.kv_cache import GrowingCache
+from llama_split.checkpoint import Checkpoint, QuantisedCheckpoint
 from llama_split.placement.local import WorkerProcess
 from llama_split.shields.otp import OtpShield
 from llama_split.shields.unsplit import quantise
 
+from .fresh import DECODE_PROMPT, NEW_TOKENS, run_fresh, token_s
 from .job import DEMO, checkpoint_of, model_options, prompt_for, unsplit
 
-_NEW_TOKENS = 32
-_DECODE_PROMPT = 64
 _DEALT_AT_ONCE = 128
 _TEXT = Path(__file__).parents[2] / "LICENSE"  # a fixed text that comes with the project
 
@@ -84,17 +79,8 @@ class MaskedJob:
 
 
 def measure_masked(job: MaskedJob) -> MaskedRun:
-    """Measure in a fresh process, with threads that sleep while the other side computes.
-
-    Raises:
-        SystemExit: It failed.
-    """
-    command = [sys.executable, "-m", "bench.engine.masked", msgspec.json.encode(job).decode()]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(job.threads)}
-    done = subprocess.run(command, capture_output=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{job.model} failed: {done.stderr.decode(errors='replace')}")
-    return msgspec.json.decode(done.stdout, type=MaskedRun)
+    """Measure one model in a process of its own; see ``run_fresh``."""
+    return run_fresh("bench.engine.masked", job, job.model, MaskedRun)
 
 
 def _measure(job: MaskedJob) -> MaskedRun:
@@ -113,7 +99,7 @@ def _measure(job: MaskedJob) -> MaskedRun:
         dealt_prompt_s, dealt_token_s = (
             _dealing(shield, tokens) / each for tokens, each in ((job.tokens, 1), (_DEALT_AT_ONCE, _DEALT_AT_ONCE))
         )
-        widths = shield.widths
+        widths = QuantisedCheckpoint(checkpoint).widths
         bytes_a_token = 4 * sum(width.output for (operation, _), width in widths.items() if operation.per_layer)
         perplexity = _perplexities(alone, checkpoint) if job.model == DEMO else None
     return MaskedRun(
@@ -140,27 +126,14 @@ def _times(models: dict[str, LlamaForCausalLM], job: MaskedJob, shield: OtpShiel
     prompts: dict[str, list[float]] = {name: [] for name in models}
     tokens: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(job.repeats + 1):
-        shield.deal_ahead(job.tokens + _DECODE_PROMPT + _NEW_TOKENS, _NEW_TOKENS + 2)
+        shield.deal_ahead(job.tokens + DECODE_PROMPT + NEW_TOKENS, NEW_TOKENS + 2)
         for name, model in models.items():
             ids = prompt_for(model, job.tokens)
             started = time.perf_counter()
             model(ids, logits_to_keep=1)
             prompts[name].append(time.perf_counter() - started)
-            tokens[name].append(_token_s(model))
+            tokens[name].append(token_s(model))
     return {name: Times(*(statistics.median(found[name][1:]) for found in (prompts, tokens))) for name in models}
-
-
-def _token_s(model: Any) -> float:
-    """The median seconds between the tokens of a generation."""
-    ids = prompt_for(model, _DECODE_PROMPT)
-    cache = GrowingCache(model.config.num_hidden_layers, _DECODE_PROMPT + _NEW_TOKENS)
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    times = []
-    for _ in range(_NEW_TOKENS):
-        started = time.perf_counter()
-        model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def _dealing(shield: OtpShield, tokens: int) -> float:

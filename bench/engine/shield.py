@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,13 +21,12 @@ from llama_split.placement.local import WorkerProcess
 from llama_split.shields.base import Covered
 from llama_split.shields.verify import VerifyShield
 
+from .fresh import run_fresh, token_s
 from .job import checkpoint_of, model_options, prompt_for
 
 SIZES = tuple(10.0**power for power in (-6, -5.5, -5, -4.5, -4, -3.5, -3, -2.5, -2, -1.5, -1, -0.5, 0))
 """Sizes of an error, as a part of the length of the row that it is in."""
 _CURVE_ROWS = 400
-_NEW_TOKENS = 32
-_DECODE_PROMPT = 64
 
 
 @dataclass(frozen=True)
@@ -109,17 +106,8 @@ class ShieldJob:
 
 
 def measure_shield(job: ShieldJob) -> ShieldRun:
-    """Measure in a fresh process, with threads that sleep while the other side computes.
-
-    Raises:
-        SystemExit: It failed.
-    """
-    command = [sys.executable, "-m", "bench.engine.shield", msgspec.json.encode(job).decode()]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(job.threads)}
-    done = subprocess.run(command, capture_output=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{job.model} in {job.dtype} failed: {done.stderr.decode(errors='replace')}")
-    return msgspec.json.decode(done.stdout, type=ShieldRun)
+    """Measure one model in a process of its own; see ``run_fresh``."""
+    return run_fresh("bench.engine.shield", job, f"{job.model} in {job.dtype}", ShieldRun)
 
 
 def _measure(job: ShieldJob) -> ShieldRun:
@@ -166,22 +154,9 @@ def _costs(models: Sequence[SplitLlamaForCausalLM], tokens: int, repeats: int) -
             started = time.perf_counter()
             model(ids, logits_to_keep=1)
             of_prefill.append(time.perf_counter() - started)
-            of_decode.append(_decode(model))
+            of_decode.append(token_s(model))
     first, second = ([statistics.median(times[1:]) for times in both] for both in (prefills, decodes))
     return Cost(*first), Cost(*second)
-
-
-def _decode(model: SplitLlamaForCausalLM) -> float:
-    """The median seconds between the tokens of a generation."""
-    ids = prompt_for(model, _DECODE_PROMPT)
-    cache = model.new_cache(_DECODE_PROMPT + _NEW_TOKENS)
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    times = []
-    for _ in range(_NEW_TOKENS):
-        started = time.perf_counter()
-        model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def _found(shield: _Counting, model: SplitLlamaForCausalLM, size: float) -> float:

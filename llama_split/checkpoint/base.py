@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +99,13 @@ class Checkpoint(ABC):
     def read(self, name: str) -> torch.Tensor:
         """One whole parameter as it is stored, or in float32 if it is quantised."""
         return self.rows(name, 0, self.stored_shape(name)[0])
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """One parameter as ``rows`` returns it, in blocks of about ``BLOCK_NUMBERS``."""
+        rows, *width = self.shape(name)
+        step = max(1, BLOCK_NUMBERS // math.prod(width))
+        for start in range(0, rows, step):
+            yield self.rows(name, start, min(start + step, rows))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer with transformers.
@@ -208,11 +216,10 @@ class Checkpoint(ABC):
         return (sum(shape[0] for shape in shapes), *widths.pop())
 
     def _fill(self, destination: torch.Tensor, name: str) -> None:
-        rows = destination.shape[0]
-        step = max(1, BLOCK_NUMBERS // destination[0].numel())
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            destination[start:stop].copy_(self.rows(name, start, stop))
+        first = 0
+        for block in self.blocks(name):
+            destination[first : first + len(block)].copy_(block)
+            first += len(block)
 
     @property
     def outline(self) -> Outline:

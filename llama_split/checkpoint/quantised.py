@@ -7,13 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..boundary.operations import LM_HEAD, Operation
 from ..errors import CheckpointError
 from ..model.integers import quantise_rows
-from .base import BLOCK_NUMBERS, Checkpoint
-
-MatrixKey = tuple[Operation, int]
-"""Names a matrix: the operation that it belongs to, and the layer, 0 for the output matrix."""
+from .base import Checkpoint
+from .matrices import MatrixKey, stacked_matrices
 
 
 class Widths(NamedTuple):
@@ -32,20 +29,14 @@ class Block(NamedTuple):
 
 
 class QuantisedCheckpoint:
-    """The matrices that operations multiply with, each stacked of several where an operation covers a group."""
+    """The matrices that operations multiply with, in 8 bits."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        outline = checkpoint.outline
-        groups = outline.worker_groups(embedding=False)
-        self._names: dict[MatrixKey, list[str]] = {}
-        self._biases: dict[MatrixKey, list[str]] = {}
-        for key, names in groups.items():
-            if isinstance(key, tuple):
-                layer, operation, parameter = key
-                (self._names if parameter == "weight" else self._biases)[operation, layer] = names
-        self._names[LM_HEAD, 0] = [outline.lm_head]
-        self.widths: dict[MatrixKey, Widths] = {matrix: self._stacked(names) for matrix, names in self._names.items()}
+        self._matrices = stacked_matrices(checkpoint.outline)
+        self.widths: dict[MatrixKey, Widths] = {
+            matrix: self._widths_of(parts.weights) for matrix, parts in self._matrices.items()
+        }
 
     def blocks(self, matrix: MatrixKey) -> Iterator[Block]:
         """The matrix in blocks of rows, in their order.
@@ -54,28 +45,19 @@ class QuantisedCheckpoint:
             CheckpointError: a weight is not finite.
         """
         first = 0
-        for name in self._names[matrix]:
-            rows, width = self._checkpoint.shape(name)
-            step = max(1, BLOCK_NUMBERS // width)
-            for start in range(0, rows, step):
-                stored = self._checkpoint.rows(name, start, min(start + step, rows))
+        for name in self._matrices[matrix].weights:
+            for stored in self._checkpoint.blocks(name):
                 yield Block(first, *_quantised(self._checkpoint, name, stored))
                 first += len(stored)
 
     def bias(self, matrix: MatrixKey) -> torch.Tensor | None:
         """The bias that is added after a matrix, float32 [m]; None where there is none."""
-        names = self._biases.get(matrix)
-        return None if names is None else torch.cat([self._checkpoint.read(name).to(torch.float32) for name in names])
+        names = self._matrices[matrix].biases
+        return torch.cat([self._checkpoint.read(name).to(torch.float32) for name in names]) if names else None
 
-    def _stacked(self, names: list[str]) -> Widths:
+    def _widths_of(self, names: list[str]) -> Widths:
         shapes = [self._checkpoint.shape(name) for name in names]
         return Widths(sum(rows for rows, _ in shapes), shapes[0][1])
-
-
-def matrix_name(matrix: MatrixKey) -> str:
-    """A matrix for messages."""
-    operation, layer = matrix
-    return f"{operation.name} of layer {layer}" if operation.per_layer else operation.name
 
 
 def _quantised(checkpoint: Checkpoint, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from ..boundary.compute import WORKER_DTYPE_NAMES
-from ..boundary.operations import Mode
+from ..boundary.operations import OPERATIONS, Mode
 from ..checkpoint import Checkpoint, Progress
 from ..errors import LlamaSplitError
 from ..model.program import WorkerOp
@@ -150,3 +150,8 @@ class Shield(ABC):
 def belongs_to_another() -> LlamaSplitError:
     """The error for a shield that is loaded a second time."""
     return LlamaSplitError("a shield belongs to one model: make another one for this")
+
+
+def is_linear(operation: str) -> bool:
+    """Whether the operation of this name is linear in its first argument."""
+    return any(one.is_linear for one in OPERATIONS if one.name == operation)

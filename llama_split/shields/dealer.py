@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Checkpoint, Progress
-from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, Widths
+from ..checkpoint.matrices import MatrixKey
+from ..checkpoint.quantised import QuantisedCheckpoint, Widths
 from ..errors import MasksExhausted
 from ..model.integers import multiply_exactly
 from .mask_pool import BLOCK_ROWS
-from .masks import MaskStore, Taken
+from .masks import CLOSED, MaskStore, Taken, check_process
 
 logger = logging.getLogger("llama_split")
 
@@ -154,7 +155,7 @@ class _Supply:
         return sum(store.left for store in tuple(self._stores))
 
     def fill(self, rows: int, progress: Progress | None = None) -> None:
-        self._check_process()
+        check_process(self._process)
         with self._lock:
             self._check_open()
             missing = rows - self.left
@@ -162,7 +163,7 @@ class _Supply:
                 self._deal(missing, progress)
 
     def take(self, matrix: MatrixKey, rows: int, ahead: int) -> Taken:
-        self._check_process()
+        check_process(self._process)
         with self._lock:
             self._check_open()
             parts: list[Taken] = []
@@ -190,13 +191,9 @@ class _Supply:
             while self._stores:
                 self._stores.popleft().close()
 
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
-
     def _check_open(self) -> None:
         if self._closed:
-            raise MasksExhausted("these masks were closed")
+            raise MasksExhausted(CLOSED)
 
     def _drop_used(self) -> None:
         while self._stores and self._stores[0].is_used_up:

@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..checkpoint.quantised import MatrixKey, Widths
+from ..checkpoint.matrices import MatrixKey
+from ..checkpoint.quantised import Widths
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 

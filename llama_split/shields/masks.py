@@ -34,10 +34,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..checkpoint.quantised import MatrixKey, Widths
+from ..checkpoint.matrices import MatrixKey
+from ..checkpoint.quantised import Widths
 from ..errors import LlamaSplitError, MasksExhausted, MissingPackage
 from .mask_pool import BLOCK_ROWS, HEAD, MAGIC, PAGE, POOL, POOL_HEADERS, Bytes, Layout, Pool, write_header
 
+CLOSED = "these masks were closed"
 _CIPHER_BYTES = 16
 
 
@@ -62,7 +64,7 @@ class MaskStore:
     """
 
     def __init__(self, buffer: mmap.mmap, widths: Mapping[MatrixKey, Widths], descriptor: int | None = None) -> None:
-        _ciphers()
+        self._ciphers = _ciphers()
         self._buffer = buffer
         self.widths = dict(widths)
         self._descriptor = descriptor
@@ -179,8 +181,7 @@ class MaskStore:
             MasksExhausted: there are fewer, or the store is closed.
             LlamaSplitError: the file can't be synchronised, or is damaged.
         """
-        if os.getpid() != self._process:
-            raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
+        check_process(self._process)
         with self._lock:
             if self._failure:
                 raise MasksExhausted(self._failure)
@@ -231,7 +232,7 @@ class MaskStore:
                 raise LlamaSplitError("the masks are damaged: a key is missing; deal new ones")
             stop = min((block + 1) * BLOCK_ROWS, end)
             nonce = struct.pack(">QQ", self._places[matrix], within * blocks_a_row)
-            _key_stream(pool.keys[block], nonce, stream[at - first : stop - first])
+            _key_stream(self._ciphers, pool.keys[block], nonce, stream[at - first : stop - first])
             at = stop
         return torch.from_numpy(stream.view(np.int32)[:, :width])
 
@@ -254,7 +255,7 @@ class MaskStore:
         if os.getpid() != self._process:
             return
         with self._lock:
-            self._failure = self._failure or "these masks were closed"
+            self._failure = self._failure or CLOSED
             try:
                 self.wipe()
             finally:
@@ -285,13 +286,22 @@ def _writing(path: Path, nbytes: int) -> Iterator[None]:
         raise LlamaSplitError(f"{path} can't be written with {nbytes} bytes: {error.strerror}") from error
 
 
+def check_process(process: int) -> None:
+    """Refuse masks to another process than theirs.
+
+    Raises:
+        MasksExhausted: this is one.
+    """
+    if os.getpid() != process:
+        raise MasksExhausted("a forked process can't use its parent's masks: open a model of its own")
+
+
 def _whole_blocks(rows: int) -> int:
     return -(-rows // BLOCK_ROWS) * BLOCK_ROWS
 
 
-def _key_stream(key: Bytes, nonce: bytes, out: Bytes) -> None:
+def _key_stream(ciphers: ModuleType, key: Bytes, nonce: bytes, out: Bytes) -> None:
     """Write AES-256's key stream from this counter on."""
-    ciphers = _ciphers()
     encryptor = ciphers.Cipher(ciphers.algorithms.AES(key.tobytes()), ciphers.modes.CTR(nonce)).encryptor()
     encryptor.update_into(bytes(out.size), out.data.cast("B"))
 

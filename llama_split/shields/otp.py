@@ -17,20 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
-from ..boundary.operations import OPERATIONS, REVEALED_UNDER_MASKS, Mode
+from ..boundary.operations import REVEALED_UNDER_MASKS, Mode
 from ..checkpoint import Checkpoint, Progress
-from ..checkpoint.quantised import MatrixKey, QuantisedCheckpoint, Widths, matrix_name
+from ..checkpoint.matrices import MatrixKey, matrix_name
+from ..checkpoint.quantised import QuantisedCheckpoint
 from ..errors import LlamaSplitError, WorkerTampered
 from ..model.integers import dequantise, greatest_norm, levels_for, quantise_tokens
 from ..model.program import WorkerOp
-from .base import MASKED, NEITHER, Covered, Shield, belongs_to_another
+from .base import MASKED, NEITHER, Covered, Shield, belongs_to_another, is_linear
 from .dealer import DealtMasks, FileMasks
 from .masks import Taken
 from .prime_field import BOUND, FieldSecret, FieldTest
@@ -184,8 +185,7 @@ class OtpShield(Shield):
                 self._check(product)
 
     def treatment(self, operation: str) -> str:
-        is_linear = any(one.is_linear for one in OPERATIONS if one.name == operation)
-        return MASKED if is_linear else NEITHER
+        return MASKED if is_linear(operation) else NEITHER
 
     @property
     def bound(self) -> str:
@@ -193,11 +193,6 @@ class OtpShield(Shield):
             "what the worker is sent is uniform, by the key stream of AES-256, and no mask is used twice; a wrong row "
             f"is accepted with a probability below {BOUND}"
         )
-
-    @property
-    def widths(self) -> Mapping[MatrixKey, Widths]:
-        """The shape of each matrix."""
-        return {key: Widths(len(matrix.scale_m), len(matrix.secret.c_kP)) for key, matrix in self._matrices.items()}
 
     @property
     def tokens_left(self) -> int:

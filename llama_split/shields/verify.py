@@ -35,18 +35,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..boundary.operations import LINEARS, LM_HEAD, OPERATIONS, SCORES, Operation
+from ..boundary.operations import LINEARS, SCORES
 from ..checkpoint import Checkpoint, Progress
+from ..checkpoint.matrices import MatrixKey, matrix_name, stacked_matrices
 from ..errors import WorkerTampered
 from ..model.program import WorkerOp
-from .base import NEITHER, VERIFIED, Covered, Shield, belongs_to_another
+from .base import NEITHER, VERIFIED, Covered, Shield, belongs_to_another, is_linear
 from .put_off import PutOff
 
 LAMBDA = 6.0
 _ROUNDOFF = 2.0**-24  # of float32
 _TINY = 1e-30  # for a row of zeros, whose difference is exactly 0
 _BLOCK_BYTES = 1 << 20
-_BLOCK_NUMBERS = 1 << 20
 
 
 class _Secret(NamedTuple):
@@ -79,7 +79,7 @@ class VerifyShield(Shield):
         super().__init__()
         self._repetitions = repetitions
         self._random = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(32), "little")))
-        self._secrets: dict[tuple[Operation, int], _Secret] = {}
+        self._secrets: dict[MatrixKey, _Secret] = {}
         self._put_off = PutOff(self._check_in_blocks, self._check_together)
         self._compute = self._wire = torch.float32
         self._rounding = 0.0
@@ -91,18 +91,11 @@ class VerifyShield(Shield):
             raise belongs_to_another()
         self._compute, self._wire = compute, wire
         self._rounding = max(_roundoff_of(compute), _roundoff_of(wire))
-        outline = checkpoint.outline
-        groups = outline.worker_groups(embedding=False)
-        wanted: dict[tuple[Operation, int], list[str]] = {}
-        for key, names in groups.items():
-            if isinstance(key, tuple) and key[2] == "weight":
-                wanted[key[1], key[0]] = names
-        wanted[LM_HEAD, 0] = [outline.lm_head]
-        for done, ((operation, layer), names) in enumerate(wanted.items(), start=1):
-            biases = groups.get((layer, operation, "bias"), [])
-            self._secrets[operation, layer] = self._secret_of(checkpoint, names, biases)
+        matrices = stacked_matrices(checkpoint.outline)
+        for done, (matrix, (weights, biases)) in enumerate(matrices.items(), start=1):
+            self._secrets[matrix] = self._secret_of(checkpoint, weights, biases)
             if progress is not None:
-                progress(done, len(wanted))
+                progress(done, len(matrices))
 
     def cover(self, op: WorkerOp) -> Covered:
         self.count(op)
@@ -111,8 +104,7 @@ class VerifyShield(Shield):
         return Covered(op, lambda result: self._taken(op, result))
 
     def treatment(self, operation: str) -> str:
-        is_linear = any(one.is_linear for one in OPERATIONS if one.name == operation)
-        return VERIFIED if is_linear else NEITHER
+        return VERIFIED if is_linear(operation) else NEITHER
 
     @property
     def bound(self) -> str:
@@ -133,10 +125,8 @@ class VerifyShield(Shield):
         width = checkpoint.shape(names[0])[1]
         c_kR, squares, parts = torch.zeros(width, self._repetitions, dtype=torch.float64), 0.0, []
         for name in names:
-            rows, _ = checkpoint.shape(name)
-            step = max(1, _BLOCK_NUMBERS // width)
-            for start in range(0, rows, step):
-                block = checkpoint.rows(name, start, min(start + step, rows)).to(self._compute).to(torch.float32)
+            for stored in checkpoint.blocks(name):
+                block = stored.to(self._compute).to(torch.float32)
                 s_mR = torch.from_numpy(self._random.standard_normal((len(block), self._repetitions), np.float32))
                 c_kR += block.t() @ s_mR
                 squares += float(block.square().sum(dtype=torch.float64))
@@ -224,7 +214,7 @@ class VerifyShield(Shield):
         if self._is_within(difference, threshold):
             return
         off = float((difference.abs() / threshold[..., None]).nan_to_num(math.inf).max())
-        where = f"{op.operation.name} of layer {op.layer}" if op.operation.per_layer else op.operation.name
+        where = matrix_name((op.operation, op.layer))
         raise WorkerTampered(
             f"the worker returned a wrong result of {where}: it is off by {off:.3g} times what rounding explains. "
             "It is hostile, computes wrongly, or holds other weights"

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from llama_split.boundary.operations import DOWN, LM_HEAD, QKV
 from llama_split.checkpoint import Checkpoint, QuantisedCheckpoint, open_checkpoint
-from llama_split.checkpoint.quantised import MatrixKey
+from llama_split.checkpoint.matrices import MatrixKey
 from llama_split.errors import LlamaSplitError, MasksExhausted
 from llama_split.model.integers import multiply_exactly
 from llama_split.shields.dealer import DealtMasks, FileMasks, deal_file
