@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import runpy
 import select
 import signal
 import socket
@@ -95,4 +94,4 @@ if __name__ == "__main__":  # multiprocessing imports it in its children
         if script is None:
             exec(BOOTSTRAP)  # noqa: S102
         else:
-            kept = runpy.run_path(script, run_name="__main__")
+            forking.run(script)

@@ -12,7 +12,7 @@ import socket
 import sys
 
 from shmtransport import *  # noqa: F403 - its names are imported on first use, and so is torch
-from tests.support.forking import serve
+from tests.support import forking
 
 socket_of_tests = socket.socket(fileno=int(sys.argv[1]))
 if first := sys.argv[2:]:
@@ -20,5 +20,6 @@ if first := sys.argv[2:]:
     runpy.run_path(first[0])
 gc.collect()
 gc.freeze()  # no child looks for garbage among the imports, least of all at its end
-script = serve(socket_of_tests)
-kept = None if script is None else runpy.run_path(script, run_name="__main__")  # until the interpreter ends
+script = forking.serve(socket_of_tests)
+if script is not None:
+    forking.run(script)
