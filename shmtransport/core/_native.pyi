@@ -109,7 +109,7 @@ class Patience:
 
 class CallState:
     method: str
-    tensors: Any
+    data: bytes | None
     error: BaseException | None
     callbacks: list[Callable[[], object]] | None
     result: Any
@@ -146,10 +146,23 @@ class DirectCalls:
     def wait(self, call: CallState, seconds: float, /) -> bool: ...
     def close(self) -> None: ...
 
+class MessageCalls:
+    def __init__(
+        self,
+        pending: dict[int, Any],
+        ids: Iterator[int],
+        loans: Any,
+        borrows: Any,
+        counters: Counters,
+        largest_message: int,
+    ) -> None: ...
+    def encode(self, call: CallState, arguments: tuple[Any, ...], keywords: dict[str, Any], /) -> bytes | None: ...
+    def take(self, message: bytes, /) -> Any: ...
+
 class DirectAnswers:
     def __init__(
         self,
-        ring: MessageRing,
+        ring: MessageRing | None,
         handlers: dict[str, Callable[..., Any]],
         loans: Any,
         borrows: Any,
@@ -160,6 +173,7 @@ class DirectAnswers:
         largest_message: int,
     ) -> None: ...
     heard: bool
+    def answer(self, message: bytes, /) -> Any: ...
     def close(self) -> None: ...
 
 def answer_in_turn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +17,7 @@ class CallState:
     __slots__ = (
         "call_id",
         "callbacks",
+        "data",
         "ended",
         "error",
         "generation",
@@ -26,7 +27,6 @@ class CallState:
         "ready",
         "result",
         "submitted",
-        "tensors",
     )
 
     def __init__(self, method: str) -> None:
@@ -35,8 +35,8 @@ class CallState:
         self.call_id = -1
         self.generation = 0
         """The number of the client's connection that the call was sent over."""
-        self.tensors: Sequence[Any] = ()
-        """The descriptors of its tensors."""
+        self.data: bytes | None = None
+        """The bytes of its request, until they are sent."""
         self.ready = False
         """Whether there is something to take."""
         self.ended = False

@@ -21,6 +21,7 @@ __all__ = [
     "DirectAnswers",
     "DirectCalls",
     "Loans",
+    "MessageCalls",
     "MessageRing",
     "NextFitAllocator",
     "Patience",
@@ -32,7 +33,8 @@ __all__ = [
     "take_call",
 ]
 
-# What the compiled twin does in one step where nothing stands in the way; here ``endpoints`` does all of it.
+# What the compiled twin does in one step where nothing stands in the way; here ``protocol`` and ``endpoints`` do it.
+MessageCalls: Any = None
 DirectCalls: Any = None
 DirectAnswers: Any = None
 answer_in_turn: Any = None

@@ -242,6 +242,7 @@ class AsyncClient(ClientBase[LoopConnection]):
         except BaseException:
             connection.protocol.take_back(call)
             raise
+        call.data = None
         # Sending can consume the event that would have told of a reply.
         connection.loop.call_soon(self._on_readable, connection)
         return connection

@@ -24,7 +24,6 @@ class _Awaited(CallInFlight):
         self.wake()
 
     def wake(self) -> None:
-        """Let what awaits this call go on."""
         if self.arrived is not None and not self.arrived.done():
             self.arrived.set_result(None)
 

@@ -1,7 +1,8 @@
-"""Direct calls and answers: those that the compiled core handles in one step, from the call to the ring and back.
+"""Direct calls and answers: those that the compiled core handles in one step.
 
-They are for the doorbell channel of a blocking ``Client`` and of a ``Server`` that runs its handlers itself. What they
-find in their way, they leave to ``exchange`` and ``server``, which do the whole of it and are the specification.
+Calls go from a blocking ``Client`` to the ring of a doorbell and back, answers from a message to the reply, of a
+``Server`` that runs its handlers itself. What they find in their way, they leave to ``exchange`` and ``server``, which
+do the whole of it and are the specification.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 from ..channels.doorbell import DoorbellChannel
 from ..channels.doorbell_server import ThreadDoorbells
 from ..core import Counters, DirectAnswers, DirectCalls, answer_in_turn
-from ..protocol.values import Codec
 from .client_connection import ClientConnection
 from .server_connection import ServerConnection
 from .turns import Turns
@@ -35,7 +35,7 @@ def direct_calls(
         call_back: Takes a call that has ended and has callbacks.
     """
     ring, codec, channel = connection.memory.ring, connection.memory.codec, connection.channel
-    if ring is None or not _is_plain(codec) or not isinstance(channel, DoorbellChannel):
+    if ring is None or not codec.is_plain or not isinstance(channel, DoorbellChannel):
         return None
     return DirectCalls(
         ring,
@@ -58,7 +58,7 @@ def direct_calls(
 
 
 class DirectServing:
-    """Answers the doorbell clients of one server directly.
+    """Answers the clients of one server directly.
 
     Args:
         doorbells: The server's channel.
@@ -79,14 +79,17 @@ class DirectServing:
         self._counters = counters
         self._current = current
         self._answers: dict[ServerConnection, Any] = {}
-        """Of each client, those first that are next in turn."""
+        """Of each client by doorbell, those first that are next in turn."""
+        self._answers_to_messages: dict[ServerConnection, Any] = {}
+        """Of each client by another channel."""
 
     def add(self, connection: ServerConnection) -> None:
         """Answer a client directly from its second message on, if that can be done."""
         ring, codec = connection.memory.ring, connection.memory.codec
-        if ring is None or not _is_plain(codec):
+        if not codec.is_plain:
             return
-        self._answers[connection] = DirectAnswers(
+        answers = self._answers_to_messages if ring is None else self._answers
+        answers[connection] = DirectAnswers(
             ring,
             self._handlers,
             codec.loans,
@@ -106,14 +109,29 @@ class DirectServing:
 
     def remove(self, connection: ServerConnection) -> None:
         """Forget a client that has gone."""
-        answers = self._answers.pop(connection, None)
-        if answers is not None:
-            answers.close()
+        for answers in (self._answers.pop(connection, None), self._answers_to_messages.pop(connection, None)):
+            if answers is not None:
+                answers.close()
 
     def abandon(self) -> None:
         """In a forked child: answer nothing any longer, not even what is being handled."""
-        for connection in list(self._answers):
+        for connection in (*self._answers, *self._answers_to_messages):
             self.remove(connection)
+
+    def answer_message(self, connection: ServerConnection, data: bytes) -> Any:
+        """Answer a message that did not come by a doorbell.
+
+        Returns:
+            None with nothing done; True if nothing is left to do; otherwise what is, as ``answer``: usually to send
+            the reply.
+        """
+        answers = self._answers_to_messages.get(connection)
+        return None if answers is None else answers.answer(data)
+
+    @property
+    def has_doorbells(self) -> bool:
+        """Whether there is a client by doorbell to answer."""
+        return bool(self._answers)
 
     def answer(self) -> bool | tuple[ServerConnection, Any]:
         """Answer what comes, until there is something else to do.
@@ -142,8 +160,3 @@ class DirectServing:
             return answered
         index, rest = answered
         return connections[index], rest
-
-
-def _is_plain(codec: Codec) -> bool:
-    """Whether the core may read and make messages by itself."""
-    return DirectCalls is not None and codec.loans is not None and codec.loans.knows_tensors and not codec.snapshot

@@ -199,6 +199,7 @@ class Exchange(ConnectionState[ClientConnection]):
             except BaseException:
                 connection.protocol.take_back(call)
                 raise
+        call.data = None
         if self._to_call_back:
             self._run_callbacks()
         return call

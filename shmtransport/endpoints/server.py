@@ -209,24 +209,39 @@ class Server(ServerBase[ThreadDoorbells]):
 
     def _answer_directly(self) -> bool:
         """Answer plain calls of doorbell clients while nothing else is to be done; return whether there were any."""
-        if self._direct is None or self._executor.busy or self._deferred:
+        if self._direct is None or not self._direct.has_doorbells or self._executor.busy or self._deferred:
             return False
         answered = self._direct.answer()
         if isinstance(answered, bool):
             return answered
         connection, rest = answered
-        del answered
-        if isinstance(rest, tuple):
-            box = [rest]
-            del rest  # this process holds the result no longer than its reply is made
-            self._finish_call(connection, box)
+        left = [rest]
+        del answered, rest  # this process holds the result no longer than its reply is made
+        self._finish_directly(connection, left)
+        return True
+
+    def _answer_message(self, connection: ServerConnection, data: bytes) -> bool:
+        if self._direct is None or self._executor.busy or self._deferred:
+            return False
+        left = [self._direct.answer_message(connection, data)]
+        if left[0] is None:
+            return False
+        if left[0] is not True:
+            self._finish_directly(connection, left)
+        return True
+
+    def _finish_directly(self, connection: ServerConnection, left: list[Any]) -> None:
+        """Do what the core has left of a call; it is taken out, so that no frame keeps a result any longer."""
+        if isinstance(left[0], tuple):
+            self._finish_call(connection, left)
+            return
+        rest = left.pop()
+        if isinstance(rest, bytes):
+            self._reply(connection, rest)
         elif isinstance(rest, PeerProtocolError):
             self._refuse(connection, rest)
-        elif isinstance(rest, BaseException):
-            raise rest
         else:
-            self._reply(connection, rest)
-        return True
+            raise rest
 
     def _finish_call(
         self, connection: ServerConnection, box: list[tuple[int, str, Any, BaseException | None, float]]

@@ -356,6 +356,10 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             connection.heard = True
             connection.memory.unlink_own()
             self._heard(connection)
+        return self._answer_message(connection, data) or self._take(connection, data)
+
+    def _take(self, connection: ServerConnection, data: bytes) -> IncomingCall | bool:
+        """Read a client's message: the call that it makes, or else True."""
         try:
             call = connection.protocol.take_request(data)
         except PeerProtocolError as error:
@@ -363,7 +367,7 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             return True
         except DeviceError as error:  # a tensor on the GPU can't be borrowed any more
             logger.warning("client %d can't be served: %s", connection.connection_id, error)
-            self._send(client_key, Goodbye(shorten(str(error))))
+            self._send(connection.client_key, Goodbye(shorten(str(error))))
             self._drop(connection, "the GPU has failed")
             return True
         if isinstance(call, Call):
@@ -378,6 +382,10 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
 
     def _heard(self, connection: ServerConnection) -> None:
         """A client's first message has come."""
+
+    def _answer_message(self, connection: ServerConnection, data: bytes) -> bool:
+        """Answer a call at once if the core can; False with nothing done."""
+        return False
 
     @abstractmethod
     def _grant(self, connection: ServerConnection, more: More) -> None:

@@ -66,7 +66,7 @@ class Unfinished:
     def take(self, descriptor: TensorDescriptor) -> DeviceCopy | None:
         """Forget a tensor, and return the copy of it that is under way, if one is."""
         for place, (known, copy) in enumerate(self.copies):
-            if known is descriptor:
+            if known == descriptor:
                 del self.copies[place]
                 return copy
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ..core import Counters, decode_call
+from ..core import Counters, MessageCalls, decode_call
 from ..core.codec import REPLY_TAG, REQUEST_TAG
 from ..errors import (
     ArenaFull,
@@ -63,6 +63,12 @@ class ClientProtocol:
         """The calls in flight, by their ids."""
         self.ids = itertools.count()
         """The ids of the calls to come."""
+        self._messages: MessageCalls | None = None
+        """What makes and takes messages in the compiled core."""
+        if codec.is_plain:
+            self._messages = MessageCalls(
+                self.pending, self.ids, codec.loans, codec.borrows, counters, codec.max_message_bytes
+            )
 
     def __len__(self) -> int:
         """Return how many calls are in flight."""
@@ -72,13 +78,21 @@ class ClientProtocol:
         """Return the bytes that start a call. The only thread-safe method of this class.
 
         Args:
-            call: gets its id and the descriptors of its tensors.
+            call: gets its id and these bytes.
             arguments: the positional arguments.
             keywords: the keyword arguments.
 
         Raises:
             ArenaFull, TensorTooLarge, MessageTooLarge, LocalProtocolError: the call can't be sent; no block stays held.
         """
+        if self._messages is not None and call.request() is Request:
+            try:
+                data: bytes | None = self._messages.encode(call, tuple(arguments), dict(keywords))
+            except BaseException:  # also an interrupt once it is encoded
+                self.take_back(call)
+                raise
+            if data is not None:
+                return data
         method = call.method
         if not isinstance(method, str):
             raise LocalProtocolError(f"a method is named by a str, not by a {type(method).__name__}")
@@ -87,10 +101,8 @@ class ClientProtocol:
                 f"a method's name has {len(method)} characters; the limit is {MAX_NAME_CHARACTERS}"
             )
         call.call_id = call_id = next(self.ids)
-        data, call.tensors = self._codec.encode_request(
-            call_id, method, arguments, keywords, call.submitted, call.request()
-        )
-        return data
+        call.data = self._codec.encode_request(call_id, method, arguments, keywords, call.submitted, call.request())
+        return call.data
 
     def expect_reply(self, call: CallInFlight) -> None:
         """Expect the reply to a request whose bytes are about to be sent."""
@@ -100,7 +112,10 @@ class ClientProtocol:
     def take_back(self, call: CallInFlight) -> None:
         """Undo a request whose bytes could not be sent."""
         self.pending.pop(call.call_id, None)
-        self._codec.withdraw(call.tensors)
+        data, call.data = call.data, None
+        request = None if data is None else decode_unread(data)
+        if isinstance(request, (Request, OneWayRequest, StreamRequest)):
+            self._codec.withdraw(request.tensors)
 
     def take_reply(self, data: bytes) -> CallInFlight | None:
         """Read one message from the server, and return the call that it is an answer to, if that is in flight.
@@ -109,6 +124,16 @@ class ClientProtocol:
             PeerProtocolError: the message is invalid.
             PeerDied: the server ended the connection.
         """
+        ended: CallInFlight | bool | None = None if self._messages is None else self._messages.take(data)
+        if ended is None:
+            return self._read_reply(data)
+        if isinstance(ended, bool):  # the call was given up meanwhile
+            return None
+        ended.wake()
+        return ended
+
+    def _read_reply(self, data: bytes) -> CallInFlight | None:
+        """Do what ``take_reply`` does, without the core's help."""
         started = perf_counter()
         try:
             taken = self._codec.take(REPLY_TAG, data)

@@ -28,6 +28,9 @@ class CallInFlight(CallState):
         self.error = error
         self.ended = self.ready = True
 
+    def wake(self) -> None:
+        """Let what awaits this call go on, once the core has ended it."""
+
     def request(self) -> Callable[..., AnyRequest]:
         """Return what makes this call's message."""
         return Request

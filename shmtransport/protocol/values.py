@@ -17,7 +17,7 @@ import torch
 import torch.utils.dlpack
 from msgspec.msgpack import Ext
 
-from ..core import Counters, decode_call, decode_values, encode_reply, encode_request, take_call
+from ..core import Counters, MessageCalls, decode_call, decode_values, encode_reply, encode_request, take_call
 from ..core.codec import ARGUMENT_DEPTH, EXT_ARRAY, EXT_TENSOR, EXT_TUPLE, MAX_DEPTH, REPLY_TAG, REQUEST_TAG
 from ..core.refusals import bad_key, changed_size, nested_too_deep
 from ..errors import LocalProtocolError, PeerProtocolError
@@ -167,6 +167,11 @@ class Codec:
         self.snapshot = snapshot
         self._to_array = own_array if snapshot else read_only_array
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the compiled core may make and read messages by itself."""
+        return MessageCalls is not None and self.loans is not None and self.loans.knows_tensors and not self.snapshot
+
     def encode_request(
         self,
         call_id: int,
@@ -175,8 +180,8 @@ class Codec:
         keywords: Mapping[str, Any],
         started: float,
         kind: Callable[..., AnyRequest] = Request,
-    ) -> tuple[bytes, Sequence[TensorDescriptor]]:
-        """Return the bytes of a request, and the descriptors of its tensors.
+    ) -> bytes:
+        """Return the bytes of a request.
 
         Tensors on a GPU are complete then. On any error no block stays held.
 
@@ -211,7 +216,7 @@ class Codec:
             if isinstance(error, UNSENDABLE):
                 raise unsendable(error) from error
             raise
-        return data, outbox
+        return data
 
     def encode_reply(self, call_id: int, result: Any, kind: type[Reply | Part] = Reply) -> bytes:
         """Return the bytes of a reply, or of a part of a stream; on any error no block stays held."""

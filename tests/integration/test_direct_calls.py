@@ -1,4 +1,7 @@
-"""Direct calls: what the compiled core does in one step is what the whole path does, and it is done where it can be."""
+"""Direct calls: what the compiled core does in one step is what the whole path does, and it is done where it can be.
+
+By doorbell that is a call from its arguments to its result, by ZeroMQ each message by itself.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ import pytest
 import torch
 
 from shmtransport import Client, PeerDied, Server, Statistics
-from shmtransport.endpoints import direct, exchange
+from shmtransport.endpoints import exchange
 from shmtransport.memory.views import HAS_EXCHANGE
+from shmtransport.protocol import calls, values
 from shmtransport.protocol.messages import ChannelKind
 from tests.support.helpers import KIB, MIB, eventually, in_thread
 
@@ -48,16 +52,16 @@ def _methods(server: Server) -> dict[str, Callable[..., Any]]:
 
 
 @contextmanager
-def _served(address: str, *, directly: bool) -> Iterator[tuple[Server, Client]]:
-    """A server and a client by doorbell, both with direct calls or neither."""
+def _served(address: str, *, directly: bool, channel: ChannelKind = "doorbell") -> Iterator[tuple[Server, Client]]:
+    """A server and a client, both with direct calls or neither."""
     with pytest.MonkeyPatch.context() as patch:
         if not directly:
-            patch.setattr(direct, "DirectCalls", None)
+            patch.setattr(values, "MessageCalls", None)
         with Server(address) as server:
             for name, method in _methods(server).items():
                 server.register(name, method)
             serving = in_thread(server.serve)
-            with Client(address, channel="doorbell", arena_bytes=MIB, timeout_s=20.0) as client:
+            with Client(address, channel=channel, arena_bytes=MIB, timeout_s=20.0) as client:
                 client.call("echo")
                 yield server, client
             server.stop()
@@ -128,10 +132,10 @@ def _outcome(call: Callable[[], Any]) -> Any:
         return type(error), str(error)
 
 
-def _outcomes(address: str, what: str, *, directly: bool) -> list[Any]:
+def _outcomes(address: str, channel: ChannelKind, what: str, *, directly: bool) -> list[Any]:
     method, make, keywords = _CALLS[what]
-    with _served(address, directly=directly) as (server, client):
-        assert (client._exchange._direct is not None) == directly
+    with _served(address, directly=directly, channel=channel) as (server, client):
+        assert (client._exchange._direct is not None) == (directly and channel == "doorbell")
         found = [_outcome(lambda: client.call(method, *make(client), **keywords)) for _ in range(3)]
         assert eventually(lambda: server.statistics().calls >= client.statistics().calls)
         connection = client._exchange.connection
@@ -141,20 +145,25 @@ def _outcomes(address: str, what: str, *, directly: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("what", _CALLS)
-def test_a_direct_call_is_what_the_whole_path_makes_of_it(address: str, what: str) -> None:
+def test_a_direct_call_is_what_the_whole_path_makes_of_it(address: str, channel: ChannelKind, what: str) -> None:
     """The same results, errors in the same words, the same totals on both sides; nothing is left in flight."""
-    assert _outcomes(address, what, directly=True) == _outcomes(address, what, directly=False)
+    direct, whole = (_outcomes(address, channel, what, directly=directly) for directly in (True, False))
+    assert direct == whole
 
 
-def test_plain_calls_are_direct(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_calls_are_direct(address: str, channel: ChannelKind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither side's whole path is taken while calls follow each other, whatever they carry that is plain."""
-    with _served(address, directly=True) as (server, client):
+    with _served(address, directly=True, channel=channel) as (server, client):
         client.call("double", torch.ones(3))
 
         def whole_path(*_: Any) -> None:
             raise AssertionError("the whole path was taken")
 
-        monkeypatch.setattr(client._exchange, "_start", whole_path)
+        if channel == "doorbell":
+            monkeypatch.setattr(client._exchange, "_start", whole_path)
+        monkeypatch.setattr(calls.ClientProtocol, "_read_reply", whole_path)
+        monkeypatch.setattr(calls.ServerProtocol, "take_request", whole_path)
+        monkeypatch.setattr(values.Codec, "encode_request", whole_path)
         monkeypatch.setattr(server, "_perform", whole_path)
         for number in range(20):
             assert client.call("double", torch.full((4,), float(number))).tolist() == [2.0 * number] * 4
@@ -179,6 +188,27 @@ def test_a_result_of_a_direct_call_is_borrowed_unless_it_is_to_be_a_snapshot(add
             assert len(connection.memory.receive_arena) == (not snapshot)
             del result
             assert len(connection.memory.receive_arena) == 0
+
+
+@pytest.mark.parametrize("method", ["echo", "double", "twice"])
+def test_when_a_reply_is_sent_nothing_of_its_call_is_held(
+    address: str, channel: ChannelKind, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither arguments nor result, whether the core has made the reply or has left that: room is back by then."""
+    with _served(address, directly=True, channel=channel) as (server, client):
+        connection = client._exchange.connection
+        assert connection is not None
+        loans, reply, held = connection.memory.send_arena.loans, server._reply, []
+
+        def watched(*arguments: Any) -> None:
+            loans.collect()
+            held.append(loans.held_by_peer)
+            reply(*arguments)
+
+        monkeypatch.setattr(server, "_reply", watched)
+        for _ in range(3):
+            client.call(method, torch.arange(6) if method == "double" else np.arange(6))
+        assert held == [0] * (3 if channel == "zmq" else len(held))
 
 
 def test_threads_and_callbacks_share_a_client_with_direct_calls(address: str) -> None:

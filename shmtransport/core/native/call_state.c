@@ -39,14 +39,12 @@ static int call_init(PyObject *object, PyObject *arguments, PyObject *keywords)
     PyObject *method;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O", names, &method))
         return -1;
-    PyObject *before = self->method, *tensors_before = self->tensors;
+    PyObject *before = self->method;
     self->method = Py_NewRef(method);
-    self->tensors = PyTuple_New(0);
     self->call_id = -1;
     self->submitted = clock_seconds();
     Py_XDECREF(before);
-    Py_XDECREF(tensors_before);
-    return self->tensors == NULL ? -1 : 0;
+    return 0;
 }
 
 static int call_traverse(PyObject *object, visitproc visit, void *arg)
@@ -54,7 +52,6 @@ static int call_traverse(PyObject *object, visitproc visit, void *arg)
     CallState *self = (CallState *)object;
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->method);
-    Py_VISIT(self->tensors);
     Py_VISIT(self->error);
     Py_VISIT(self->callbacks);
     Py_VISIT(self->result);
@@ -65,7 +62,7 @@ static int call_clear(PyObject *object)
 {
     CallState *self = (CallState *)object;
     Py_CLEAR(self->method);
-    Py_CLEAR(self->tensors);
+    Py_CLEAR(self->data);
     Py_CLEAR(self->error);
     Py_CLEAR(self->callbacks);
     Py_CLEAR(self->result);
@@ -85,7 +82,7 @@ _Static_assert(sizeof(atomic_uchar) == 1, "Python writes it as a bool");
 
 static PyMemberDef call_members[] = {
     CALL_MEMBER(method, T_OBJECT),
-    CALL_MEMBER(tensors, T_OBJECT),
+    CALL_MEMBER(data, T_OBJECT),
     CALL_MEMBER(error, T_OBJECT),
     CALL_MEMBER(callbacks, T_OBJECT),
     CALL_MEMBER(result, T_OBJECT),

@@ -8,7 +8,7 @@
 
 typedef struct {
     PyObject_HEAD
-    PyObject *method, *tensors, *error, *callbacks, *result; /* NULL for None */
+    PyObject *method, *data, *error, *callbacks, *result; /* NULL for None */
     long long call_id, generation;
     double submitted;
     bool ended, has_tensors, handed_out;

@@ -1,5 +1,5 @@
-/* The answers of a server that need nothing but this core: DirectAnswers, one for each client by doorbell, and
- * answer_in_turn.
+/* The answers of a server that need nothing but this core: DirectAnswers, one for each client, and answer_in_turn for
+ * those by doorbell.
  *
  * A request is taken, its handler called, and its result sent, as endpoints/server.py does, whose rules these are. What
  * needs more is left: a message stays with its ring, and what a handler has returned or raised goes to the caller.
@@ -23,7 +23,8 @@
 
 typedef struct {
     PyObject_HEAD
-    PyObject *ring, *handlers, *loans, *borrows, *counters;
+    PyObject *ring; /* NULL for a client by another channel */
+    PyObject *handlers, *loans, *borrows, *counters;
     PyObject *set, *reset; /* of the context variable that tells a handler whom it serves */
     PyObject *caller;      /* what that is set to */
     unsigned long long largest_message;
@@ -42,13 +43,14 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOK", names, &ring, &PyDict_Type, &handlers, &loans,
                                      &borrows, &counters, &set, &reset, &caller, &self->largest_message))
         return -1;
-    if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL || !is_loans(loans)
+    bool has_ring = ring != Py_None;
+    if (self->handlers != NULL || (has_ring && ring_in(ring) == NULL) || counters_of(counters) == NULL || !is_loans(loans)
         || !is_borrows(borrows)) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "DirectAnswers");
         return -1;
     }
-    self->ring = Py_NewRef(ring);
+    self->ring = has_ring ? Py_NewRef(ring) : NULL;
     self->handlers = Py_NewRef(handlers);
     self->loans = Py_NewRef(loans);
     self->borrows = Py_NewRef(borrows);
@@ -56,7 +58,7 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     self->set = Py_NewRef(set);
     self->reset = Py_NewRef(reset);
     self->caller = Py_NewRef(caller);
-    if (self->largest_message > ring_in(ring)->largest_message)
+    if (has_ring && self->largest_message > ring_in(ring)->largest_message)
         self->largest_message = ring_in(ring)->largest_message;
     return 0;
 }
@@ -110,11 +112,10 @@ static void end_answering(struct answering *answering)
     Py_CLEAR(answering->values.keywords);
 }
 
-/* Take the next message, if it is a plain request for a handler that there is: 1; 0 with nothing done; -1 with an error
- * set. */
-static int take_request(DirectAnswers *self, struct answering *answering)
+/* Take a message, which may be the ring's next one, if it is a plain request for a handler that there is: 1; 0 with nothing
+ * done; -1 with an error set. */
+static int take_request(DirectAnswers *self, PyObject *data, bool is_next, struct answering *answering)
 {
-    PyObject *data = ring_next(self->ring);
     char *bytes;
     Py_ssize_t nbytes;
     double started = clock_seconds();
@@ -129,9 +130,9 @@ static int take_request(DirectAnswers *self, struct answering *answering)
         PyErr_Clear();
         return 0;
     }
-    data = ring_take_next(self->ring);
+    PyObject *kept = is_next ? ring_take_next(self->ring) : Py_NewRef(data);
     int taken = take_values(request, self->borrows, &answering->values);
-    Py_DECREF(data);
+    Py_DECREF(kept);
     if (taken == 0)
         refuse("invalid_values", "()");
     if (taken > 0 && request->tensor_count > 0 && borrows_were_cut(self->borrows)) {
@@ -177,12 +178,12 @@ static PyObject *rest_of(const struct answering *answering, PyObject *result, Py
                          answering->started);
 }
 
-/* Send a reply: True, or its bytes where the ring has no room for them. */
+/* Send a reply: True, or its bytes where there is no ring, or no room in it. */
 static PyObject *send(DirectAnswers *self, const struct packer *packer)
 {
     struct ring_finding finding;
-    struct message_ring *ring = ring_in(self->ring);
-    if (message_ring_write(ring, packer->bytes, (uint32_t)packer->length, &finding) != RING_DONE)
+    struct message_ring *ring = self->ring == NULL ? NULL : ring_in(self->ring);
+    if (ring == NULL || message_ring_write(ring, packer->bytes, (uint32_t)packer->length, &finding) != RING_DONE)
         return PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
     message_ring_wake_peer(ring);
     Py_RETURN_TRUE;
@@ -221,13 +222,13 @@ static PyObject *send_result(DirectAnswers *self, const struct answering *answer
     return sent;
 }
 
-/* Answer the next message: True; None where there is none, or it is left with the ring; what the caller is to do the rest
- * of; an error that the client, or else this process, is to blame for; NULL with an error of a callback. */
-static PyObject *answer(DirectAnswers *self)
+/* Answer a message, which may be the ring's next one: True; None with nothing done; what the caller is to do the rest of; an
+ * error that the client, or else this process, is to blame for; NULL with an error of a callback. */
+static PyObject *answer(DirectAnswers *self, PyObject *data, bool is_next)
 {
     struct answering answering = {.method = NULL};
     PyObject *answered;
-    int taken = !self->closed && self->heard && ring_is_readable(self->ring) ? take_request(self, &answering) : 0;
+    int taken = data == NULL ? 0 : take_request(self, data, is_next, &answering);
     if (taken <= 0)
         answered = taken == 0 ? Py_NewRef(Py_None) : fetch_error();
     else {
@@ -245,7 +246,23 @@ static PyObject *answer(DirectAnswers *self)
     return answered;
 }
 
+/* answer(message): answer a message that came by another channel, as answer above. */
+static PyObject *direct_answer(PyObject *object, PyObject *data)
+{
+    DirectAnswers *self = (DirectAnswers *)object;
+    if (self->closed || self->handlers == NULL || !PyBytes_Check(data))
+        Py_RETURN_NONE;
+    return answer(self, data, false);
+}
+
 /* --- answer_in_turn --- */
+
+/* Answer the next message in a ring. */
+static PyObject *answer_next(DirectAnswers *self)
+{
+    bool is_there = !self->closed && self->heard && ring_is_readable(self->ring);
+    return answer(self, is_there ? ring_next(self->ring) : NULL, true);
+}
 
 /* Look at all rings until one has a message or attention is wanted, for a slice of time; whether one of both is so. */
 static bool look_at_all(DirectAnswers *const *in_turn, Py_ssize_t count, const atomic_uchar *attention, double deadline)
@@ -287,7 +304,7 @@ static PyObject *answer_round(DirectAnswers *const *in_turn, Py_ssize_t count, c
 {
     *answered = false;
     for (Py_ssize_t index = 0; index < count; index++) {
-        PyObject *one = answer(in_turn[index]);
+        PyObject *one = answer_next(in_turn[index]);
         if (one == NULL)
             return NULL;
         if (one != Py_True && one != Py_None)
@@ -389,6 +406,7 @@ static PyObject *direct_close(PyObject *self, PyObject *Py_UNUSED(nothing))
 }
 
 static PyMethodDef direct_methods[] = {
+    {"answer", direct_answer, METH_O, NULL},
     {"close", direct_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -7,9 +7,6 @@
 #include "direct_calls.h"
 
 #include "bell_type.h"
-#include "borrows_type.h"
-#include "counters_type.h"
-#include "loans_type.h"
 #include "message_ring_type.h"
 #include "patience.h"
 
@@ -23,24 +20,20 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     DirectCalls *self = (DirectCalls *)object;
     PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *call_back, *acquire, *release, *followers;
     PyObject *received_for, *begin_receiving, *end_receiving, *patience, *bell;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO!OOOOOOOO!O!OOKOO", names, &ring, &PyDict_Type, &pending,
-                                     &ids, &loans, &borrows, &counters, &call_back, &acquire, &release, &PyDict_Type,
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOOOOOOOO!O!OOKOO", names, &ring, &pending, &ids, &loans, &borrows, &counters, &call_back, &acquire, &release, &PyDict_Type,
                                      &followers, &PyList_Type, &received_for, &begin_receiving, &end_receiving,
                                      &self->largest_message, &patience, &bell))
         return -1;
-    if (self->ring != NULL || ring_in(ring) == NULL || counters_of(counters) == NULL
-        || patience_of(patience) == NULL || bell_in(bell) == NULL || !PyIter_Check(ids)
-        || !is_loans(loans) || !is_borrows(borrows)) {
+    if (self->ring != NULL || ring_in(ring) == NULL || patience_of(patience) == NULL || bell_in(bell) == NULL
+        || !PyIter_Check(ids)) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "DirectCalls");
         return -1;
     }
+    if (!in_flight_init(&self->flights, pending, loans, borrows, counters))
+        return -1;
     self->ring = Py_NewRef(ring);
-    self->pending = Py_NewRef(pending);
     self->ids = Py_NewRef(ids);
-    self->loans = Py_NewRef(loans);
-    self->borrows = Py_NewRef(borrows);
-    self->counters = Py_NewRef(counters);
     self->call_back = Py_NewRef(call_back);
     self->acquire = Py_NewRef(acquire);
     self->release = Py_NewRef(release);
@@ -60,7 +53,7 @@ static int direct_traverse(PyObject *object, visitproc visit, void *arg)
     DirectCalls *self = (DirectCalls *)object;
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(self->ring);
-    Py_VISIT(self->pending);
+    Py_VISIT(self->flights.pending);
     Py_VISIT(self->call_back);
     Py_VISIT(self->acquire);
     Py_VISIT(self->release);
@@ -77,11 +70,8 @@ static int direct_clear(PyObject *object)
     DirectCalls *self = (DirectCalls *)object;
     self->closed = true;
     Py_CLEAR(self->ring);
-    Py_CLEAR(self->pending);
+    in_flight_clear(&self->flights);
     Py_CLEAR(self->ids);
-    Py_CLEAR(self->loans);
-    Py_CLEAR(self->borrows);
-    Py_CLEAR(self->counters);
     Py_CLEAR(self->call_back);
     Py_CLEAR(self->acquire);
     Py_CLEAR(self->release);

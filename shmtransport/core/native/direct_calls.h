@@ -4,9 +4,12 @@
 
 #include "module.h"
 
+#include "in_flight.h"
+
 typedef struct {
     PyObject_HEAD
-    PyObject *ring, *pending, *ids, *loans, *borrows, *counters;
+    struct in_flight flights;
+    PyObject *ring, *ids;
     PyObject *patience, *bell;
     PyObject *call_back;                         /* called with a call that has ended and has callbacks */
     PyObject *acquire, *release;                 /* of the lock that a thread holds while it receives */

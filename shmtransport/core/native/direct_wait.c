@@ -6,11 +6,10 @@
 #include "direct_calls.h"
 
 #include "bell_type.h"
-#include "borrows_type.h"
 #include "call_state.h"
 #include "counters_type.h"
 #include "decoding.h"
-#include "loans_type.h"
+#include "layout.h"
 #include "message_ring_type.h"
 #include "patience.h"
 #include "waiting.h"
@@ -18,89 +17,25 @@
 #define LONGEST_SLEEP 0.1 /* seconds: then the endpoint looks whether the server lives */
 #define MOST_ATTEMPTS 100
 
-/* The call in flight of this number, if there is one: borrowed. */
-static CallState *call_of(DirectCalls *self, PyObject *number)
-{
-    PyObject *call = PyDict_GetItemWithError(self->pending, number);
-    return call != NULL && is_call_state(call) ? (CallState *)call : NULL;
-}
-
 static bool has_callbacks(const CallState *call)
 {
     return call->callbacks != NULL && call->callbacks != Py_None;
 }
 
-/* Forget that a call is in flight, and return a reference to it; NULL if another has. */
-static CallState *end_flight(DirectCalls *self, PyObject *number)
-{
-    CallState *call = call_of(self, number);
-    if (call != NULL) {
-        Py_INCREF(call);
-        PyDict_DelItem(self->pending, number);
-    }
-    return call;
-}
-
-/* Have the callbacks called that a call got while its reply was being read; false with an error set. */
-static bool call_back(DirectCalls *self, CallState *call)
-{
-    PyObject *told = has_callbacks(call) ? PyObject_CallFunctionObjArgs(self->call_back, call, NULL) : Py_NewRef(Py_None);
-    Py_XDECREF(told);
-    return told != NULL;
-}
-
-/* End a call whose reply could not be read, with what is raised; false with an error set. */
-static bool fail_unread(DirectCalls *self, PyObject *number)
-{
-    PyObject *error = fetch_error();
-    CallState *call = end_flight(self, number);
-    if (call == NULL || error == NULL) {
-        Py_XDECREF(error);
-        Py_XDECREF(call);
-        return true;
-    }
-    call_fail(call, error);
-    count_call(counters_of(self->counters), clock_seconds() - call->submitted, true);
-    bool told = call_back(self, call);
-    Py_DECREF(call);
-    return told;
-}
-
-/* End a call with the result that was read; false with an error set. */
-static bool end_call(DirectCalls *self, PyObject *number, const struct values *values, bool has_tensors)
-{
-    CallState *call = end_flight(self, number);
-    if (call == NULL) { /* given up: its tensors are released */
-        Py_DECREF(values->result);
-        return true;
-    }
-    count_call(counters_of(self->counters), clock_seconds() - call->submitted, false);
-    call_succeed(call, values->result, has_tensors);
-    bool told = call_back(self, call);
-    Py_DECREF(call);
-    return told;
-}
-
 /* Read a reply that was looked at, and end its call: 1, or -1 with an error set. */
 static int take_reply(DirectCalls *self, const struct call *reply, PyObject *number, size_t nbytes, double started)
 {
-    struct values values;
+    CallState *ended = NULL;
     PyObject *data = ring_take_next(self->ring);
-    int taken = take_values(reply, self->borrows, &values);
+    int taken = in_flight_end(&self->flights, reply, number, nbytes, started, &ended);
     Py_DECREF(data);
-    if (taken < 0)
-        return fail_unread(self, number) ? 1 : -1;
-    if (taken == 0) {
-        refuse("invalid_values", "()");
-        return -1;
+    if (ended != NULL && has_callbacks(ended)) { /* which it got while its reply was being read */
+        PyObject *told = PyObject_CallFunctionObjArgs(self->call_back, ended, NULL);
+        taken = told == NULL ? -1 : taken;
+        Py_XDECREF(told);
     }
-    if (borrows_were_cut(self->borrows) || loans_were_cut(self->loans)) {
-        Py_DECREF(values.result);
-        refuse("cut_short", "()");
-        return -1;
-    }
-    count_received(counters_of(self->counters), nbytes, values.tensor_bytes, clock_seconds() - started);
-    return end_call(self, number, &values, reply->tensor_count > 0) ? 1 : -1;
+    Py_XDECREF((PyObject *)ended);
+    return taken;
 }
 
 /* Take the next message, if it is a plain reply to a call that nothing else waits for: 1; 0 if it is not; -1 with an error
@@ -113,12 +48,12 @@ static int receive(DirectCalls *self)
     struct call reply;
     double started = clock_seconds();
     if (data == NULL || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0 || !inspect_call(bytes, (size_t)nbytes, &reply)
-        || reply.tag != TAG_REPLY || !can_be_taken(&reply, self->borrows))
+        || reply.tag != TAG_REPLY || !can_be_taken(&reply, self->flights.borrows))
         return 0;
     PyObject *number = PyLong_FromUnsignedLongLong(reply.call_id);
     if (number == NULL)
         return -1;
-    CallState *call = call_of(self, number);
+    CallState *call = in_flight_find(&self->flights, number);
     bool is_plain = call != NULL && !has_callbacks(call);
     int received = is_plain ? take_reply(self, &reply, number, (size_t)nbytes, started) : 0;
     Py_DECREF(number);
@@ -198,7 +133,7 @@ static int sleep_in_turn(DirectCalls *self, CallState *call, double seconds)
     if (begun > 0) {
         slept = bell_sleep(bell_in(bell), rings, 1, seconds < LONGEST_SLEEP ? seconds : LONGEST_SLEEP);
         if (slept > 0)
-            count_wait(counters_of(self->counters));
+            count_wait(counters_of(self->flights.counters));
     }
     if (begun != 0) {
         PyObject *error = begun < 0 || slept < 0 ? fetch_error() : NULL;

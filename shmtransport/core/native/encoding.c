@@ -509,6 +509,11 @@ int encode_reply_alone(struct encoder *encoder, PyObject *loans, uint64_t call_i
     return end_alone(encoder, put_value(encoder, result, 0));
 }
 
+bool is_method_name(PyObject *method)
+{
+    return PyUnicode_CheckExact(method) && PyUnicode_GetLength(method) <= MAX_NAME_CHARACTERS;
+}
+
 int prepare_encoding(void)
 {
     static const char *const names[] = {"offset", "shape", "dtype", "slot", "sequence"};

@@ -33,6 +33,9 @@ int encode_request_alone(struct encoder *encoder, PyObject *loans, uint64_t call
                          PyObject *arguments, PyObject *keywords);
 int encode_reply_alone(struct encoder *encoder, PyObject *loans, uint64_t call_id, PyObject *result);
 
+/* Whether this can be a method's name. */
+bool is_method_name(PyObject *method);
+
 void encoder_end(struct encoder *encoder);
 
 /* Take its tensors back, and end it. */

@@ -40,7 +40,9 @@ static int fill_module(PyObject *module)
         return -1;
     if (add_counters_type(module) < 0 || add_patience_type(module) < 0)
         return -1;
-    if (add_call_state_type(module) < 0 || add_direct_calls_type(module) < 0 || add_direct_answers_type(module) < 0)
+    if (add_call_state_type(module) < 0 || add_message_calls_type(module) < 0)
+        return -1;
+    if (add_direct_calls_type(module) < 0 || add_direct_answers_type(module) < 0)
         return -1;
     if (add_borrows_type(module) < 0 || add_loans_types(module) < 0)
         return -1;

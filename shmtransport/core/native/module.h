@@ -43,6 +43,7 @@ int add_patience_type(PyObject *module);
 int add_call_state_type(PyObject *module);
 int add_direct_calls_type(PyObject *module);
 int add_direct_answers_type(PyObject *module);
+int add_message_calls_type(PyObject *module);
 int add_counters_type(PyObject *module);
 int add_tensors_type(PyObject *module);
 int add_borrows_type(PyObject *module);
