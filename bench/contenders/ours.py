@@ -88,6 +88,10 @@ class Ours(Contender):
         reply: Words = self._pending.popleft().result()
         return reply
 
+    def call(self) -> Words:
+        reply: Words = self._client.call("answer", self._request)
+        return reply
+
     def close(self) -> None:
         self._client.close()
 

@@ -23,9 +23,9 @@ class Contender(ABC):
     """One way to call another process with a tensor of N bytes that is answered with a tensor of N bytes.
 
     Each of the two processes makes an object. The client uses ``make_endpoint``, ``connect``, ``prepare``, ``send``,
-    ``receive`` and ``close``; the server uses ``serve``.
+    ``receive``, ``call`` and ``close``; the server uses ``serve``.
 
-    A measured call is ``send`` and ``receive``. Before it, ``prepare`` has placed the request where its producer would
+    A measured call is ``call``, or ``send`` and ``receive``. Before it, ``prepare`` has placed the request where its producer would
     have written it: in the transport's own memory if the contender works *in place*, in private memory otherwise.
     All of the server's work counts: it receives, makes a tensor of what it received, gets memory for the reply (the
     transport's if in place, otherwise a private tensor that it keeps), lets ``content.respond`` answer, and sends.
@@ -97,6 +97,11 @@ class Contender(ABC):
     @abstractmethod
     def receive(self) -> Words:
         """The reply to the oldest request in flight."""
+
+    def call(self) -> Words:
+        """Send what was prepared, and wait for its reply, while no other request is in flight."""
+        self.send()
+        return self.receive()
 
     @abstractmethod
     def close(self) -> None:

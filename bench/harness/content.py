@@ -60,16 +60,23 @@ def stamp(tensor: Words, value: int) -> None:
 def stamped_with(tensor: Words) -> int:
     """The value of a stamp; ``_WRONG`` if the three words differ."""
     array = _array(tensor)
-    first = int(array[0])
-    return first if array[len(array) // 2] == first and array[-1] == first else _WRONG
+    first = array.item(0)
+    return first if array.item(len(array) // 2) == first == array.item(-1) else _WRONG
 
 
 def respond(request: Words, reply: Words) -> None:
-    """In the server: write the answer to ``request`` into ``reply``, which has the same size."""
-    if _array(request)[0] < 0:
-        np.add(_array(request), 1, out=_array(reply))
-    else:
-        stamp(reply, stamped_with(request) + 1)
+    """In the server: write the answer to ``request`` into ``reply``, which has the same size.
+
+    This is part of each contender's call, so it does as little as it can.
+    """
+    array = _array(request)
+    first, middle = array.item(0), len(array) // 2
+    if first < 0:
+        np.add(array, 1, out=_array(reply))
+        return
+    answer = first if array.item(middle) == first == array.item(-1) else _WRONG
+    words = _array(reply)
+    words[0] = words[middle] = words[-1] = answer + 1
 
 
 def check_stamp(reply: Words, value: int, nbytes: int) -> None:

@@ -131,8 +131,7 @@ class _LatencyLoop:
             if contender.moves_tensors:
                 stamp(contender.prepare(nbytes), self._value)
             before = now()
-            contender.send()
-            reply = contender.receive()
+            reply = contender.call()
             samples.append(now() - before)
             if contender.moves_tensors:
                 check_stamp(reply, self._value, nbytes)
