@@ -25,10 +25,11 @@ class Contender(ABC):
     Each of the two processes makes an object. The client uses ``make_endpoint``, ``connect``, ``prepare``, ``send``,
     ``receive``, ``call`` and ``close``; the server uses ``serve``.
 
-    A measured call is ``call``, or ``send`` and ``receive``. Before it, ``prepare`` has placed the request where its producer would
-    have written it: in the transport's own memory if the contender works *in place*, in private memory otherwise.
-    All of the server's work counts: it receives, makes a tensor of what it received, gets memory for the reply (the
-    transport's if in place, otherwise a private tensor that it keeps), lets ``content.respond`` answer, and sends.
+    A measured call is ``call``, or ``send`` and ``receive``. Before it, ``prepare`` has placed the request where its
+    producer would have written it: in the transport's own memory if the contender works *in place*, in private memory
+    otherwise. All of the server's work counts: it receives, makes a tensor of what it received, gets memory for the
+    reply (the transport's if in place, otherwise a private tensor that it keeps), lets ``content.respond`` answer, and
+    sends.
 
     Args:
         directory: Empty, shared by both sides, removed afterwards.
