@@ -21,21 +21,26 @@ from ..checkpoint.matrices import MatrixKey
 from ..checkpoint.quantised import QuantisedCheckpoint, Widths
 from ..errors import MasksExhausted
 from ..model.integers import multiply_exactly
+from .idle import GoOn, IdleWork
 from .mask_pool import BLOCK_ROWS
 from .masks import CLOSED, MaskStore, Taken, check_process
 
 logger = logging.getLogger("llama_split")
 
 _AT_ONCE = 64 * BLOCK_ROWS
+_COLUMNS = 4096  # of a product: a fraction of a second's work
 
 
-def deal(store: MaskStore, weights: QuantisedCheckpoint, progress: Progress | None = None) -> None:
+def deal(
+    store: MaskStore, weights: QuantisedCheckpoint, progress: Progress | None = None, go_on: GoOn | None = None
+) -> None:
     """Fill an empty store.
 
     Args:
         store: where the keys are drawn and the terms written.
         weights: of the model that the store is for.
         progress: called with how many matrices are done, of how many.
+        go_on: called between the steps, to raise what is to end this.
     """
     store.draw_keys()
     for done, matrix in enumerate(store.widths, start=1):
@@ -43,7 +48,12 @@ def deal(store: MaskStore, weights: QuantisedCheckpoint, progress: Progress | No
         quantised_mk = torch.cat([block.quantised_mk for block in weights.blocks(matrix)])
         for first in range(0, len(terms), _AT_ONCE):
             rows = slice(first, min(first + _AT_ONCE, len(terms)))
-            terms[rows] = multiply_exactly(store.masks(matrix, rows.start, rows.stop), quantised_mk)
+            masks = store.masks(matrix, rows.start, rows.stop)
+            for column in range(0, len(quantised_mk), _COLUMNS):
+                columns = slice(column, column + _COLUMNS)
+                terms[rows, columns] = multiply_exactly(masks, quantised_mk[columns])
+                if go_on is not None:
+                    go_on()
         if progress is not None:
             progress(done, len(store.widths))
 
@@ -101,23 +111,30 @@ class FileMasks:
 
 
 class DealtMasks:
-    """Hands out masks that this process deals itself: some ahead, and more when they are used up.
+    """Hands out masks that this process deals itself: some ahead, and more in pauses, or when they are used up.
 
     Args:
         weights: the model's matrices.
-        ahead: how many tokens' masks are dealt at a time, at least; more where more are needed at once.
+        ahead: how many tokens' masks are kept in store, and dealt at a time, at least; more where more are needed at
+            once.
     """
 
     def __init__(self, weights: QuantisedCheckpoint, ahead: int) -> None:
         self._ahead = ahead
         layers = {matrix: widths for matrix, widths in weights.widths.items() if matrix[0].per_layer}
         head = {matrix: widths for matrix, widths in weights.widths.items() if not matrix[0].per_layer}
-        self._layers, self._head = _Supply(weights, layers), _Supply(weights, head)
+        dealing = threading.Lock()
+        self._layers, self._head = _Supply(weights, layers, dealing), _Supply(weights, head, dealing)
+        self._idle = IdleWork(self, DealtMasks._deal_in_a_pause, "dealing masks in pauses")
 
     def deal_ahead(self, tokens: int, logits: int, progress: Progress | None = None) -> None:
         """Deal until masks for this many tokens, and for the logits of this many, are in store."""
         self._layers.fill(tokens, progress)
         self._head.fill(logits)
+
+    def _deal_in_a_pause(self, go_on: GoOn) -> None:
+        self._layers.fill(self._ahead, None, go_on)
+        self._head.fill(self._ahead, None, go_on)
 
     @property
     def left(self) -> int:
@@ -126,6 +143,7 @@ class DealtMasks:
 
     def take(self, matrix: MatrixKey, rows: int) -> Taken:
         """Masks for this many rows; deals more if there are fewer."""
+        self._idle.ask()
         supply = self._layers if matrix[0].per_layer else self._head
         return supply.take(matrix, rows, self._ahead)
 
@@ -135,16 +153,26 @@ class DealtMasks:
 
     def close(self) -> None:
         """Wipe what is left."""
+        self._idle.close()
         self._layers.close()
         self._head.close()
 
 
 class _Supply:
-    """The masks of some matrices, in stores that are used one after the other."""
+    """The masks of some matrices, in stores that are used one after the other.
 
-    def __init__(self, weights: QuantisedCheckpoint, widths: Mapping[MatrixKey, Widths]) -> None:
+    Args:
+        weights: the model's matrices.
+        widths: of those matrices.
+        dealing: held while weights are read.
+    """
+
+    def __init__(
+        self, weights: QuantisedCheckpoint, widths: Mapping[MatrixKey, Widths], dealing: threading.Lock
+    ) -> None:
         self._weights = weights
         self._widths = widths
+        self._dealing = dealing
         self._stores: deque[MaskStore] = deque()
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -154,13 +182,18 @@ class _Supply:
     def left(self) -> int:
         return sum(store.left for store in tuple(self._stores))
 
-    def fill(self, rows: int, progress: Progress | None = None) -> None:
+    def fill(self, rows: int, progress: Progress | None = None, go_on: GoOn | None = None) -> None:
         check_process(self._process)
         with self._lock:
             self._check_open()
             missing = rows - self.left
-            if missing > 0:
-                self._deal(missing, progress)
+        if missing > 0:
+            store = self._dealt(missing, progress, go_on)  # masks can be taken meanwhile
+            with self._lock:
+                if self._closed:
+                    store.close()
+                self._check_open()
+                self._stores.append(store)
 
     def take(self, matrix: MatrixKey, rows: int, ahead: int) -> Taken:
         check_process(self._process)
@@ -171,7 +204,8 @@ class _Supply:
                 parts.append(store.take(matrix, rows, partly=True))
                 rows -= len(parts[-1].mask_Nk)
             if rows > 0:
-                parts.append(self._deal(max(rows, ahead)).take(matrix, rows))
+                self._stores.append(self._dealt(max(rows, ahead)))
+                parts.append(self._stores[-1].take(matrix, rows))
             self._drop_used()
             return functools.reduce(Taken.join, (part for part in parts if len(part.mask_Nk)))
 
@@ -199,11 +233,15 @@ class _Supply:
         while self._stores and self._stores[0].is_used_up:
             self._stores.popleft().close()
 
-    def _deal(self, rows: int, progress: Progress | None = None) -> MaskStore:
-        started = time.monotonic()
-        store = MaskStore.in_memory(self._widths, rows)
-        deal(store, self._weights, progress)
-        taken_s = time.monotonic() - started
+    def _dealt(self, rows: int, progress: Progress | None = None, go_on: GoOn | None = None) -> MaskStore:
+        with self._dealing:
+            started = time.monotonic()
+            store = MaskStore.in_memory(self._widths, rows)
+            try:
+                deal(store, self._weights, progress, go_on)
+            except BaseException:
+                store.close()
+                raise
+            taken_s = time.monotonic() - started
         logger.info("dealt %d masks for each of %d matrices in %.2f s", rows, len(self._widths), taken_s)
-        self._stores.append(store)
         return store

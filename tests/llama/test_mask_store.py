@@ -25,10 +25,12 @@ from llama_split.checkpoint import Checkpoint, QuantisedCheckpoint, open_checkpo
 from llama_split.checkpoint.matrices import MatrixKey
 from llama_split.errors import LlamaSplitError, MasksExhausted
 from llama_split.model.integers import multiply_exactly
+from llama_split.shields import idle
 from llama_split.shields.dealer import DealtMasks, FileMasks, deal_file
 from llama_split.shields.mask_pool import BLOCK_ROWS
 from llama_split.shields.masks import MaskStore, Taken
 from tests.support.children import Child, Mother
+from tests.support.helpers import eventually
 from tests.support.llamas import VARIANTS, Small
 from tests.support.process import ROOT
 
@@ -102,6 +104,36 @@ def test_masks_of_several_dealings_fit_their_terms(weights: QuantisedCheckpoint)
             assert len(taken.mask_Nk) == rows
             seen.update((matrix, row) for row in rows_of(taken))
     assert len(seen) == len(weights.widths) * (7 + 16 + 40 + 1 + 33)
+    masks.close()
+
+
+def test_masks_are_dealt_in_pauses(weights: QuantisedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was used is replaced, for the layers and for the logits, while nothing is asked for; and they fit."""
+    monkeypatch.setattr(idle, "PAUSE_S", 0.05)
+    masks, seen = DealtMasks(weights, ahead=32), set()
+    masks.deal_ahead(32, 32)
+    for _ in range(3):
+        for matrix in weights.widths:
+            taken = masks.take(matrix, 20)
+            assert torch.equal(taken.term_Nm, multiply_exactly(taken.mask_Nk, matrix_of(weights, matrix)))
+            seen.update((matrix, row) for row in rows_of(taken))
+        assert eventually(lambda: masks._layers.left >= 32 and masks._head.left >= 32)
+    assert len(seen) == len(weights.widths) * 60
+    masks.close()
+
+
+def test_a_dealing_that_is_left_keeps_nothing(weights: QuantisedCheckpoint) -> None:
+    """Its store is wiped, and another one can be dealt."""
+    masks = DealtMasks(weights, ahead=32)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        masks._layers.fill(32, None, stop)
+    assert masks.left == 0
+    masks.deal_ahead(32, 32)
+    assert masks.left >= 32
     masks.close()
 
 
