@@ -20,11 +20,11 @@ from tests.support.checkpoints import read_once
 from tests.support.children import Child, Mother
 from tests.support.commands import FORKED
 from tests.support.llamas import VARIANTS, Small, Worker, random_llama, worker_in_thread
-from tests.support.model_fixtures import llama_mother, one_thread
+from tests.support.model_fixtures import by_doorbell, llama_mother, one_thread
 from tests.support.process import Process
 from tests.support.workers import Workers
 
-__all__ = ["llama_mother", "one_thread"]
+__all__ = ["by_doorbell", "llama_mother", "one_thread"]
 
 TINY_VOCABULARY = 2000  # a row of logits is 8000 bytes, more than the smallest arena
 

@@ -23,10 +23,10 @@ from llama_split.serving.engine import Limits
 from llama_split.serving.service import Service
 from tests.support.children import Mother
 from tests.support.llamas import Worker, random_llama, worker_in_thread
-from tests.support.model_fixtures import llama_mother, one_thread
+from tests.support.model_fixtures import by_doorbell, llama_mother, one_thread
 from tests.support.workers import Workers
 
-__all__ = ["llama_mother", "one_thread"]
+__all__ = ["by_doorbell", "llama_mother", "one_thread"]
 
 VOCABULARY = 160
 KEY = "open sesame"

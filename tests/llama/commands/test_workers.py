@@ -118,13 +118,14 @@ def test_layers_that_there_are_not_are_refused(command: Command, tiny: Path, lay
 def test_limits_of_sessions_are_in_force(limited: Limited, tiny: Path) -> None:
     """A second session, or one with too many rows, is refused with the option that would allow it."""
     ids = torch.tensor([[5, 6, 7]])
-    with SplitLlamaForCausalLM.from_pretrained(tiny, worker=limited.address, mode="stack", dtype="float32") as llama:
+    options = {"worker": limited.address, "mode": "stack", "dtype": "float32", "channel": "zmq"}
+    with SplitLlamaForCausalLM.from_pretrained(tiny, **options) as llama:
         kept = llama(ids, use_cache=True).past_key_values
         with pytest.raises(RemoteError, match=r"has 1 KV sessions.* none was idle for 500 s.*--max-sessions"):
             llama(ids)
         del kept
     with (
-        SplitLlamaForCausalLM.from_pretrained(tiny, worker=limited.address, mode="stack", dtype="float32") as llama,
+        SplitLlamaForCausalLM.from_pretrained(tiny, **options) as llama,
         pytest.raises(RemoteError, match=r"raise --max-kv-bytes"),
     ):
         llama(ids.expand(2, 3))
