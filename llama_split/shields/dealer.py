@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,7 +45,12 @@ def deal(
     store.draw_keys()
     for done, matrix in enumerate(store.widths, start=1):
         terms = store.terms(matrix)
-        quantised_mk = torch.cat([block.quantised_mk for block in weights.blocks(matrix)])
+        blocks = []
+        for block in weights.blocks(matrix):
+            blocks.append(block.quantised_mk)
+            if go_on is not None:
+                go_on()
+        quantised_mk = torch.cat(blocks)
         for first in range(0, len(terms), _AT_ONCE):
             rows = slice(first, min(first + _AT_ONCE, len(terms)))
             masks = store.masks(matrix, rows.start, rows.stop)
@@ -129,6 +134,7 @@ class DealtMasks:
 
     def deal_ahead(self, tokens: int, logits: int, progress: Progress | None = None) -> None:
         """Deal until masks for this many tokens, and for the logits of this many, are in store."""
+        self._idle.ask()
         self._layers.fill(tokens, progress)
         self._head.fill(logits)
 
@@ -165,6 +171,8 @@ class _Supply:
         weights: the model's matrices.
         widths: of those matrices.
         dealing: held while weights are read.
+
+    A garbage collection in the middle of anything may close it: so its own lock may be taken again by the same thread.
     """
 
     def __init__(
@@ -174,7 +182,7 @@ class _Supply:
         self._widths = widths
         self._dealing = dealing
         self._stores: deque[MaskStore] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._process = os.getpid()
         self._closed = False
 
@@ -184,30 +192,33 @@ class _Supply:
 
     def fill(self, rows: int, progress: Progress | None = None, go_on: GoOn | None = None) -> None:
         check_process(self._process)
-        with self._lock:
-            self._check_open()
+        self._check_open()
+        with self._dealing:
             missing = rows - self.left
-        if missing > 0:
-            store = self._dealt(missing, progress, go_on)  # masks can be taken meanwhile
-            with self._lock:
-                if self._closed:
-                    store.close()
-                self._check_open()
-                self._stores.append(store)
+            if missing > 0:
+                self._deal(missing, progress, go_on)  # masks can be taken meanwhile
 
     def take(self, matrix: MatrixKey, rows: int, ahead: int) -> Taken:
         check_process(self._process)
+        parts = self._in_store(matrix, rows)
+        while (missing := rows - _rows_of(parts)) > 0:
+            with self._dealing:
+                parts += self._in_store(matrix, missing)  # what was dealt while this waited
+                missing = rows - _rows_of(parts)
+                if missing > 0:
+                    self._deal(max(missing, ahead))
+        return functools.reduce(Taken.join, (part for part in parts if len(part.mask_Nk)))
+
+    def _in_store(self, matrix: MatrixKey, rows: int) -> list[Taken]:
+        """As many masks as there are, up to this many rows."""
         with self._lock:
             self._check_open()
             parts: list[Taken] = []
             for store in self._stores:
                 parts.append(store.take(matrix, rows, partly=True))
                 rows -= len(parts[-1].mask_Nk)
-            if rows > 0:
-                self._stores.append(self._dealt(max(rows, ahead)))
-                parts.append(self._stores[-1].take(matrix, rows))
             self._drop_used()
-            return functools.reduce(Taken.join, (part for part in parts if len(part.mask_Nk)))
+            return parts
 
     def level(self) -> None:
         if os.getpid() != self._process:
@@ -233,15 +244,21 @@ class _Supply:
         while self._stores and self._stores[0].is_used_up:
             self._stores.popleft().close()
 
-    def _dealt(self, rows: int, progress: Progress | None = None, go_on: GoOn | None = None) -> MaskStore:
-        with self._dealing:
-            started = time.monotonic()
-            store = MaskStore.in_memory(self._widths, rows)
-            try:
-                deal(store, self._weights, progress, go_on)
-            except BaseException:
-                store.close()
-                raise
-            taken_s = time.monotonic() - started
+    def _deal(self, rows: int, progress: Progress | None = None, go_on: GoOn | None = None) -> None:
+        """Add a store; ``_dealing`` is held."""
+        started = time.monotonic()
+        store = MaskStore.in_memory(self._widths, rows)
+        try:
+            deal(store, self._weights, progress, go_on)
+            with self._lock:
+                self._check_open()
+                self._stores.append(store)
+        except BaseException:
+            store.close()
+            raise
+        taken_s = time.monotonic() - started
         logger.info("dealt %d masks for each of %d matrices in %.2f s", rows, len(self._widths), taken_s)
-        return store
+
+
+def _rows_of(parts: Iterable[Taken]) -> int:
+    return sum(len(part.mask_Nk) for part in parts)

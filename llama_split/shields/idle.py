@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 logger = logging.getLogger("llama_split")
@@ -30,8 +31,10 @@ class _Asked(Exception):
 class IdleWork(Generic[Owner]):
     """Does its owner's work in a thread of its own, whenever there is a pause after something was asked for.
 
-    The thread knows its owner by a weak reference, and ends with it, with ``close``, or with the interpreter. While
-    nothing is asked for and the work is done, it uses no CPU time.
+    The thread knows its owner by a weak reference, but while it works. It ends with ``close``, with its owner, and with
+    the interpreter. While nothing is asked for and the work is done, it uses no CPU time.
+
+    All methods may be called in a garbage collection, in the thread itself too: they take no lock.
 
     Args:
         owner: whose work it is.
@@ -45,26 +48,36 @@ class IdleWork(Generic[Owner]):
         self._what = what
         self._process = os.getpid()
         self._asked_at = 0.0
-        self._asked = threading.Event()
-        self._ended = threading.Event()
+        self._is_told = False
+        """Whether the thread has been told that something was asked for, and has not begun its work since then."""
+        self._is_ended = False
+        self._signals: SimpleQueue[None] = SimpleQueue()  # which a garbage collection may put into at any place
         self._thread = threading.Thread(target=self._run, name=f"llama_split: {what}", daemon=True)
-        atexit.register(self._finish)  # a thread that is in the middle of a product must not outlive the interpreter
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            logger.warning("%s is given up: %s", what, error)
+        else:
+            atexit.register(self._finish)  # a thread in the middle of a product must not outlive the interpreter
 
     def ask(self) -> None:
         """Note that something is asked for: the work is left for now, and begun again after a pause."""
         self._asked_at = time.monotonic()
-        if os.getpid() == self._process:
-            self._asked.set()
+        if not self._is_told:
+            self._is_told = True
+            self._signal()
 
     def close(self) -> None:
         """End the thread, after the step that it is at; this does not wait for it."""
         self._end()
 
     def _end(self, _owner: object = None) -> None:
-        if os.getpid() == self._process:  # a forked child has no such thread, and may have copied a lock that it held
-            self._ended.set()
-            self._asked.set()
+        self._is_ended = True
+        self._signal()
+
+    def _signal(self) -> None:
+        if os.getpid() == self._process:  # a forked child has no such thread, and may have copied its queue's lock
+            self._signals.put(None)
 
     def _finish(self) -> None:
         self._end()
@@ -76,24 +89,25 @@ class IdleWork(Generic[Owner]):
                 with contextlib.suppress(_Asked):
                     self._do()
         except Exception as error:  # noqa: BLE001 - without this work its owner does the same later
-            logger.warning("%s is given up: %s", self._what, error)
+            if not self._is_ended:
+                logger.warning("%s is given up: %s", self._what, error)
         finally:
             atexit.unregister(self._finish)
 
     def _wait_for_a_pause(self) -> bool:
         """Wait until something was asked for, and then nothing for a while; return False where this is to end."""
-        self._asked.wait()
-        self._asked.clear()
-        while (left_s := self._asked_at + PAUSE_S - time.monotonic()) > 0:
-            if self._ended.wait(left_s):
-                return False
-        return not self._ended.is_set()
+        self._signals.get()
+        while not self._is_ended and (left_s := self._asked_at + PAUSE_S - time.monotonic()) > 0:
+            with contextlib.suppress(Empty):
+                self._signals.get(timeout=left_s)
+        self._is_told = False
+        return not self._is_ended
 
     def _do(self) -> None:
         begun = self._asked_at
 
         def go_on() -> None:
-            if self._ended.is_set() or self._asked_at != begun:
+            if self._is_ended or self._asked_at != begun:
                 raise _Asked
 
         owner = self._owner()

@@ -118,15 +118,15 @@ class DirectServing:
         for connection in (*self._answers, *self._answers_to_messages):
             self.remove(connection)
 
-    def answer_message(self, connection: ServerConnection, data: bytes) -> Any:
-        """Answer a message that did not come by a doorbell.
+    def answer_message(self, connection: ServerConnection, messages: list[bytes]) -> Any:
+        """Answer a message that did not come by a doorbell. It is taken out of the list before its handler runs.
 
         Returns:
             None with nothing done; True if nothing is left to do; otherwise what is, as ``answer``: usually to send
             the reply.
         """
         answers = self._answers_to_messages.get(connection)
-        return None if answers is None else answers.answer(data)
+        return None if answers is None else answers.answer(messages)
 
     @property
     def has_doorbells(self) -> bool:

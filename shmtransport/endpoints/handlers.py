@@ -40,7 +40,7 @@ class Handlers:
         Raises:
             LocalProtocolError: There is none; the error lists those that there are.
         """
-        handler = self.by_name.get(name) or built_in(name, server)
+        handler = self.by_name[name] if name in self.by_name else built_in(name, server)
         if handler is None:
             known = ", ".join(self.names()) or "none"
             raise LocalProtocolError(f"there is no method '{printable(name)}'; there are: {known}")

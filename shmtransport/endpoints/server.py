@@ -220,10 +220,10 @@ class Server(ServerBase[ThreadDoorbells]):
         self._finish_directly(connection, left)
         return True
 
-    def _answer_message(self, connection: ServerConnection, data: bytes) -> bool:
+    def _answer_message(self, connection: ServerConnection, messages: list[bytes]) -> bool:
         if self._direct is None or self._executor.busy or self._deferred:
             return False
-        left = [self._direct.answer_message(connection, data)]
+        left = [self._direct.answer_message(connection, messages)]
         if left[0] is None:
             return False
         if left[0] is not True:

@@ -356,7 +356,9 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
             connection.heard = True
             connection.memory.unlink_own()
             self._heard(connection)
-        return self._answer_message(connection, data) or self._take(connection, data)
+        messages = [data]
+        del received, data  # which a handler need not hold
+        return self._answer_message(connection, messages) or self._take(connection, messages.pop())
 
     def _take(self, connection: ServerConnection, data: bytes) -> IncomingCall | bool:
         """Read a client's message: the call that it makes, or else True."""
@@ -383,8 +385,8 @@ class ServerBase(BoundToProcess, Generic[DoorbellsT]):
     def _heard(self, connection: ServerConnection) -> None:
         """A client's first message has come."""
 
-    def _answer_message(self, connection: ServerConnection, data: bytes) -> bool:
-        """Answer a call at once if the core can; False with nothing done."""
+    def _answer_message(self, connection: ServerConnection, messages: list[bytes]) -> bool:
+        """Answer a call at once if the core can; False with nothing done, and the message is still in the list."""
         return False
 
     @abstractmethod

@@ -5,9 +5,11 @@ By doorbell that is a call from its arguments to its result, by ZeroMQ each mess
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import ml_dtypes
@@ -209,6 +211,26 @@ def test_when_a_reply_is_sent_nothing_of_its_call_is_held(
         for _ in range(3):
             client.call(method, torch.arange(6) if method == "double" else np.arange(6))
         assert held == [0] * (3 if channel == "zmq" else len(held))
+
+
+def test_while_a_handler_runs_its_message_is_not_held(address: str, channel: ChannelKind) -> None:
+    """Its plain values can be many: no frame beneath the handler has them any longer."""
+
+    def holds(value: bytes) -> list[str]:
+        held: list[str] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            found = list(frame.f_locals.values())
+            found += [item for one in found if isinstance(one, (list, tuple)) for item in one]
+            if any(isinstance(one, bytes) and len(one) >= len(value) for one in found):
+                held.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return held
+
+    with _served(address, directly=True, channel=channel) as (server, client):
+        server.register("holds", holds)
+        for _ in range(3):
+            assert client.call("holds", b"x" * 1000) == []
 
 
 def test_threads_and_callbacks_share_a_client_with_direct_calls(address: str) -> None:

@@ -127,6 +127,37 @@ def test_work_that_fails_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == ["a test's work is given up: no room"]
 
 
+def test_closing_in_the_middle_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the work raises then; nor is a thread that can't be started: then there is no such work."""
+
+    class _Closing:
+        def close(self, _go_on: GoOn) -> None:
+            work.close()
+            raise ValueError("closed")
+
+    closing = _Closing()
+    with caplog.at_level(logging.WARNING, "llama_split"):
+        work = IdleWork(closing, _Closing.close, "a test's work")
+        work.ask()
+        work._thread.join(20.0)
+    assert not caplog.records
+
+
+def test_without_a_thread_there_is_no_such_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its owner can be used all the same."""
+
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    owner = _Owner()
+    owner.work.ask()
+    owner.work.close()
+    assert "given up: can't start new thread" in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_is_not_hindered(owner: _Owner) -> None:
     """It has no such thread; asking and closing do nothing there."""

@@ -122,9 +122,11 @@ def test_masks_are_dealt_in_pauses(weights: QuantisedCheckpoint, monkeypatch: py
     masks.close()
 
 
-def test_a_dealing_that_is_left_keeps_nothing(weights: QuantisedCheckpoint) -> None:
-    """Its store is wiped, and another one can be dealt."""
-    masks = DealtMasks(weights, ahead=32)
+def test_a_dealing_that_is_left_keeps_nothing(weights: QuantisedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store is closed, which wipes it, and another one can be dealt."""
+    masks, made = DealtMasks(weights, ahead=32), []
+    in_memory = MaskStore.in_memory
+    monkeypatch.setattr(MaskStore, "in_memory", lambda *given: made.append(in_memory(*given)) or made[-1])
 
     def stop() -> None:
         raise KeyboardInterrupt
@@ -132,8 +134,66 @@ def test_a_dealing_that_is_left_keeps_nothing(weights: QuantisedCheckpoint) -> N
     with pytest.raises(KeyboardInterrupt):
         masks._layers.fill(32, None, stop)
     assert masks.left == 0
+    with pytest.raises(MasksExhausted, match="closed"):
+        made[0].take((DOWN, 0), 1)
     masks.deal_ahead(32, 32)
     assert masks.left >= 32
+    masks.close()
+
+
+def test_masks_that_are_closed_in_the_middle_of_a_dealing_stay_closed(weights: QuantisedCheckpoint) -> None:
+    """By the dealing thread itself too, as a garbage collection may: no store is added, and the idle thread ends."""
+    masks = DealtMasks(weights, ahead=32)
+    with pytest.raises(MasksExhausted, match="closed"):
+        masks._layers.fill(32, None, masks.close)
+    assert not masks._layers._stores
+    masks._idle._thread.join(20.0)
+    assert not masks._idle._thread.is_alive()
+
+    masks = DealtMasks(weights, ahead=32)
+    with masks._layers._lock, masks._head._lock:  # where it holds these
+        masks.close()
+
+
+def test_dealings_at_once_deal_what_is_asked_for(weights: QuantisedCheckpoint) -> None:
+    """Several threads that want the same number in store deal it once, and read the weights one after the other."""
+    masks, reading, most = DealtMasks(weights, ahead=16), threading.Lock(), []
+
+    class _Watched:
+        widths = weights.widths
+
+        def blocks(self, matrix: MatrixKey) -> Any:
+            most.append(reading.acquire(blocking=False))
+            time.sleep(0.001)
+            yield from weights.blocks(matrix)
+            reading.release()
+
+    masks._layers._weights = masks._head._weights = _Watched()  # type: ignore[assignment]
+    threads = [threading.Thread(target=masks.deal_ahead, args=(320, 320)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (masks.left, masks._head.left) == (320, 320)
+    assert all(most)
+    masks.close()
+
+
+def test_threads_get_all_that_they_ask_for_and_nothing_twice(weights: QuantisedCheckpoint) -> None:
+    """While others take what was dealt for them."""
+    masks, found = DealtMasks(weights, ahead=16), list[Taken]()
+
+    def take() -> None:
+        for _ in range(12):
+            found.append(masks.take((DOWN, 1), 24))
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(one.mask_Nk) for one in found] == 36 * [24]
+    assert len({row for one in found for row in rows_of(one)}) == 36 * 24
     masks.close()
 
 

@@ -112,9 +112,19 @@ static void end_answering(struct answering *answering)
     Py_CLEAR(answering->values.keywords);
 }
 
-/* Take a message, which may be the ring's next one, if it is a plain request for a handler that there is: 1; 0 with nothing
- * done; -1 with an error set. */
-static int take_request(DirectAnswers *self, PyObject *data, bool is_next, struct answering *answering)
+/* Take a message out of a list, or the next one out of the ring: the caller's from now on. */
+static PyObject *take_out(DirectAnswers *self, PyObject *data, PyObject *list)
+{
+    if (list == NULL)
+        return ring_take_next(self->ring);
+    Py_INCREF(data);
+    PyList_SetSlice(list, 0, 1, NULL); /* which it has: never an error */
+    return data;
+}
+
+/* Take a message, the only one in a list or the ring's next one, if it is a plain request for a handler that there is: 1; 0
+ * with nothing done; -1 with an error set. */
+static int take_request(DirectAnswers *self, PyObject *data, PyObject *list, struct answering *answering)
 {
     char *bytes;
     Py_ssize_t nbytes;
@@ -130,9 +140,9 @@ static int take_request(DirectAnswers *self, PyObject *data, bool is_next, struc
         PyErr_Clear();
         return 0;
     }
-    PyObject *kept = is_next ? ring_take_next(self->ring) : Py_NewRef(data);
+    data = take_out(self, data, list);
     int taken = take_values(request, self->borrows, &answering->values);
-    Py_DECREF(kept);
+    Py_DECREF(data); /* not held while the handler runs */
     if (taken == 0)
         refuse("invalid_values", "()");
     if (taken > 0 && request->tensor_count > 0 && borrows_were_cut(self->borrows)) {
@@ -178,13 +188,18 @@ static PyObject *rest_of(const struct answering *answering, PyObject *result, Py
                          answering->started);
 }
 
-/* Send a reply: True, or its bytes where there is no ring, or no room in it. */
+static PyObject *bytes_of(const struct packer *packer)
+{
+    return PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
+}
+
+/* Send a reply by the ring: True, or its bytes where there is no room in it; NULL with an error set. */
 static PyObject *send(DirectAnswers *self, const struct packer *packer)
 {
     struct ring_finding finding;
-    struct message_ring *ring = self->ring == NULL ? NULL : ring_in(self->ring);
-    if (ring == NULL || message_ring_write(ring, packer->bytes, (uint32_t)packer->length, &finding) != RING_DONE)
-        return PyBytes_FromStringAndSize((const char *)packer->bytes, (Py_ssize_t)packer->length);
+    struct message_ring *ring = ring_in(self->ring);
+    if (message_ring_write(ring, packer->bytes, (uint32_t)packer->length, &finding) != RING_DONE)
+        return bytes_of(packer);
     message_ring_wake_peer(ring);
     Py_RETURN_TRUE;
 }
@@ -214,21 +229,29 @@ static PyObject *send_result(DirectAnswers *self, const struct answering *answer
         encoder_undo(&encoder);
         Py_RETURN_TRUE;
     }
-    double now = clock_seconds();
-    count_sent(counters, encoder.packer.length, now - before, encoder.sent);
-    count_call(counters, now - answering->started, false);
-    PyObject *sent = send(self, &encoder.packer);
+    PyObject *sent = self->ring == NULL ? bytes_of(&encoder.packer) : NULL;
+    if (self->ring != NULL || sent != NULL) {
+        double now = clock_seconds(); /* counted before the client can ask for it */
+        count_sent(counters, encoder.packer.length, now - before, encoder.sent);
+        count_call(counters, now - answering->started, false);
+    }
+    if (self->ring != NULL)
+        sent = send(self, &encoder.packer);
+    if (sent == NULL) { /* no memory for its bytes: the call fails, and no more */
+        encoder_undo(&encoder);
+        return rest_of(answering, NULL, fetch_error());
+    }
     encoder_end(&encoder);
     return sent;
 }
 
-/* Answer a message, which may be the ring's next one: True; None with nothing done; what the caller is to do the rest of; an
+/* Answer a message, the only one in a list or the ring's next one: True; None with nothing done; what the caller is to do the rest of; an
  * error that the client, or else this process, is to blame for; NULL with an error of a callback. */
-static PyObject *answer(DirectAnswers *self, PyObject *data, bool is_next)
+static PyObject *answer(DirectAnswers *self, PyObject *data, PyObject *list)
 {
     struct answering answering = {.method = NULL};
     PyObject *answered;
-    int taken = data == NULL ? 0 : take_request(self, data, is_next, &answering);
+    int taken = data == NULL ? 0 : take_request(self, data, list, &answering);
     if (taken <= 0)
         answered = taken == 0 ? Py_NewRef(Py_None) : fetch_error();
     else {
@@ -246,13 +269,17 @@ static PyObject *answer(DirectAnswers *self, PyObject *data, bool is_next)
     return answered;
 }
 
-/* answer(message): answer a message that came by another channel, as answer above. */
-static PyObject *direct_answer(PyObject *object, PyObject *data)
+/* answer(messages): answer a message that came by another channel, as answer above. It is alone in a list, and is taken out
+ * of it before the handler runs. */
+static PyObject *direct_answer(PyObject *object, PyObject *list)
 {
     DirectAnswers *self = (DirectAnswers *)object;
+    if (!PyList_Check(list) || PyList_Size(list) != 1)
+        return PyErr_Format(PyExc_TypeError, "%R", list);
+    PyObject *data = PyList_GetItem(list, 0);
     if (self->closed || self->handlers == NULL || !PyBytes_Check(data))
         Py_RETURN_NONE;
-    return answer(self, data, false);
+    return answer(self, data, list);
 }
 
 /* --- answer_in_turn --- */
@@ -261,7 +288,7 @@ static PyObject *direct_answer(PyObject *object, PyObject *data)
 static PyObject *answer_next(DirectAnswers *self)
 {
     bool is_there = !self->closed && self->heard && ring_is_readable(self->ring);
-    return answer(self, is_there ? ring_next(self->ring) : NULL, true);
+    return answer(self, is_there ? ring_next(self->ring) : NULL, NULL);
 }
 
 /* Look at all rings until one has a message or attention is wanted, for a slice of time; whether one of both is so. */
