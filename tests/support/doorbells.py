@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Container
 
 from shmtransport.channels.doorbell import DoorbellChannel
 from shmtransport.channels.doorbell_server import DoorbellServerChannel, ThreadDoorbells
@@ -110,9 +111,9 @@ def all_messages(caller: Caller) -> list[bytes]:
     return messages
 
 
-def relays() -> list[str]:
-    """The names of the relay threads that run."""
-    names = (thread.name for thread in threading.enumerate())
+def relays(besides: Container[threading.Thread]) -> list[str]:
+    """The names of the relay threads that run, but for these threads."""
+    names = (thread.name for thread in threading.enumerate() if thread not in besides)
     return [name for name in names if name in ("shmtransport zmq", "shmtransport doorbell")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import select
@@ -16,6 +17,8 @@ from shmtransport.channels.doorbell_server import LoopDoorbells, ThreadDoorbells
 from tests.support.doorbells import Caller, Party, all_messages, next_message, open_fds, relays
 from tests.support.helpers import eventually, in_thread
 
+RelaysNow = Callable[[], "list[str]"]
+
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("never_looks_again")]
 
 
@@ -27,6 +30,12 @@ def leaves_no_thread_or_descriptor(address: str) -> Iterator[None]:
     yield
     gc.collect()
     assert eventually(lambda: threading.active_count() <= threads and open_fds() <= fds)
+
+
+@pytest.fixture
+def relays_now(leaves_no_thread_or_descriptor: None) -> RelaysNow:
+    """Return the names of the relays that run and that this test has started."""
+    return functools.partial(relays, frozenset(threading.enumerate()))
 
 
 @pytest.fixture
@@ -228,34 +237,34 @@ def test_what_the_relay_has_seen_is_returned_after_its_end(party: Party) -> None
 # --- threads and ends -------------------------------------------------------------------------------------------------
 
 
-def test_a_relay_runs_only_while_there_are_doorbell_clients(party: Party) -> None:
+def test_a_relay_runs_only_while_there_are_doorbell_clients(relays_now: RelaysNow, party: Party) -> None:
     """None before the first and after the last, one in between; the same each time they come and go."""
     for _ in range(3):
-        assert relays() == []
+        assert relays_now() == []
         first, second = party.caller(b"first"), party.caller(b"second")
-        assert relays() == ["shmtransport zmq"]
+        assert relays_now() == ["shmtransport zmq"]
         party.server.disconnect(first.name)
-        assert relays() == ["shmtransport zmq"]
+        assert relays_now() == ["shmtransport zmq"]
         second.channel.send(b"x")
         assert party.next_message() == (b"second", b"x")
         party.server.disconnect(second.name)
-        assert relays() == []
+        assert relays_now() == []
         zmq_client = party.zmq_client()
         zmq_client.send(b"without a relay")
         assert party.next_message()[1] == b"without a relay"
 
 
-def test_in_event_loops_a_relay_waits_with_each_bell(looped: Party) -> None:
+def test_in_event_loops_a_relay_waits_with_each_bell(relays_now: RelaysNow, looped: Party) -> None:
     """One for the server while it has doorbell clients, one for a client from ``fileno`` to ``close``."""
-    assert relays() == []
+    assert relays_now() == []
     caller = looped.caller()
-    assert relays() == ["shmtransport doorbell"]
+    assert relays_now() == ["shmtransport doorbell"]
     caller.channel.fileno()
-    assert relays() == ["shmtransport doorbell"] * 2
+    assert relays_now() == ["shmtransport doorbell"] * 2
     looped.server.disconnect(caller.name)
-    assert relays() == ["shmtransport doorbell"]
+    assert relays_now() == ["shmtransport doorbell"]
     caller.channel.close(flush=False)
-    assert relays() == []
+    assert relays_now() == []
 
 
 def test_a_server_without_a_thread_for_its_relay_can_be_closed(party: Party, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +289,7 @@ def _used(caller: Caller, party: Party) -> None:
 
 @pytest.mark.parametrize("first", ["server", "client"])
 @pytest.mark.parametrize("in_loop", [False, True])
-def test_either_side_may_close_first_and_twice(party: Party, first: str, in_loop: bool) -> None:
+def test_either_side_may_close_first_and_twice(relays_now: RelaysNow, party: Party, first: str, in_loop: bool) -> None:
     """In use, in an event loop or not; the other side learns of it, and closing again does nothing."""
     caller = party.caller()
     if in_loop:
@@ -298,11 +307,11 @@ def test_either_side_may_close_first_and_twice(party: Party, first: str, in_loop
     party.server.close()
     caller.channel.wake()
     party.server.wake()
-    assert relays() == []
+    assert relays_now() == []
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
-def test_closing_a_server_ends_relays_that_wait(in_loop: bool, address: str) -> None:
+def test_closing_a_server_ends_relays_that_wait(relays_now: RelaysNow, in_loop: bool, address: str) -> None:
     """The relay may be blocked at any point of its loop: closing interrupts it, again and again."""
     for number in range(20):
         party = Party(address, doorbells=LoopDoorbells if in_loop else ThreadDoorbells)
@@ -311,7 +320,7 @@ def test_closing_a_server_ends_relays_that_wait(in_loop: bool, address: str) -> 
             caller.channel.send(b"unread")
             party.server.wake()
         party.close()
-        assert relays() == []
+        assert relays_now() == []
 
 
 def test_a_server_that_waits_is_woken_to_be_closed(party: Party) -> None:
