@@ -277,7 +277,7 @@ class ZmqServerChannel(ServerChannel):
             sent = self._send(client_key, data)
             if sent is not None:
                 return sent
-            if not is_reply(data):  # may be for a stranger, for whom nothing is queued
+            if client_key not in self._known and not is_reply(data):  # nothing is queued for strangers
                 return False
         return self._backlogs.add(client_key, data)
 

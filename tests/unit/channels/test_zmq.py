@@ -149,6 +149,23 @@ def test_a_goodbye_comes_after_the_replies_before_it(
     assert received == [SMALL] * sent + [encode(Goodbye("enough"))]
 
 
+def test_a_goodbye_to_a_client_waits_where_zmq_has_no_more_room(
+    server: ZmqServerChannel, peer: Callable[[], zmq.Socket[bytes]]
+) -> None:
+    """Also where nothing waits yet: else a client whose queue is just full would wait for its replies in vain."""
+    socket = peer()
+    name, _ = next_message(server)
+    server.know(name)
+    sent = 0
+    while server._send(name, LARGE):
+        sent += 1
+    assert not server._backlogs
+    goodbye = encode(Goodbye("the server was shut down"))
+    assert server.send(name, goodbye)
+    server.disconnect(name)
+    assert taken(socket, server, sent + 1)[-1] == goodbye
+
+
 def test_closing_gives_those_that_read_a_moment_to_do_so(address: str, peer: Callable[[], zmq.Socket[bytes]]) -> None:
     """Without a reader, closing still ends: half a second for what waits here, and as much for ZeroMQ."""
     server = ZmqServerChannel(address, MAX_MESSAGE_BYTES)
