@@ -23,7 +23,8 @@ SMALLEST_BYTES = 8 * WORD_BYTES
 _WRONG = -(1 << 62)  # the server's answer to a damaged request
 
 
-Words: TypeAlias = "torch.Tensor | np.ndarray[Any, np.dtype[np.int64]]"
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
+Words: TypeAlias = "torch.Tensor | Array"
 """What is carried; arrays by the contenders that send them."""
 
 
@@ -36,7 +37,7 @@ def view(memory: Any) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(memory, np.int64))
 
 
-def _array(words: Words) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _array(words: Words) -> Array:
     return words.numpy() if isinstance(words, torch.Tensor) else words
 
 
@@ -53,13 +54,19 @@ def words(nbytes: int) -> int:
 
 def stamp(tensor: Words, value: int) -> None:
     """Write ``value`` (not negative) into the first, middle and last word."""
-    array = _array(tensor)
-    array[0] = array[len(array) // 2] = array[-1] = value
+    _stamp(_array(tensor), value)
 
 
 def stamped_with(tensor: Words) -> int:
     """The value of a stamp; ``_WRONG`` if the three words differ."""
-    array = _array(tensor)
+    return _stamp_of(_array(tensor))
+
+
+def _stamp(array: Array, value: int) -> None:
+    array[0] = array[len(array) // 2] = array[-1] = value
+
+
+def _stamp_of(array: Array) -> int:
     first = array.item(0)
     return first if array.item(len(array) // 2) == first == array.item(-1) else _WRONG
 
@@ -69,14 +76,11 @@ def respond(request: Words, reply: Words) -> None:
 
     This is part of each contender's call, so it does as little as it can.
     """
-    array = _array(request)
-    first, middle = array.item(0), len(array) // 2
-    if first < 0:
-        np.add(array, 1, out=_array(reply))
-        return
-    answer = first if array.item(middle) == first == array.item(-1) else _WRONG
-    words = _array(reply)
-    words[0] = words[middle] = words[-1] = answer + 1
+    sent, answer = _array(request), _array(reply)
+    if sent.item(0) < 0:
+        np.add(sent, 1, out=answer)
+    else:
+        _stamp(answer, _stamp_of(sent) + 1)
 
 
 def check_stamp(reply: Words, value: int, nbytes: int) -> None:

@@ -21,7 +21,7 @@ from ..checkpoint.matrices import MatrixKey
 from ..checkpoint.quantised import QuantisedCheckpoint, Widths
 from ..errors import MasksExhausted
 from ..model.integers import multiply_exactly
-from .idle import GoOn, IdleWork
+from .idle import GoOn, IdleWork, never_asked
 from .mask_pool import BLOCK_ROWS
 from .masks import CLOSED, MaskStore, Taken, check_process
 
@@ -32,7 +32,7 @@ _COLUMNS = 4096  # of a product: a fraction of a second's work
 
 
 def deal(
-    store: MaskStore, weights: QuantisedCheckpoint, progress: Progress | None = None, go_on: GoOn | None = None
+    store: MaskStore, weights: QuantisedCheckpoint, progress: Progress | None = None, go_on: GoOn = never_asked
 ) -> None:
     """Fill an empty store.
 
@@ -48,8 +48,7 @@ def deal(
         blocks = []
         for block in weights.blocks(matrix):
             blocks.append(block.quantised_mk)
-            if go_on is not None:
-                go_on()
+            go_on()
         quantised_mk = torch.cat(blocks)
         for first in range(0, len(terms), _AT_ONCE):
             rows = slice(first, min(first + _AT_ONCE, len(terms)))
@@ -57,8 +56,7 @@ def deal(
             for column in range(0, len(quantised_mk), _COLUMNS):
                 columns = slice(column, column + _COLUMNS)
                 terms[rows, columns] = multiply_exactly(masks, quantised_mk[columns])
-                if go_on is not None:
-                    go_on()
+                go_on()
         if progress is not None:
             progress(done, len(store.widths))
 
@@ -190,7 +188,7 @@ class _Supply:
     def left(self) -> int:
         return sum(store.left for store in tuple(self._stores))
 
-    def fill(self, rows: int, progress: Progress | None = None, go_on: GoOn | None = None) -> None:
+    def fill(self, rows: int, progress: Progress | None = None, go_on: GoOn = never_asked) -> None:
         check_process(self._process)
         self._check_open()
         with self._dealing:
@@ -244,7 +242,7 @@ class _Supply:
         while self._stores and self._stores[0].is_used_up:
             self._stores.popleft().close()
 
-    def _deal(self, rows: int, progress: Progress | None = None, go_on: GoOn | None = None) -> None:
+    def _deal(self, rows: int, progress: Progress | None = None, go_on: GoOn = never_asked) -> None:
         """Add a store; ``_dealing`` is held."""
         started = time.monotonic()
         store = MaskStore.in_memory(self._widths, rows)

@@ -28,6 +28,10 @@ class _Asked(Exception):
     """Something was asked for in the middle of the work."""
 
 
+def never_asked() -> None:
+    """Go on: for work that nothing ends."""
+
+
 class IdleWork(Generic[Owner]):
     """Does its owner's work in a thread of its own, whenever there is a pause after something was asked for.
 
@@ -43,7 +47,7 @@ class IdleWork(Generic[Owner]):
     """
 
     def __init__(self, owner: Owner, work: Callable[[Owner, GoOn], None], what: str) -> None:
-        self._owner = weakref.ref(owner, self._end)
+        self._owner = weakref.ref(owner, lambda _: self.close())
         self._work = work
         self._what = what
         self._process = os.getpid()
@@ -69,9 +73,6 @@ class IdleWork(Generic[Owner]):
 
     def close(self) -> None:
         """End the thread, after the step that it is at; this does not wait for it."""
-        self._end()
-
-    def _end(self, _owner: object = None) -> None:
         self._is_ended = True
         self._signal()
 
@@ -80,7 +81,7 @@ class IdleWork(Generic[Owner]):
             self._signals.put(None)
 
     def _finish(self) -> None:
-        self._end()
+        self.close()
         self._thread.join(_END_S)
 
     def _run(self) -> None:

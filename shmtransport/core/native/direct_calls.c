@@ -20,8 +20,9 @@ static int direct_init(PyObject *object, PyObject *arguments, PyObject *keywords
     DirectCalls *self = (DirectCalls *)object;
     PyObject *ring, *pending, *ids, *loans, *borrows, *counters, *call_back, *acquire, *release, *followers;
     PyObject *received_for, *begin_receiving, *end_receiving, *patience, *bell;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOOOOOOOO!O!OOKOO", names, &ring, &pending, &ids, &loans, &borrows, &counters, &call_back, &acquire, &release, &PyDict_Type,
-                                     &followers, &PyList_Type, &received_for, &begin_receiving, &end_receiving,
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OOOOOOOOOO!O!OOKOO", names, &ring, &pending, &ids, &loans,
+                                     &borrows, &counters, &call_back, &acquire, &release, &PyDict_Type, &followers,
+                                     &PyList_Type, &received_for, &begin_receiving, &end_receiving,
                                      &self->largest_message, &patience, &bell))
         return -1;
     if (self->ring != NULL || ring_in(ring) == NULL || patience_of(patience) == NULL || bell_in(bell) == NULL
