@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import zmq
 
@@ -40,6 +41,10 @@ if _WORKER:
 else:
     _TEMPORARY = tempfile.mkdtemp(prefix="shmt-", dir=temporary_directory(room=80))
 os.environ["TMPDIR"] = tempfile.tempdir = _TEMPORARY
+
+# How long an example takes tells of the machine, not of what is tested.
+hypothesis.settings.register_profile("without_deadlines", deadline=None)
+hypothesis.settings.load_profile("without_deadlines")
 
 # Most tests move little, and to have the kernel zero two arenas of the default size takes a twentieth of a second.
 _DEFAULTS = [client.__init__.__kwdefaults__ for client in (Client, AsyncClient)]

@@ -77,7 +77,7 @@ class Pair:
 
 
 @given(st.lists(steps, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_sequence_of_edits_leaves_what_a_dynamic_cache_has(sequence: list[tuple[str, int]]) -> None:
     """Keys, values, lengths and mask sizes equal those of transformers' cache after every step."""
     pair = Pair()

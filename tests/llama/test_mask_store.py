@@ -311,7 +311,7 @@ def test_nothing_is_handed_out_twice_and_what_was_used_is_wiped(
 
     Machine.dealt, Machine.path = dealt, tmp_path / "masks"
     Machine.checkpoint, Machine.weights = checkpoint, weights
-    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=30))
 
 
 def test_a_killed_process_costs_masks_and_repeats_none(

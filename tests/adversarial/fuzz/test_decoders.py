@@ -113,7 +113,7 @@ def test_messages_of_wrong_types_and_lengths_are_refused(make: type[Target]) -> 
     with opened(make) as target:
 
         @given(_messages)
-        @settings(max_examples=100, deadline=None)
+        @settings(max_examples=100)
         def put_in(fields: Any) -> None:
             hold(target, target.carrying(PREAMBLE + msgspec.msgpack.encode(fields)))
 
@@ -125,7 +125,7 @@ def test_values_that_no_sender_makes_are_refused() -> None:
     with opened(Unpacking) as target:
 
         @given(_values)
-        @settings(max_examples=100, deadline=None)
+        @settings(max_examples=100)
         def put_in(value: Any) -> None:
             hold(target, msgspec.msgpack.encode(value))
 
@@ -137,7 +137,7 @@ def test_forged_descriptors_are_refused() -> None:
     with opened(Borrowing) as borrow, opened(Validating) as validate:
 
         @given(st.lists(_descriptors, max_size=3))
-        @settings(max_examples=100, deadline=None)
+        @settings(max_examples=100)
         def put_in(descriptors: list[Any]) -> None:
             hold(borrow, msgspec.msgpack.encode(descriptors))
             for descriptor in descriptors:

@@ -85,7 +85,7 @@ class NativeRingMachine(RingMachine):
 
 
 for machine in (RingMachine, NativeRingMachine):
-    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestRingMachine = RingMachine.TestCase
 TestNativeRingMachine = needs_native(NativeRingMachine.TestCase)
 

@@ -160,7 +160,7 @@ def _times(changes: list[Change]) -> Change:
     st.lists(st.sampled_from([1, "é", _TENSOR, (_TENSOR, 2)]), max_size=17),
     st.lists(_list_changes, max_size=3),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_both_encode_changing_lists_alike(items: list[Any], changes: list[Change]) -> None:
     """Whatever happens to the list, and when: the same bytes, or the same class of error."""
     _same_of_both(lambda: list(items), changes)
@@ -173,7 +173,7 @@ def test_both_encode_changing_lists_alike(items: list[Any], changes: list[Change
     ),
     st.lists(_dict_changes, max_size=3),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_both_encode_changing_dicts_alike(entries: dict[Any, Any], changes: list[Change]) -> None:
     """Whatever happens to the dict, and when."""
     _same_of_both(lambda: dict(entries), changes)

@@ -108,7 +108,7 @@ def test_a_record_beyond_the_largest_message_is_refused(rings: RingPair, forger:
 
 
 @given(consumed=st.integers(0, CAPACITY // 8), published=_CELL, length=_LENGTH, records=st.binary(max_size=CAPACITY))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_whatever_is_written_a_read_stays_within_the_ring(
     core: ModuleType, consumed: int, published: int, length: int, records: bytes
 ) -> None:
@@ -181,7 +181,7 @@ def test_consumed_that_goes_back_is_the_peers_error(rings: RingPair, forger: For
 
 
 @given(cells=st.lists(_CELL, min_size=1, max_size=8), size=st.integers(0, LARGEST))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_is_said_to_be_read_the_writer_stays_within_the_ring(
     core: ModuleType, cells: list[int], size: int
 ) -> None:

@@ -29,7 +29,7 @@ LAYOUTS = st.builds(
 
 
 @given(st.integers(0, 1 << 70), st.integers(1, 1 << 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_round_up_is_the_smallest_multiple_not_below(count: int, multiple: int) -> None:
     """The result is a multiple, not below the count, and less than one multiple above it."""
     rounded = round_up(count, multiple)
@@ -38,7 +38,7 @@ def test_round_up_is_the_smallest_multiple_not_below(count: int, multiple: int) 
 
 
 @given(LAYOUTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_areas_start_on_pages_in_order_and_never_overlap(layout: Layout) -> None:
     """Header, message ring, release table and data follow each other; each starts on a page of its own."""
     starts = [0, layout.message_ring_offset, layout.release_offset, layout.data_offset, layout.total_bytes]
@@ -50,7 +50,7 @@ def test_areas_start_on_pages_in_order_and_never_overlap(layout: Layout) -> None
 
 
 @given(LAYOUTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_header_round_trips(layout: Layout) -> None:
     """What ``header`` writes, ``from_header`` reads back as the same layout."""
     assert Layout.from_header(layout.header(), layout.total_bytes) == layout
@@ -62,7 +62,7 @@ def test_the_data_area_is_aligned_for_blocks() -> None:
 
 
 @given(LAYOUTS, st.integers(0, HEADER.size - 1), st.integers(1, 255))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_one_changed_byte_is_never_the_same_layout(layout: Layout, index: int, change: int) -> None:
     """A header with any byte changed is refused: every field is either fixed or implied by the others."""
     header = bytearray(layout.header())

@@ -142,7 +142,7 @@ class NativeMessageRingMachine(MessageRingMachine):
 
 
 for machine in (MessageRingMachine, NativeMessageRingMachine):
-    machine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+    machine.TestCase.settings = settings(max_examples=80, stateful_step_count=50)
 TestMessageRingMachine = MessageRingMachine.TestCase
 TestNativeMessageRingMachine = needs_native(NativeMessageRingMachine.TestCase)
 

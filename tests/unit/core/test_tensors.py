@@ -261,7 +261,7 @@ class _Side:
 
 
 @given(_steps)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_both_twins_lend_and_hold_alike(steps: list[tuple[str, int, int]]) -> None:
     """The same blocks, slots and sequences, and the same room, after any steps."""
     assert native_twin is not None
@@ -286,7 +286,7 @@ _fields = st.tuples(
 
 
 @given(st.lists(_fields, max_size=12))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_both_twins_borrow_alike(descriptors: list[tuple[Any, ...]]) -> None:
     """Whatever a descriptor says, both make the same tensor of it or none, and release the same cells."""
     pairs = [Pair(1024, slots=4, core=core) for core in (python_twin, native_twin)]

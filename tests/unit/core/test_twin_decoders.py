@@ -134,7 +134,7 @@ def _request(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bytes | No
 
 
 @given(st.lists(_values, max_size=3).map(tuple), st.dictionaries(st.text("abc", max_size=3), _values, max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_is_sent_is_understood_alike(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Whatever can be sent."""
     data = _request(arguments, keywords)
@@ -187,7 +187,7 @@ _fields = st.one_of(
 
 
 @given(_fields)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 def test_whatever_fields_come_both_take_the_same(fields: tuple[Any, ...]) -> None:
     """Every field of the right type or another, in range or not."""
     data = _message(*fields)
@@ -313,7 +313,7 @@ def test_both_take_as_many_dimensions(dimensions: int) -> None:
 
 
 @given(st.binary(max_size=40), st.integers(-2, 50), st.sampled_from([REQUEST_TAG, REPLY_TAG, 0, 2**64 - 1]))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_values_that_were_not_checked_harm_nothing(data: bytes, start: int, tag: int) -> None:
     """``decode_values`` relies on nothing that ``decode_call`` has seen."""
     assert native_twin is not None

@@ -123,7 +123,7 @@ def _encoded(twin: ModuleType, arguments: tuple[Any, ...], keywords: dict[str, A
     st.lists(_values, min_size=1, max_size=3).map(tuple),
     st.dictionaries(st.text("abc", max_size=3), _values, max_size=3),
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_both_encode_alike(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Whatever the values are: sendable, beyond a limit, or of no type that can be sent."""
     assert native_twin is not None

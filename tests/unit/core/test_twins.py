@@ -174,6 +174,6 @@ def _twins() -> tuple[ModuleType, ModuleType]:
 
 
 for machine in (Allocators, Rings):
-    machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+    machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestAllocators = needs_native(Allocators.TestCase)
 TestRings = needs_native(Rings.TestCase)

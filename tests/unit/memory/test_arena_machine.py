@@ -155,5 +155,5 @@ class ArenaMachine(RuleBasedStateMachine):
         assert len(self.pair.receive) == len(self.borrows)
 
 
-ArenaMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+ArenaMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestArenaMachine = ArenaMachine.TestCase

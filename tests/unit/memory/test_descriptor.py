@@ -112,7 +112,7 @@ _numbers = st.one_of(st.integers(0, 2 * DATA_BYTES), st.integers(0, 2**63 - 1), 
         sequence=_numbers,
     )
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_nothing_outside_the_data_area_is_ever_accepted(descriptor: TensorDescriptor) -> None:
     """Whatever ``validate`` lets through lies in the data area, aligned, with a slot of the table."""
     try:
@@ -135,7 +135,7 @@ def test_nothing_outside_the_data_area_is_ever_accepted(descriptor: TensorDescri
     st.integers(0, SLOTS - 1),
     st.integers(1, 2**63 - 1),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_descriptor_of_the_sender_is_accepted_after_the_wire(
     row: object, shape: tuple[int, ...], slot: int, sequence: int
 ) -> None:

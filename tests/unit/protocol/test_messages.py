@@ -156,7 +156,7 @@ def _receive(data: bytes) -> None:
     st.binary(max_size=60),
     st.sampled_from([b"", PREAMBLE, PREAMBLE + b"\x96\x06\x00\xa1m", PREAMBLE + b"\x94\x07\x00"]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_random_bytes_raise_only_the_peers_error(data: bytes, head: bytes) -> None:
     """Whatever bytes come in, nothing but PeerProtocolError goes out."""
     _receive(head + data)
@@ -176,7 +176,7 @@ _valid = [encode(message) for message in MESSAGES] + [
 
 
 @given(st.sampled_from(_valid), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_mutated_messages_raise_only_the_peers_error(valid: bytes, changes: list[tuple[int, int]]) -> None:
     """A valid message with a few bytes of its body changed decodes to some message or is the peer's error."""
     data = bytearray(valid)
@@ -194,7 +194,7 @@ def test_truncated_messages_are_the_peers_error(valid: bytes) -> None:
 
 
 @given(st.binary(max_size=16), st.integers(-128, 127))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_random_extensions_raise_only_the_peers_error(data: bytes, code: int) -> None:
     """Extensions, timestamps among them, of any code and content: the peer's error or one of the tensors."""
     header = bytes((0xC7, len(data), code & 0xFF))

@@ -60,14 +60,14 @@ _values = st.recursive(
 
 
 @given(_values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_plain_values_round_trip(value: Any) -> None:
     """Nested plain values arrive equal and of the same types: tuples as tuples, int keys as int, in order."""
     assert same(through(value), value)
 
 
 @given(st.recursive(st.integers(0, 9).map(lambda index: ("tensor", index)), lambda inner: st.lists(inner, max_size=3)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_tensors_travel_by_index(plan: Any) -> None:
     """Every tensor is exported once, in order, and the tensor of that index stands in its place on arrival."""
     pool = [torch.tensor(number) for number in range(10)]
