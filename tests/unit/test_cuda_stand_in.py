@@ -74,6 +74,12 @@ def refusal(act):
     return "none"
 """
 
+# Both processes of a pair have started: what one does takes as long as the driver's settings say, as the other sees it.
+_MEETING = """
+peer.send(b"!")
+assert peer.recv(1) == b"!"
+"""
+
 # The exporting process of most tests of two: it has filled its buffer, and recorded that on its event.
 _EXPORTER = """
 pool = new_pool()
@@ -144,7 +150,9 @@ def run_pair(start: Start) -> Run:
     def to_the_end(one: str, other: str, others: dict[str, str | int] | None = None, **settings: str | int) -> None:
         ends = socket.socketpair()
         programs = zip((one, other), ends, (settings, settings if others is None else others), strict=True)
-        processes = [start(_SHARED + textwrap.dedent(code), end.fileno(), **given) for code, end, given in programs]
+        processes = [
+            start(_SHARED + _MEETING + textwrap.dedent(code), end.fileno(), **given) for code, end, given in programs
+        ]
         for end in ends:
             end.close()
         for process in processes:

@@ -57,7 +57,7 @@ def test_what_is_free_can_be_opened_and_no_more(limit: Limit, above: int) -> Non
     assert eventually(lambda: open_files.free() == can_be_opened())  # an earlier test's thread may still close one
     descriptor = os.open("/dev/null", os.O_RDONLY)
     try:
-        assert open_files.free() == can_be_opened()
+        assert eventually(lambda: open_files.free() == can_be_opened())
     finally:
         os.close(descriptor)
 
