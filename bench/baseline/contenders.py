@@ -117,7 +117,7 @@ class ReadyTensors:
 class OurContender(BaselineContender):
     """Our transport, over one of its channels."""
 
-    def __init__(self, directory: str, channel: ChannelKind, spin_us: float, in_place: bool) -> None:
+    def __init__(self, directory: str, channel: ChannelKind, spin_us: float | None, in_place: bool) -> None:
         super().__init__(directory)
         self._channel: ChannelKind = channel
         self._spin_us = spin_us
@@ -260,6 +260,7 @@ class MemcpyContender(BaselineContender):
 
 BASELINE_CONTENDERS: dict[str, tuple[Callable[..., BaselineContender], tuple[Any, ...]]] = {
     "doorbell + spin, in place": (OurContender, ("doorbell", SPIN_US, True)),
+    "doorbell, default, in place": (OurContender, ("doorbell", None, True)),
     "doorbell, in place": (OurContender, ("doorbell", 0.0, True)),
     "zmq, in place": (OurContender, ("zmq", 0.0, True)),
     "doorbell + spin, copy in": (OurContender, ("doorbell", SPIN_US, False)),

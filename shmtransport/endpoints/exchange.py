@@ -151,15 +151,17 @@ class Exchange(ConnectionState[ClientConnection]):
             given: One item, the arguments and keywords; it is taken out, so that no frame keeps them meanwhile.
             timeout_s: How long that may take.
         """
-        call = self.begin(CallInFlight(method), *given.pop(), timeout_s)
+        call = CallInFlight(method)
         try:
-            if not call.ended:
-                try:
-                    self._wait(call, timeout_s - (time.perf_counter() - call.submitted), timeout_s)
-                except CallTimeout as error:
-                    self.give_up(call, error)
-            self._notice_loss(call)
-            return call.take_result()
+            result = self._call_directly(call, given, timeout_s)
+            if not call.handed_out:
+                if given:
+                    self._begin_by_steps(call, *given.pop(), timeout_s)
+                self._wait_to_the_end(call, timeout_s)
+                result = call.take_result()
+            if self._to_call_back:
+                self._run_callbacks()
+            return result
         finally:
             del call  # an error's traceback keeps this frame
 
@@ -169,15 +171,22 @@ class Exchange(ConnectionState[ClientConnection]):
         Raises:
             TransportError: nothing was sent, and nothing is held for it.
         """
-        call.generation = self._generation
         direct = self._direct
+        call.generation = self._generation
         if (
-            direct is not None
-            and type(call) is CallInFlight
-            and not self._untold
-            and direct.begin(call, arguments, keywords)
+            direct is None
+            or type(call) is not CallInFlight
+            or self._untold
+            or not direct.begin(call, arguments, keywords)
         ):
-            return call
+            self._begin_by_steps(call, arguments, keywords, timeout_s)
+        return call
+
+    def _begin_by_steps(
+        self, call: CallInFlight, arguments: Sequence[Any], keywords: Mapping[str, Any], timeout_s: float
+    ) -> None:
+        """Send a call as ``begin`` does, where the core can't in one step."""
+        call.generation = self._generation
         connection = self.live()
         try:
             if timeout_s == self._timeout_s:
@@ -202,7 +211,6 @@ class Exchange(ConnectionState[ClientConnection]):
         call.data = None
         if self._to_call_back:
             self._run_callbacks()
-        return call
 
     def send(self, method: str, arguments: Sequence[Any], keywords: Mapping[str, Any], timeout_s: float) -> None:
         """Send a call that is not answered; raises as ``begin``."""
@@ -320,23 +328,55 @@ class Exchange(ConnectionState[ClientConnection]):
         if self._to_call_back:
             self._run_callbacks()
 
+    def _wait_to_the_end(self, call: CallInFlight, timeout_s: float) -> None:
+        """Wait until this call has ended, with ``CallTimeout`` if its time is up."""
+        if not call.ended:
+            try:
+                self._wait(call, timeout_s - (time.perf_counter() - call.submitted), timeout_s)
+            except CallTimeout as error:
+                self.give_up(call, error)
+        self._notice_loss(call)
+
+    def _call_directly(
+        self, call: CallInFlight, given: list[tuple[tuple[Any, ...], dict[str, Any]]], timeout_s: float
+    ) -> Any:
+        """Make a call in one step, as far as that can be done.
+
+        Returns:
+            The result, if the call was handed out. Otherwise there is more to do: all of it, if ``given`` has its item.
+        """
+        call.generation = self._generation
+        connection, direct = self.connection, self._direct
+        if connection is None or direct is None or self._untold:
+            return None
+        try:
+            return direct.call(call, given, timeout_s)
+        except PeerProtocolError as error:
+            self._break(connection, direct, error)
+        finally:
+            if not call.handed_out and (direct is not self._direct or self.turns.followers):
+                self._leave(connection)
+
     def _wait_directly(self, call: CallInFlight, left_s: float) -> bool:
         """Wait while no other thread does; whether the call is ready."""
         connection, direct = self.connection, self._direct
         if connection is None or direct is None:
             return call.ready
         try:
-            ready: bool = direct.wait(call, left_s)
+            direct.wait(call, left_s)
         except PeerProtocolError as error:
-            with self.lock:
-                if direct is self._direct:
-                    connection.say_goodbye("protocol error")
-                    self._end(connection, error)
-            return call.ready
+            self._break(connection, direct, error)
         finally:
             if direct is not self._direct or self.turns.followers:
                 self._leave(connection)
-        return ready
+        return call.ready
+
+    def _break(self, connection: ClientConnection, direct: Any, error: PeerProtocolError) -> None:
+        """End a connection whose server has broken the protocol, if it is still the one of these direct calls."""
+        with self.lock:
+            if direct is self._direct:
+                connection.say_goodbye("protocol error")
+                self._end(connection, error)
 
     def _leave(self, connection: ClientConnection) -> None:
         """Do what is left to a thread that has received: close what has ended meanwhile, let another thread receive."""

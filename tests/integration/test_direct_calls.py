@@ -162,7 +162,8 @@ def test_plain_calls_are_direct(address: str, channel: ChannelKind, monkeypatch:
             raise AssertionError("the whole path was taken")
 
         if channel == "doorbell":
-            monkeypatch.setattr(client._exchange, "_start", whole_path)
+            for step in ("_start", "_begin_by_steps", "_wait_to_the_end"):
+                monkeypatch.setattr(client._exchange, step, whole_path)
         monkeypatch.setattr(calls.ClientProtocol, "_read_reply", whole_path)
         monkeypatch.setattr(calls.ServerProtocol, "take_request", whole_path)
         monkeypatch.setattr(values.Codec, "encode_request", whole_path)

@@ -37,7 +37,9 @@ static int call_init(PyObject *object, PyObject *arguments, PyObject *keywords)
     static char *names[] = {"method", NULL};
     CallState *self = (CallState *)object;
     PyObject *method;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O", names, &method))
+    if (keywords == NULL && PyTuple_Size(arguments) == 1) /* as usual: parsing takes as long as all else here */
+        method = PyTuple_GetItem(arguments, 0);
+    else if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O", names, &method))
         return -1;
     PyObject *before = self->method;
     self->method = Py_NewRef(method);

@@ -19,12 +19,15 @@
 #include "patience.h"
 #include "waiting.h"
 
+#include <string.h>
+
 #define MOST_IN_TURN 128
 
 typedef struct {
     PyObject_HEAD
     PyObject *ring; /* NULL for a client by another channel */
     PyObject *handlers, *loans, *borrows, *counters;
+    PyObject *last_method; /* the name in the last request that was taken: usually the next one's too */
     PyObject *set, *reset; /* of the context variable that tells a handler whom it serves */
     PyObject *caller;      /* what that is set to */
     unsigned long long largest_message;
@@ -83,6 +86,7 @@ static int direct_clear(PyObject *object)
     Py_CLEAR(self->loans);
     Py_CLEAR(self->borrows);
     Py_CLEAR(self->counters);
+    Py_CLEAR(self->last_method);
     Py_CLEAR(self->set);
     Py_CLEAR(self->reset);
     Py_CLEAR(self->caller);
@@ -99,7 +103,7 @@ static void direct_dealloc(PyObject *self)
 /* A request that is being answered. */
 struct answering {
     struct call request;
-    PyObject *method, *handler;
+    PyObject *method, *handler, *token; /* the last tells the context variable what it was before */
     struct values values;
     double started;
 };
@@ -122,6 +126,21 @@ static PyObject *take_out(DirectAnswers *self, PyObject *data, PyObject *list)
     return data;
 }
 
+/* The name of a request's method; NULL, without an error, if there is none. */
+static PyObject *method_of(DirectAnswers *self, const struct call *request)
+{
+    const char *name = (const char *)request->method.bytes;
+    Py_ssize_t length = 0, count = (Py_ssize_t)request->method.count;
+    const char *last = self->last_method == NULL ? NULL : PyUnicode_AsUTF8AndSize(self->last_method, &length);
+    if (last == NULL || length != count || memcmp(last, name, (size_t)count) != 0) {
+        PyObject *before = self->last_method;
+        self->last_method = PyUnicode_DecodeUTF8(name, count, NULL);
+        Py_XDECREF(before);
+    }
+    PyErr_Clear();
+    return Py_XNewRef(self->last_method);
+}
+
 /* Take a message, the only one in a list or the ring's next one, if it is a plain request for a handler that there is: 1; 0
  * with nothing done; -1 with an error set. */
 static int take_request(DirectAnswers *self, PyObject *data, PyObject *list, struct answering *answering)
@@ -133,7 +152,7 @@ static int take_request(DirectAnswers *self, PyObject *data, PyObject *list, str
     if (data == NULL || PyBytes_AsStringAndSize(data, &bytes, &nbytes) < 0 || !inspect_call(bytes, (size_t)nbytes, request)
         || request->tag != TAG_REQUEST || !can_be_taken(request, self->borrows))
         return 0;
-    answering->method = PyUnicode_DecodeUTF8((const char *)request->method.bytes, (Py_ssize_t)request->method.count, NULL);
+    answering->method = method_of(self, request);
     answering->handler = answering->method == NULL ? NULL : PyDict_GetItemWithError(self->handlers, answering->method);
     Py_XINCREF(answering->handler);
     if (answering->handler == NULL) {
@@ -160,8 +179,8 @@ static int take_request(DirectAnswers *self, PyObject *data, PyObject *list, str
 /* Call the handler in the context of its caller; neither it nor its arguments are held after that. */
 static PyObject *call_handler(DirectAnswers *self, struct answering *answering)
 {
-    PyObject *token = PyObject_CallFunctionObjArgs(self->set, self->caller, NULL);
-    if (token == NULL)
+    answering->token = PyObject_CallFunctionObjArgs(self->set, self->caller, NULL);
+    if (answering->token == NULL)
         return NULL;
     count_in_flight(counters_of(self->counters), 1);
     PyObject *keywords = PyDict_Size(answering->values.keywords) > 0 ? answering->values.keywords : NULL;
@@ -170,14 +189,26 @@ static PyObject *call_handler(DirectAnswers *self, struct answering *answering)
     Py_CLEAR(answering->values.arguments);
     Py_CLEAR(answering->values.keywords);
     Py_CLEAR(answering->handler);
-    PyObject *reset = PyObject_CallFunctionObjArgs(self->reset, token, NULL);
-    Py_DECREF(token);
-    Py_XDECREF(reset);
     if (error != NULL)
         raise_again(error);
-    else if (reset == NULL)
-        Py_CLEAR(result);
     return result;
+}
+
+/* Leave the caller's context, once its reply has been sent: the caller does not wait for this. Returns what has become of
+ * the request; NULL with an error set. */
+static PyObject *leave_context(DirectAnswers *self, struct answering *answering, PyObject *answered)
+{
+    PyObject *error = answered == NULL ? fetch_error() : NULL;
+    PyObject *reset = PyObject_CallFunctionObjArgs(self->reset, answering->token, NULL);
+    Py_CLEAR(answering->token);
+    if (error != NULL) {
+        PyErr_Clear();
+        raise_again(error);
+    }
+    else if (reset == NULL)
+        Py_CLEAR(answered);
+    Py_XDECREF(reset);
+    return answered;
 }
 
 /* What the caller is to do the rest of: (call_id, method, result, error, started). Takes result and error over. */
@@ -264,6 +295,8 @@ static PyObject *answer(DirectAnswers *self, PyObject *data, PyObject *list)
             Py_DECREF(result);
             answered = Py_NewRef(Py_True);
         }
+        if (answering.token != NULL)
+            answered = leave_context(self, &answering, answered);
     }
     end_answering(&answering);
     return answered;

@@ -46,18 +46,22 @@ static int begin(DirectCalls *self, CallState *call, PyObject *number, PyObject 
     return 1;
 }
 
-PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
+int direct_begin_call(DirectCalls *self, CallState *call, PyObject *arguments, PyObject *keywords)
 {
-    DirectCalls *self = (DirectCalls *)object;
-    if (count != 3 || !is_call_state(arguments[0]) || !PyTuple_Check(arguments[1]) || !PyDict_Check(arguments[2]))
-        return PyErr_Format(PyExc_TypeError, "%zd", count);
-    CallState *call = (CallState *)arguments[0];
     if (!direct_is_usable(self) || call->method == NULL || !is_method_name(call->method))
-        Py_RETURN_FALSE;
+        return 0;
     PyObject *number = PyIter_Next(self->ids);
     if (number == NULL)
-        return NULL;
-    int begun = begin(self, call, number, arguments[1], arguments[2]);
+        return -1;
+    int begun = begin(self, call, number, arguments, keywords);
     Py_DECREF(number);
+    return begun;
+}
+
+PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
+{
+    if (count != 3 || !is_call_state(arguments[0]) || !PyTuple_Check(arguments[1]) || !PyDict_Check(arguments[2]))
+        return PyErr_Format(PyExc_TypeError, "%zd", count);
+    int begun = direct_begin_call((DirectCalls *)object, (CallState *)arguments[0], arguments[1], arguments[2]);
     return begun < 0 ? NULL : PyBool_FromLong(begun);
 }

@@ -1,6 +1,6 @@
 /* The calls of a client that need nothing but this core: DirectCalls, as Python sees it.
  *
- * begin and wait, each in a file of its own, do their work only where nothing stands in the way: no other thread receives,
+ * begin, wait, and call, which is both in one, each in a file of its own, do their work only where nothing stands in the way: no other thread receives,
  * the message ring has room, all values are plain. Otherwise they have done nothing, or have left the message with the
  * ring, and protocol/calls.py and endpoints/exchange.py, whose rules these are, do the whole of it.
  */
@@ -99,6 +99,7 @@ static PyObject *direct_close(PyObject *self, PyObject *Py_UNUSED(nothing))
 }
 
 static PyMethodDef direct_methods[] = {
+    {"call", (PyCFunction)(void (*)(void))direct_call, METH_FASTCALL, NULL},
     {"begin", (PyCFunction)(void (*)(void))direct_begin, METH_FASTCALL, NULL},
     {"wait", (PyCFunction)(void (*)(void))direct_wait, METH_FASTCALL, NULL},
     {"close", direct_close, METH_NOARGS, NULL},

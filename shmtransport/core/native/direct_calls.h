@@ -4,6 +4,7 @@
 
 #include "module.h"
 
+#include "call_state.h"
 #include "in_flight.h"
 
 typedef struct {
@@ -24,6 +25,17 @@ static inline bool direct_is_usable(const DirectCalls *self)
 {
     return !self->closed && self->ring != NULL;
 }
+
+/* Send a call's request: 1, 0 with nothing done, -1 with an error set and nothing sent. */
+int direct_begin_call(DirectCalls *self, CallState *call, PyObject *arguments, PyObject *keywords);
+
+/* Receive, look and block until the call is ready, something is left, or time is up: 0, or -1 with an error set. */
+int direct_wait_for(DirectCalls *self, CallState *call, double seconds);
+
+/* call(call, given, seconds): begin with the arguments and keywords in given, and wait; the result, and the call is marked
+ * as handed out. None otherwise: there are errors, other threads or the whole path to see to; given has its item again
+ * if nothing was sent. */
+PyObject *direct_call(PyObject *object, PyObject *const *arguments, Py_ssize_t count);
 
 /* begin(call, arguments, keywords): whether the request was sent. */
 PyObject *direct_begin(PyObject *object, PyObject *const *arguments, Py_ssize_t count);

@@ -152,8 +152,7 @@ static int sleep_in_turn(DirectCalls *self, CallState *call, double seconds)
     return begun;
 }
 
-/* Receive, look and block until the call is ready, something is left, or time is up: 0, or -1 with an error set. */
-static int wait_for(DirectCalls *self, CallState *call, double seconds)
+int direct_wait_for(DirectCalls *self, CallState *call, double seconds)
 {
     double end = -1, deadline = -1; /* of the wait, and of the look that has begun */
     bool is_patient = false;        /* whether the look ends where patience does */
@@ -198,7 +197,7 @@ PyObject *direct_wait(PyObject *object, PyObject *const *arguments, Py_ssize_t c
         return PyErr_Format(PyExc_TypeError, "%zd", count);
     CallState *call = (CallState *)arguments[0];
     double seconds = PyFloat_AsDouble(arguments[1]);
-    if ((seconds == -1.0 && PyErr_Occurred()) || wait_for(self, call, seconds) < 0)
+    if ((seconds == -1.0 && PyErr_Occurred()) || direct_wait_for(self, call, seconds) < 0)
         return NULL;
     return PyBool_FromLong(call->ready);
 }

@@ -60,14 +60,14 @@ static CallState *fail_unread(const struct in_flight *flights, PyObject *number)
 }
 
 /* End a call with the result that was read. */
-static CallState *succeed(const struct in_flight *flights, PyObject *number, PyObject *result, bool has_tensors)
+static CallState *succeed(const struct in_flight *flights, PyObject *number, PyObject *result, bool has_tensors, double now)
 {
     CallState *call = take_out(flights, number);
     if (call == NULL) { /* given up: its tensors are released */
         Py_DECREF(result);
         return NULL;
     }
-    count_call(counters_of(flights->counters), clock_seconds() - call->submitted, false);
+    count_call(counters_of(flights->counters), now - call->submitted, false);
     call_succeed(call, result, has_tensors);
     return call;
 }
@@ -90,7 +90,8 @@ int in_flight_end(const struct in_flight *flights, const struct call *reply, PyO
         refuse("cut_short", "()");
         return -1;
     }
-    count_received(counters_of(flights->counters), nbytes, values.tensor_bytes, clock_seconds() - started);
-    *ended = succeed(flights, number, values.result, reply->tensor_count > 0);
+    double now = clock_seconds();
+    count_received(counters_of(flights->counters), nbytes, values.tensor_bytes, now - started);
+    *ended = succeed(flights, number, values.result, reply->tensor_count > 0, now);
     return 1;
 }
