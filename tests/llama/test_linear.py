@@ -5,21 +5,38 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llama_split.worker import weights
 from llama_split.worker.weights import Linear
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [0, 1, 2, 17])
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_product_is_that_of_exact_arithmetic(
     dtype: torch.dtype, wire: torch.dtype, rows: int, has_bias: bool
 ) -> None:
-    """One row or more, with or without bias, and a result of another dtype; within the rounding of that dtype."""
-    weight, argument = torch.randn(48, 96).to(dtype), torch.randn(1, rows, 96).to(dtype)
+    """Any number of rows, with or without bias, and a result of another dtype; within the rounding of these dtypes.
+
+    A sum of n products in any order is off by n times half the precision of the sum of their sizes at most (Higham,
+    Accuracy and Stability of Numerical Algorithms, section 3.1).
+    """
+    width = 96
+    weight, argument = torch.randn(48, width).to(dtype), torch.randn(1, rows, width).to(dtype)
     bias = torch.randn(48).to(dtype) if has_bias else None
     result = torch.full((1, rows, 48), torch.nan, dtype=wire)
     assert Linear(weight, bias)(argument, result) is result
     exact = argument.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    least_precise = max(torch.finfo(dtype).eps, torch.finfo(wire).eps)
-    torch.testing.assert_close(result.double(), exact, rtol=2 * least_precise, atol=32 * least_precise)
+    sizes = argument.double().abs() @ weight.double().abs().t() + (0 if bias is None else bias.double().abs())
+    summed = (width + 1) * torch.finfo(torch.float32).eps / 2
+    rounded = torch.finfo(dtype).eps + torch.finfo(wire).eps
+    assert ((result.double() - exact).abs() <= summed * sizes + rounded * exact.abs()).all()
+
+
+def test_a_result_that_is_too_large_for_a_second_one_is_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same, and takes no memory besides its own."""
+    monkeypatch.setattr(weights, "_LARGEST_COPY_BYTES", 0)
+    monkeypatch.setattr(weights, "_one_dnn", None if weights._one_dnn is None else pytest.fail)
+    weight, argument = torch.randn(48, 96), torch.randn(3, 96)
+    result = Linear(weight, None)(argument, torch.empty(3, 48))
+    torch.testing.assert_close(result, argument @ weight.t())
