@@ -6,6 +6,7 @@ The query, key and value matrices are stacked into one, and so are gate and up, 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +23,18 @@ from ..model.decoder import DecoderLayer, RMSNorm
 from ..model.program import WorkerOp
 
 
-# oneDNN's product in float32, which torch's own compiler uses; torch.matmul takes MKL's. Measured on an AMD processor, with
-# SmolLM2's matrices: 1.5 to 2 times as fast for one row, 2 to 2.5 for up to 16, and 1.2 for 512.
-_one_dnn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
+def _find_one_dnn() -> Callable[..., torch.Tensor] | None:
+    """Return oneDNN's product in float32, which torch's own compiler uses, where torch.matmul takes MKL's.
+
+    Measured on an AMD processor, with SmolLM2's matrices: 1.5 to 2 times as fast for one row, 2 to 2.5 for up to 16,
+    and 1.2 for 512.
+    """
+    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    found = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if has_both else None
+    return None if found is None else found.default
+
+
+_one_dnn = _find_one_dnn()
 _LARGEST_COPY_BYTES = 64 * MIB  # of a result that oneDNN makes, in memory of its own
 
 
@@ -46,7 +56,7 @@ class Linear:
         """Write ``argument`` [..., input width] times the transposed matrix to ``out`` [..., output width]."""
         rows = argument.reshape(-1, argument.shape[-1])
         results = out.view(-1, out.shape[-1])
-        if self._is_for_one_dnn and 0 < len(rows) and len(rows) * len(self.weight) * 4 <= _LARGEST_COPY_BYTES:
+        if _one_dnn is not None and self._is_for_one_dnn(len(rows)):
             results.copy_(_one_dnn(rows, self.weight, self.bias, "none", [], ""))
         elif len(rows) == 1 and self.bias is None and self._is_faster_by_vector and out.dtype == argument.dtype:
             torch.mv(self.weight, rows[0], out=results[0])
@@ -58,10 +68,10 @@ class Linear:
             results.copy_(torch.addmm(self.bias, rows, self.weight.t()))
         return out
 
-    @property
-    def _is_for_one_dnn(self) -> bool:
-        """Whether oneDNN multiplies with this matrix: it is there, and torch would take MKL."""
-        return _one_dnn is not None and self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
+    def _is_for_one_dnn(self, rows: int) -> bool:
+        """Whether oneDNN can multiply with this matrix, and its result is small enough to be copied."""
+        is_small = 0 < rows * len(self.weight) * self.weight.itemsize <= _LARGEST_COPY_BYTES
+        return is_small and self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
 
     @property
     def _is_faster_by_vector(self) -> bool:
