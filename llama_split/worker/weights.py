@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,17 +24,20 @@ from ..model.program import WorkerOp
 
 
 def _find_one_dnn() -> Callable[..., torch.Tensor] | None:
-    """Return oneDNN's product in float32, which torch's own compiler uses, where torch.matmul takes MKL's.
-
-    Measured on an AMD processor, with SmolLM2's matrices: 1.5 to 2 times as fast for one row, 2 to 2.5 for up to 16,
-    and 1.2 for 512.
-    """
+    """Return oneDNN's product, which torch's own compiler uses, where torch.matmul takes MKL's in float32."""
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     found = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if has_both else None
     return None if found is None else found.default
 
 
-_one_dnn = _find_one_dnn()
+_CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # nothing with a torch that can't tell
+_IS_AMD = "AMD" in _CPU.get("cpu_name", "")
+# MKL is slow on AMD's processors: with SmolLM2's matrices, oneDNN's product was 1.5 to 2 times as fast for one row, 2
+# to 2.5 times for up to 16, and 1.2 for 512. On one of Intel's, MKL read weights as fast as memory gives them.
+_one_dnn = _find_one_dnn() if _IS_AMD else None
+# In bfloat16, one row's product as a vector took a third less time on one of Intel's processors, and a quarter more on
+# one of AMD's that computes in bfloat16.
+_IS_FASTER_BY_VECTOR = not (_IS_AMD and _CPU.get("avx512_bf16", False))
 _LARGEST_COPY_BYTES = 64 * MIB  # of a result that oneDNN makes, in memory of its own
 
 
@@ -75,8 +78,8 @@ class Linear:
 
     @property
     def _is_faster_by_vector(self) -> bool:
-        """Whether one row takes a third less time as a vector: so in bfloat16 on a CPU, and not in other dtypes."""
-        return self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu"
+        """Whether one row takes less time as a vector: so in bfloat16 on most CPUs, and not in other dtypes."""
+        return _IS_FASTER_BY_VECTOR and self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu"
 
 
 class Head(NamedTuple):

@@ -9,18 +9,28 @@ from llama_split.worker import weights
 from llama_split.worker.weights import Linear
 
 
+@pytest.mark.parametrize("by_one_dnn", [False, True])
+@pytest.mark.parametrize("is_faster_by_vector", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 2, 17])
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_product_is_that_of_exact_arithmetic(
-    dtype: torch.dtype, wire: torch.dtype, rows: int, has_bias: bool
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    wire: torch.dtype,
+    rows: int,
+    has_bias: bool,
+    is_faster_by_vector: bool,
+    by_one_dnn: bool,
 ) -> None:
     """Any number of rows, with or without bias, and a result of another dtype; within the rounding of these dtypes.
 
     A sum of n products in any order is off by n times half the precision of the sum of their sizes at most (Higham,
     Accuracy and Stability of Numerical Algorithms, section 3.1).
     """
+    monkeypatch.setattr(weights, "_IS_FASTER_BY_VECTOR", is_faster_by_vector)
+    monkeypatch.setattr(weights, "_one_dnn", weights._find_one_dnn() if by_one_dnn else None)
     width = 96
     weight, argument = torch.randn(48, width).to(dtype), torch.randn(1, rows, width).to(dtype)
     bias = torch.randn(48).to(dtype) if has_bias else None
@@ -36,7 +46,7 @@ def test_a_product_is_that_of_exact_arithmetic(
 def test_a_result_that_is_too_large_for_a_second_one_is_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the same, and takes no memory besides its own."""
     monkeypatch.setattr(weights, "_LARGEST_COPY_BYTES", 0)
-    monkeypatch.setattr(weights, "_one_dnn", None if weights._one_dnn is None else pytest.fail)
+    monkeypatch.setattr(weights, "_one_dnn", pytest.fail)
     weight, argument = torch.randn(48, 96), torch.randn(3, 96)
     result = Linear(weight, None)(argument, torch.empty(3, 48))
     torch.testing.assert_close(result, argument @ weight.t())
