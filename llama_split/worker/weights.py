@@ -72,7 +72,12 @@ class Linear:
         return out
 
     def _is_for_one_dnn(self, rows: int) -> bool:
-        """Whether oneDNN can multiply with this matrix, and its result is small enough to be copied."""
+        """Whether oneDNN can multiply with this matrix, and its result is small enough to be copied.
+
+        It takes a bias for contiguous, whatever its strides.
+        """
+        if self.bias is not None and not self.bias.is_contiguous():
+            return False
         is_small = 0 < rows * len(self.weight) * self.weight.itemsize <= _LARGEST_COPY_BYTES
         return is_small and self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
 

@@ -43,6 +43,14 @@ def test_a_product_is_that_of_exact_arithmetic(
     assert ((result.double() - exact).abs() <= summed * sizes + rounded * exact.abs()).all()
 
 
+def test_a_bias_with_gaps_is_added_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN would read it as if it had none."""
+    monkeypatch.setattr(weights, "_one_dnn", weights._find_one_dnn())
+    weight, argument, bias = torch.randn(48, 96), torch.randn(3, 96), torch.arange(96.0)[::2]
+    result = Linear(weight, bias)(argument, torch.empty(3, 48))
+    torch.testing.assert_close(result, argument @ weight.t() + bias, rtol=1e-5, atol=1e-4)
+
+
 def test_a_result_that_is_too_large_for_a_second_one_is_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the same, and takes no memory besides its own."""
     monkeypatch.setattr(weights, "_LARGEST_COPY_BYTES", 0)
