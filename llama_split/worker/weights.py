@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from shmtransport.units import MIB
-
 from ..boundary.division import layers_text
 from ..boundary.operations import Operation
 from ..checkpoint import EMBEDDING, FINAL_NORM, LAYER_NORMS, Checkpoint, Progress, layer_name
@@ -33,12 +31,13 @@ def _find_one_dnn() -> Callable[..., torch.Tensor] | None:
 _CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # nothing with a torch that can't tell
 _IS_AMD = "AMD" in _CPU.get("cpu_name", "")
 # MKL is slow on AMD's processors: with SmolLM2's matrices, oneDNN's product was 1.5 to 2 times as fast for one row, 2
-# to 2.5 times for up to 16, and 1.2 for 512. On one of Intel's, MKL read weights as fast as memory gives them.
+# to 2.5 times for up to 16. On one of Intel's, MKL read weights as fast as memory gives them.
 _one_dnn = _find_one_dnn() if _IS_AMD else None
 # In bfloat16, one row's product as a vector took a third less time on one of Intel's processors, and a quarter more on
 # one of AMD's that computes in bfloat16.
 _IS_FASTER_BY_VECTOR = not (_IS_AMD and _CPU.get("avx512_bf16", False))
-_LARGEST_COPY_BYTES = 64 * MIB  # of a result that oneDNN makes, in memory of its own
+_ROWS_FOR_ONE_DNN = (1, 2, 4, 8, 16)
+"""It keeps about a megabyte for each number of rows and shape of matrix for good: so there are few of them."""
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -60,7 +59,9 @@ class Linear:
         rows = argument.reshape(-1, argument.shape[-1])
         results = out.view(-1, out.shape[-1])
         if _one_dnn is not None and self._is_for_one_dnn(len(rows)):
-            results.copy_(_one_dnn(rows, self.weight, self.bias, "none", [], ""))
+            padded = next(number for number in _ROWS_FOR_ONE_DNN if number >= len(rows))
+            filled = torch.nn.functional.pad(rows, (0, 0, 0, padded - len(rows)))
+            results.copy_(_one_dnn(filled, self.weight, self.bias, "none", [], "")[: len(rows)])
         elif len(rows) == 1 and self.bias is None and self._is_faster_by_vector and out.dtype == argument.dtype:
             torch.mv(self.weight, rows[0], out=results[0])
         elif self.bias is None:
@@ -72,14 +73,10 @@ class Linear:
         return out
 
     def _is_for_one_dnn(self, rows: int) -> bool:
-        """Whether oneDNN can multiply with this matrix, and its result is small enough to be copied.
-
-        It takes a bias for contiguous, whatever its strides.
-        """
-        if self.bias is not None and not self.bias.is_contiguous():
-            return False
-        is_small = 0 < rows * len(self.weight) * self.weight.itemsize <= _LARGEST_COPY_BYTES
-        return is_small and self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
+        """Whether oneDNN multiplies with this matrix; it takes a bias for contiguous, whatever its strides."""
+        takes_bias = self.bias is None or self.bias.is_contiguous()
+        takes_weight = self.weight.dtype == torch.float32 and self.weight.device.type == "cpu"
+        return 0 < rows <= _ROWS_FOR_ONE_DNN[-1] and takes_bias and takes_weight
 
     @property
     def _is_faster_by_vector(self) -> bool:

@@ -336,6 +336,8 @@ class Exchange(ConnectionState[ClientConnection]):
             except CallTimeout as error:
                 self.give_up(call, error)
         self._notice_loss(call)
+        if self._to_call_back:
+            self._run_callbacks()
 
     def _call_directly(
         self, call: CallInFlight, given: list[tuple[tuple[Any, ...], dict[str, Any]]], timeout_s: float

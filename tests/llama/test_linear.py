@@ -11,7 +11,7 @@ from llama_split.worker.weights import Linear
 
 @pytest.mark.parametrize("by_one_dnn", [False, True])
 @pytest.mark.parametrize("is_faster_by_vector", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 2, 17])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 17])
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -44,17 +44,24 @@ def test_a_product_is_that_of_exact_arithmetic(
 
 
 def test_a_bias_with_gaps_is_added_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN would read it as if it had none."""
+    """To oneDNN it would look as if it had none."""
     monkeypatch.setattr(weights, "_one_dnn", weights._find_one_dnn())
     weight, argument, bias = torch.randn(48, 96), torch.randn(3, 96), torch.arange(96.0)[::2]
     result = Linear(weight, bias)(argument, torch.empty(3, 48))
     torch.testing.assert_close(result, argument @ weight.t() + bias, rtol=1e-5, atol=1e-4)
 
 
-def test_a_result_that_is_too_large_for_a_second_one_is_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the same, and takes no memory besides its own."""
-    monkeypatch.setattr(weights, "_LARGEST_COPY_BYTES", 0)
-    monkeypatch.setattr(weights, "_one_dnn", pytest.fail)
-    weight, argument = torch.randn(48, 96), torch.randn(3, 96)
-    result = Linear(weight, None)(argument, torch.empty(3, 48))
-    torch.testing.assert_close(result, argument @ weight.t())
+def test_one_dnn_sees_few_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps memory for each of them, so that prompts of all lengths would fill a worker."""
+    seen = set()
+
+    def product(rows: torch.Tensor, weight: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.add(len(rows))
+        return rows @ weight.t()
+
+    monkeypatch.setattr(weights, "_one_dnn", product)
+    weight = torch.randn(48, 96)
+    for rows in range(40):
+        argument = torch.randn(rows, 96)
+        torch.testing.assert_close(Linear(weight, None)(argument, torch.empty(rows, 48)), argument @ weight.t())
+    assert seen == {1, 2, 4, 8, 16}
