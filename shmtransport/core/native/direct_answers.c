@@ -103,7 +103,7 @@ static void direct_dealloc(PyObject *self)
 /* A request that is being answered. */
 struct answering {
     struct call request;
-    PyObject *method, *handler, *token; /* the last tells the context variable what it was before */
+    PyObject *method, *handler;
     struct values values;
     double started;
 };
@@ -179,8 +179,8 @@ static int take_request(DirectAnswers *self, PyObject *data, PyObject *list, str
 /* Call the handler in the context of its caller; neither it nor its arguments are held after that. */
 static PyObject *call_handler(DirectAnswers *self, struct answering *answering)
 {
-    answering->token = PyObject_CallFunctionObjArgs(self->set, self->caller, NULL);
-    if (answering->token == NULL)
+    PyObject *token = PyObject_CallFunctionObjArgs(self->set, self->caller, NULL);
+    if (token == NULL)
         return NULL;
     count_in_flight(counters_of(self->counters), 1);
     PyObject *keywords = PyDict_Size(answering->values.keywords) > 0 ? answering->values.keywords : NULL;
@@ -189,26 +189,14 @@ static PyObject *call_handler(DirectAnswers *self, struct answering *answering)
     Py_CLEAR(answering->values.arguments);
     Py_CLEAR(answering->values.keywords);
     Py_CLEAR(answering->handler);
+    PyObject *reset = PyObject_CallFunctionObjArgs(self->reset, token, NULL);
+    Py_DECREF(token);
+    Py_XDECREF(reset);
     if (error != NULL)
         raise_again(error);
-    return result;
-}
-
-/* Leave the caller's context, once its reply has been sent: the caller does not wait for this. Returns what has become of
- * the request; NULL with an error set. */
-static PyObject *leave_context(DirectAnswers *self, struct answering *answering, PyObject *answered)
-{
-    PyObject *error = answered == NULL ? fetch_error() : NULL;
-    PyObject *reset = PyObject_CallFunctionObjArgs(self->reset, answering->token, NULL);
-    Py_CLEAR(answering->token);
-    if (error != NULL) {
-        PyErr_Clear();
-        raise_again(error);
-    }
     else if (reset == NULL)
-        Py_CLEAR(answered);
-    Py_XDECREF(reset);
-    return answered;
+        Py_CLEAR(result);
+    return result;
 }
 
 /* What the caller is to do the rest of: (call_id, method, result, error, started). Takes result and error over. */
@@ -295,8 +283,6 @@ static PyObject *answer(DirectAnswers *self, PyObject *data, PyObject *list)
             Py_DECREF(result);
             answered = Py_NewRef(Py_True);
         }
-        if (answering.token != NULL)
-            answered = leave_context(self, &answering, answered);
     }
     end_answering(&answering);
     return answered;
