@@ -59,8 +59,8 @@ class Linear:
         rows = argument.reshape(-1, argument.shape[-1])
         results = out.view(-1, out.shape[-1])
         if _one_dnn is not None and self._is_for_one_dnn(len(rows)):
-            padded = next(number for number in _ROWS_FOR_ONE_DNN if number >= len(rows))
-            filled = torch.nn.functional.pad(rows, (0, 0, 0, padded - len(rows)))
+            missing = next(number for number in _ROWS_FOR_ONE_DNN if number >= len(rows)) - len(rows)
+            filled = nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
             results.copy_(_one_dnn(filled, self.weight, self.bias, "none", [], "")[: len(rows)])
         elif len(rows) == 1 and self.bias is None and self._is_faster_by_vector and out.dtype == argument.dtype:
             torch.mv(self.weight, rows[0], out=results[0])

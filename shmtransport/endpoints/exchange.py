@@ -152,16 +152,16 @@ class Exchange(ConnectionState[ClientConnection]):
             timeout_s: How long that may take.
         """
         call = CallInFlight(method)
+        call.generation = self._generation
         try:
             result = self._call_directly(call, given, timeout_s)
             if not call.handed_out:
                 if given:
                     self._begin_by_steps(call, *given.pop(), timeout_s)
                 self._wait_to_the_end(call, timeout_s)
-                result = call.take_result()
             if self._to_call_back:
                 self._run_callbacks()
-            return result
+            return result if call.handed_out else call.take_result()
         finally:
             del call  # an error's traceback keeps this frame
 
@@ -186,7 +186,6 @@ class Exchange(ConnectionState[ClientConnection]):
         self, call: CallInFlight, arguments: Sequence[Any], keywords: Mapping[str, Any], timeout_s: float
     ) -> None:
         """Send a call as ``begin`` does, where the core can't in one step."""
-        call.generation = self._generation
         connection = self.live()
         try:
             if timeout_s == self._timeout_s:
@@ -336,8 +335,6 @@ class Exchange(ConnectionState[ClientConnection]):
             except CallTimeout as error:
                 self.give_up(call, error)
         self._notice_loss(call)
-        if self._to_call_back:
-            self._run_callbacks()
 
     def _call_directly(
         self, call: CallInFlight, given: list[tuple[tuple[Any, ...], dict[str, Any]]], timeout_s: float
@@ -347,7 +344,6 @@ class Exchange(ConnectionState[ClientConnection]):
         Returns:
             The result, if the call was handed out. Otherwise there is more to do: all of it, if ``given`` has its item.
         """
-        call.generation = self._generation
         connection, direct = self.connection, self._direct
         if connection is None or direct is None or self._untold:
             return None

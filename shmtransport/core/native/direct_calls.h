@@ -4,7 +4,6 @@
 
 #include "module.h"
 
-#include "call_state.h"
 #include "in_flight.h"
 
 typedef struct {

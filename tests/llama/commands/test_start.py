@@ -130,11 +130,9 @@ def test_output_that_is_not_read_is_an_error() -> None:
 
 # What a notice tells is followed by whether torch had been imported by then.
 _NOTICES = """
-import sys, llama_split.__main__
 from llama_split.commands import opening
 tell = opening.notice
 opening.notice = lambda text: tell(f"{text}, {'torch' in sys.modules}")
-llama_split.__main__.main()
 """
 
 
@@ -147,8 +145,9 @@ def test_a_worker_that_is_not_there_is_told_at_once(place: str, tmp_path: Path) 
             [sys.executable, "-c", f"import socket; socket.socket(socket.AF_UNIX).bind('{tmp_path}/w.ipc')"], check=True
         )
     because = {"file": "there is no file", "socket": "its server has ended", "port": "no process listens at this port"}
+    script = WATCHED.format(forbidden=(), before=_NOTICES)
     process = subprocess.Popen(
-        [sys.executable, "-c", _NOTICES, "generate", "--prompt", "x", "--worker", address],
+        [sys.executable, "-c", script, "generate", "--prompt", "x", "--worker", address],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
